@@ -1,0 +1,37 @@
+"""Exit 0 where this Python meets the requirements in pyproject.toml; says what is missing otherwise. Imports nothing heavy.
+
+usage: check_environment.py PYPROJECT EMBEDDED_REQUIREMENT [EXTRA]
+"""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from pip._vendor.packaging.requirements import Requirement
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+
+def main(pyproject: str, embedded: str, extra: str = "") -> int:
+    """Compare what is installed with what is asked for."""
+    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+        return 1
+    with open(pyproject, "rb") as file:
+        project = tomllib.load(file)["project"]
+    wanted = [*project["dependencies"], embedded, *(project["optional-dependencies"][extra] if extra else [])]
+    for text in wanted:
+        requirement = Requirement(text)
+        try:
+            there = version(requirement.name)
+        except PackageNotFoundError:
+            there = ""
+        if not there or not requirement.specifier.contains(there, prereleases=True):
+            print(f"{text}: found {there or 'nothing'}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

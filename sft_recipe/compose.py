@@ -1,0 +1,185 @@
+"""Reads config.yaml, conf/ and overrides through Hydra into one tree; later overrides win, groups and values alike."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sft_recipe.config import Config, all_keys, build_config, nearest
+from sft_recipe.errors import ConfigError
+
+HOME = Path(__file__).resolve().parent.parent
+GROUPS = ("model", "data", "optim", "fsdp", "lora")
+# Long paths of the older verl layout, accepted in config.yaml and on the command line.
+OLDER_NAMES = {
+    "actor_rollout_ref.actor.fsdp_config": "fsdp",
+    "actor_rollout_ref.actor.optim": "optim",
+}
+
+
+def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str = "config") -> Config:
+    """Compose and check the tree.
+
+    `overrides` are Hydra's: `optim.lr=1e-5`, `lora=r16`; they are applied from left to right. A group choice puts
+    the values of its file over what stands before it, config.yaml included.
+
+    Raises ConfigError: no such file, group or key; a value of the wrong type; a sweep.
+    """
+    config_dir = config_dir.expanduser().resolve()
+    root = config_dir / f"{config_name.removesuffix('.yaml')}.yaml"
+    if not root.is_file():
+        raise ConfigError(f"there is no {root}; --config-path names the folder of config.yaml, --config-name the file")
+    parsed = _parse(overrides, config_dir)
+    choices = [item for item in parsed if _is_choice(item)]
+    tree = _compose(config_dir, root.stem, choices)
+    written = _read_yaml(root)
+    _merge_older_names(tree, written)
+    for item in parsed:
+        if _is_choice(item):
+            _choose(tree, item, config_dir)
+        else:
+            _assign(tree, item)
+    if _model_was_named(parsed, written):
+        tree.model.fallback = None
+    try:
+        resolved = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved: {error}") from None
+    assert isinstance(resolved, dict)
+    return build_config(_beside_config(resolved, config_dir))
+
+
+def parse_config_args(args: list[str]) -> dict[str, Any]:
+    """`--config-path=DIR --config-name=NAME`, as Hydra spells them, as arguments of load_config."""
+    found: dict[str, Any] = {}
+    for text in args:
+        name, _, value = text.partition("=")
+        if name in ("--config-path", "-cp"):
+            found["config_dir"] = Path(value)
+        elif name in ("--config-name", "-cn"):
+            found["config_name"] = value
+        else:
+            raise ConfigError(f"unknown argument {text}; --config-path, --config-name and Hydra overrides are known here")
+    return found
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as a file that can be used as config.yaml again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _parse(overrides: list[str], config_dir: Path) -> list[Override]:
+    parser = OverridesParser.create()
+    result = []
+    for text in overrides:
+        for older, name in OLDER_NAMES.items():
+            text = text.replace(older + ".", name + ".", 1) if text.lstrip("+").startswith(older + ".") else text
+        try:
+            item = parser.parse_override(text)
+        except HydraException:
+            raise ConfigError(f"cannot read the override {text!r}; overrides look like optim.lr=1e-5 or lora=r16") from None
+        if item.is_delete() or item.is_sweep_override():
+            what = "deleting a key" if item.is_delete() else "a sweep over several values"
+            raise ConfigError(f"{text}: {what} is not supported; give each key one value")
+        result.append(item)
+    return result
+
+
+def _is_choice(item: Override) -> bool:
+    return item.key_or_group in GROUPS and isinstance(item.value(), str)
+
+
+def _choice_file(item: Override, config_dir: Path) -> Path:
+    folders = [config_dir / "conf" / item.key_or_group, HOME / "conf" / item.key_or_group]
+    for folder in folders:
+        if (folder / f"{item.value()}.yaml").is_file():
+            return folder / f"{item.value()}.yaml"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    hint = nearest(str(item.value()), known)
+    raise ConfigError(f"{item.key_or_group}={item.value()}: there is {', '.join(known)}.{hint}")
+
+
+def _compose(config_dir: Path, name: str, choices: list[Override]) -> DictConfig:
+    for item in choices:
+        _choice_file(item, config_dir)
+    places = ",".join(f"file://{folder}" for folder in dict.fromkeys([config_dir / "conf", HOME / "conf"]))
+    texts = [f"{group}={choice}" for group, choice in {item.key_or_group: item.value() for item in choices}.items()]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir), version_base=None):
+            tree = compose(name, overrides=[f"hydra.searchpath=[{places}]", *texts])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{config_dir / name}.yaml cannot be used: {str(error).strip()}") from None
+    OmegaConf.set_struct(tree, False)
+    return tree
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    loaded = OmegaConf.load(path)
+    return loaded if isinstance(loaded, DictConfig) else OmegaConf.create({})
+
+
+def _merge_older_names(tree: DictConfig, written: DictConfig) -> None:
+    """Move what config.yaml says under the older long paths to where it belongs."""
+    for older, name in OLDER_NAMES.items():
+        node = OmegaConf.select(tree, older)
+        if node is None:
+            continue
+        for key, value in node.items():
+            twin = OmegaConf.select(written, f"{name}.{key}")
+            if twin is not None and twin != value:
+                raise ConfigError(f"config.yaml sets {name}.{key} to {twin} and {older}.{key} to {value}; keep one of them")
+            OmegaConf.update(tree, f"{name}.{key}", value, merge=True)
+        parent, leaf = older.rsplit(".", 1)
+        OmegaConf.select(tree, parent).pop(leaf)
+    for parent in ("actor_rollout_ref.actor", "actor_rollout_ref"):
+        node = OmegaConf.select(tree, parent)
+        if node is not None and len(node) == 0:
+            outer, _, leaf = parent.rpartition(".")
+            (OmegaConf.select(tree, outer) if outer else tree).pop(leaf)
+
+
+def _choose(tree: DictConfig, item: Override, config_dir: Path) -> None:
+    own = _read_yaml(_choice_file(item, config_dir))
+    own.pop("defaults", None)
+    OmegaConf.update(tree, item.key_or_group, own, merge=True)
+
+
+def _assign(tree: DictConfig, item: Override) -> None:
+    key, known = item.key_or_group, all_keys()
+    if not any(name == key or name.startswith(key + ".") or key.startswith(name + ".") for name in known):
+        raise ConfigError(f"unknown key {key}.{nearest(key, known)}")
+    OmegaConf.update(tree, key, item.value(), merge=not isinstance(item.value(), list), force_add=True)
+
+
+def _model_was_named(parsed: list[Override], written: DictConfig) -> bool:
+    """A model that the user named is never replaced by the fallback."""
+    touched = any(item.key_or_group in ("model", "model.path") for item in parsed)
+    return (touched or OmegaConf.select(written, "model.path") is not None) and not any(
+        item.key_or_group == "model.fallback" for item in parsed
+    )
+
+
+def _beside_config(tree: dict[str, Any], config_dir: Path) -> dict[str, Any]:
+    """A relative data path that is not found here is looked for beside config.yaml, so that train.sh runs from anywhere."""
+
+    def place(path: Any) -> Any:
+        if isinstance(path, list):
+            return [place(part) for part in path]
+        if not isinstance(path, str) or Path(path).is_absolute() or any(Path().glob(path)):
+            return path
+        return str(config_dir / path) if any(config_dir.glob(path)) else path
+
+    data = tree.get("data")
+    if isinstance(data, dict):
+        for key in ("train_files", "val_files"):
+            if key in data:
+                data[key] = place(data[key])
+    return tree

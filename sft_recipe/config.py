@@ -1,0 +1,244 @@
+"""Every key of the configuration: its type, its check; what is unknown or wrong is told with the nearest right name."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sft_recipe.errors import ConfigError
+
+AFTER_EACH_EPOCH = "after_each_epoch"
+Every = int | Literal["after_each_epoch"]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
+
+
+class ModelConfig(_Group):
+    """Which model is trained; see conf/model/default.yaml for the meaning of each key."""
+
+    path: str
+    fallback: str | None = None
+    tokenizer_path: str | None = None
+    trust_remote_code: bool = False
+    enable_gradient_checkpointing: bool | Literal["auto"] = "auto"
+    attn_implementation: str = "auto"
+    override_config: dict[str, Any] = {}
+
+
+class DataConfig(_Group):
+    """What is trained on; see conf/data/default.yaml."""
+
+    train_files: str | list[str]
+    val_files: str | list[str] | None = None
+    val_ratio: float = Field(0.0, ge=0.0, lt=1.0)
+    format: Literal["auto", "prompt_response", "alpaca", "conversations", "messages"] = "auto"
+    max_length: int = Field(2048, ge=2)
+    truncation: Literal["drop", "right", "error"] = "drop"
+    train_batch_size: int = Field(4, ge=1)
+    micro_batch_size_per_gpu: int = Field(1, ge=1)
+    shuffle: bool = True
+    num_workers: int | None = Field(None, ge=1)
+    cache_dir: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source_of_validation(self) -> "DataConfig":
+        if self.val_files and self.val_ratio:
+            raise ValueError("val_files and val_ratio are both set; validation data comes from one of them")
+        return self
+
+    @property
+    def token_budget(self) -> int:
+        """The most tokens that one micro-batch may hold."""
+        return self.micro_batch_size_per_gpu * self.max_length
+
+
+class OptimConfig(_Group):
+    """The optimiser and its schedule; see conf/optim/default.yaml."""
+
+    optimizer: str = "AdamW"
+    optimizer_impl: str = "torch.optim"
+    override_optimizer_config: dict[str, Any] | None = None
+    lr: float = Field(2e-5, gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_warmup_steps_ratio: float = Field(0.1, ge=0, le=1)
+    lr_warmup_steps: int = -1
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_grad: float = Field(1.0, gt=0)
+
+
+class MixedPrecisionConfig(_Group):
+    """In which precision the model computes and reduces."""
+
+    param_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    reduce_dtype: Literal["bf16", "fp32"] = "fp32"
+
+
+class FsdpConfig(_Group):
+    """How the model is spread over ranks; see conf/fsdp/default.yaml."""
+
+    strategy: Literal["fsdp", "fsdp2", "megatron"] = "fsdp"
+    param_offload: bool = False
+    optimizer_offload: bool = False
+    offload_policy: bool = False
+    reshard_after_forward: bool = True
+    fsdp_size: int = -1
+    forward_prefetch: bool = False
+    use_no_sync_for_gradient_accumulation: bool = True
+    model_dtype: Literal["fp32", "bf16"] = "fp32"
+    mixed_precision: MixedPrecisionConfig = MixedPrecisionConfig()
+    ulysses_sequence_parallel_size: int = Field(1, ge=1)
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    context_parallel_size: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _keys_fit_the_strategy(self) -> "FsdpConfig":
+        megatron_only = ["tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"]
+        wrong = [key for key in megatron_only if getattr(self, key) > 1]
+        if wrong and self.strategy != "megatron":
+            raise ValueError(f"{wrong[0]} is for strategy=megatron; {self.strategy} has no such parallelism")
+        if self.offload_policy and self.strategy != "fsdp2":
+            raise ValueError("offload_policy is for strategy=fsdp2; use param_offload and optimizer_offload")
+        if self.ulysses_sequence_parallel_size > 1 and self.strategy == "megatron":
+            raise ValueError("ulysses_sequence_parallel_size is for FSDP; megatron has context_parallel_size")
+        return self
+
+
+class LoraConfig(_Group):
+    """Low-rank adapters; see conf/lora/default.yaml."""
+
+    enabled: bool = False
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    merge: bool = False
+
+    @model_validator(mode="after")
+    def _merge_needs_lora(self) -> "LoraConfig":
+        if self.merge and not self.enabled:
+            raise ValueError("merge is set but LoRA is not enabled; add --use_lora")
+        return self
+
+
+class TrainerConfig(_Group):
+    """The run: how long, where to, on how many machines; see config.yaml."""
+
+    total_epochs: int = Field(3, ge=1)
+    total_training_steps: int | None = Field(None, ge=1)
+    output_dir: str = "./outputs"
+    resume_from: str | None = None
+    save_freq: Every = AFTER_EACH_EPOCH
+    test_freq: Every = AFTER_EACH_EPOCH
+    max_ckpt_to_keep: int | None = Field(2, ge=1)
+    logger: list[str] = ["console"]
+    project_name: str = "sft_recipe"
+    experiment_name: str | None = None
+    wandb_project: str | None = None
+    seed: int = Field(42, ge=0)
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    n_gpus_per_node: int = Field(1, ge=1)
+    nnodes: int = Field(1, ge=1)
+    node_rank: int = Field(0, ge=0)
+    master_addr: str = "localhost"
+    master_port: int | None = Field(None, ge=1, le=65535)
+
+    @model_validator(mode="after")
+    def _nodes(self) -> "TrainerConfig":
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank is {self.node_rank}, but with nnodes={self.nnodes} it ends at {self.nnodes - 1}")
+        if self.nnodes > 1 and self.master_addr == "localhost":
+            raise ValueError("several machines need master_addr, the address of machine 0, the same on all of them")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return self.n_gpus_per_node * self.nnodes
+
+
+class Config(_Group):
+    """The whole tree, checked."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    fsdp: FsdpConfig
+    lora: LoraConfig
+    trainer: TrainerConfig
+
+    def cache_dir(self) -> Path:
+        """Where token stores and converted models are kept between runs."""
+        if self.data.cache_dir:
+            return Path(self.data.cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft_recipe"
+
+
+def build_config(tree: dict[str, Any]) -> Config:
+    """Check a resolved tree and make it typed.
+
+    Raises ConfigError that lists everything wrong at once, with the nearest right key or the accepted values.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = _explain_all(error.errors())
+        heading = "the configuration has a mistake" if len(lines) == 1 else f"the configuration has {len(lines)} mistakes"
+        raise ConfigError("\n".join([f"{heading}:", *(f"  - {line}" for line in lines)])) from None
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """' Did you mean X?', or what there is to choose from."""
+    leaves = {key.rsplit(".", 1)[-1]: key for key in known}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close and (leaf := difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.7)):
+        close = [leaves[leaf[0]]]
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of every key, groups not included."""
+    keys = []
+    for name, info in model.model_fields.items():
+        nested = info.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            keys += all_keys(nested, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _explain_all(problems: list[Any]) -> list[str]:
+    """One line a key: of a key with several types (steps, or a word) the last, the word, says most."""
+    complaints: dict[str, list[str]] = {}
+    for problem in problems:
+        key = ".".join(str(part) for part in problem["loc"] if _is_key_part(part))
+        complaints.setdefault(key, []).append(_explain(key, problem))
+    return [key + texts[-1] for key, texts in complaints.items()]
+
+
+def _explain(key: str, problem: Any) -> str:
+    kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f" is not a key.{nearest(key, all_keys())}"
+    if kind == "missing":
+        return " is not set"
+    if kind == "value_error":
+        return f": {context['error']}"
+    if kind == "literal_error":
+        expected = context["expected"].replace("'", "").replace(" or ", ", ")
+        expected = f"a number of steps, {expected}" if expected == AFTER_EACH_EPOCH else expected
+        return f" is {given!r}; it must be one of {expected}.{nearest(str(given), expected.split(', '))}"
+    return f" is {given!r}; {problem['msg'].replace('Input should', 'it should')}"
+
+
+def _is_key_part(part: Any) -> bool:
+    """pydantic adds the branch of a union that it tried (str, list[str], literal[...]) to the path of a key."""
+    types = ("str", "int", "bool", "float")
+    return isinstance(part, str) and part not in types and not part.startswith(("list[", "literal[", "dict[", "function-"))

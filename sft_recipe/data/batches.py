@@ -1,0 +1,92 @@
+"""Pure planning: which examples a step trains, on which rank, in which micro-batch; arithmetic on lengths, no state."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+# One micro-batch: positions within the step's batch. Empty where a rank has nothing left to do.
+MicroBatch = list[int]
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Optimiser steps in one pass; the last, partial batch is a step of its own."""
+    return math.ceil(examples / batch_size)
+
+
+def step_examples(step: int, examples: int, batch_size: int, seed: int, shuffle: bool = True) -> np.ndarray:
+    """Example numbers, int64 of shape (at most batch_size,), that optimiser step `step` (from 0) trains.
+
+    A pure function of its arguments: it does not depend on ranks, packing, or how often the run was stopped.
+    """
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(examples, batch_size))
+    start = step_in_epoch * batch_size
+    return epoch_order(examples, seed, epoch, shuffle)[start : start + batch_size]
+
+
+def epoch_order(examples: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """A permutation of all examples, int64, that (seed, epoch) alone decide; in file order where not shuffled."""
+    if not shuffle:
+        return np.arange(examples)
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
+def split_validation(examples: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Seeded split into training and validation example numbers, each in file order; both have at least one."""
+    held_out = min(max(1, round(examples * ratio)), examples - 1)
+    chosen = np.random.default_rng([seed, 2**31]).permutation(examples)[:held_out]
+    is_validation = np.zeros(examples, dtype=bool)
+    is_validation[chosen] = True
+    return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+
+
+def plan_micro_batches(lengths: Sequence[int], ranks: int, budget: int) -> list[list[MicroBatch]]:
+    """Share one batch among ranks and pack each share into micro-batches.
+
+        lengths 700 300 600 400, 2 ranks, budget 1000  ->  rank 0: [[0, 1]]   rank 1: [[2, 3]]
+
+    Ranks are balanced in tokens (longest first, to the least loaded rank); no micro-batch holds more than `budget`
+    tokens; all ranks have the same number of micro-batches, some of them empty where examples are too few.
+
+    Raises ValueError where one example alone is longer than the budget.
+    """
+    if len(lengths) and max(lengths) > budget:
+        raise ValueError(f"an example of {max(lengths)} tokens does not fit a micro-batch of {budget}")
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = load.index(min(load))
+        shares[rank].append(index)
+        load[rank] += lengths[index]
+    packed = [_pack(share, lengths, budget) for share in shares]
+    count = max(1, max(len(bins) for bins in packed))
+    return [_split_until(bins, count, lengths) for bins in packed]
+
+
+def _pack(share: list[int], lengths: Sequence[int], budget: int) -> list[MicroBatch]:
+    """First-fit decreasing; `share` comes longest first."""
+    bins: list[MicroBatch] = []
+    room: list[int] = []
+    for index in share:
+        place = next((i for i, left in enumerate(room) if left >= lengths[index]), None)
+        if place is None:
+            bins.append([index])
+            room.append(budget - lengths[index])
+        else:
+            bins[place].append(index)
+            room[place] -= lengths[index]
+    return bins
+
+
+def _split_until(bins: list[MicroBatch], count: int, lengths: Sequence[int]) -> list[MicroBatch]:
+    """Halve the fullest micro-batch until there are `count`; what cannot be halved is filled up with empty ones."""
+    bins = [list(members) for members in bins]
+    while len(bins) < count:
+        divisible = [members for members in bins if len(members) > 1]
+        if not divisible:
+            bins += [[] for _ in range(count - len(bins))]
+            break
+        fullest = max(divisible, key=lambda members: sum(lengths[i] for i in members))
+        bins.append(fullest[1::2])
+        fullest[:] = fullest[0::2]
+    return bins

@@ -1,0 +1,175 @@
+"""The SFT engine over verl's FSDP engine: planned micro-batches, logits only where a token is supervised, fp32 loss."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name
+from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
+from verl.utils.ulysses import ulysses_pad_and_slice_inputs
+from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+from verl.workers.engine.fsdp.transformer_impl import FSDP
+
+IGNORED = -100  # a target that is not supervised
+
+
+@EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
+@EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor=["nvidia", "amd"])
+class SFTEngine(FSDPEngineWithLMHead):
+    """verl's FSDP and FSDP2 engine for supervised fine-tuning, on CUDA and on CPU.
+
+    A batch is a TensorDict of this rank's documents, jagged and in the order of the plan:
+
+        input_ids           a a a a | b b | c c c      documents
+        loss_mask           0 0 1 1 | 0 1 | 0 0 1
+        micro_batch_docs    [2, 1]                     the first two make one packed micro-batch, then the third
+
+    The loss of a step is the mean over all supervised tokens of the global batch, however it is split.
+    """
+
+    def forward_backward_batch(self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False) -> dict:
+        """Run the planned micro-batches. `loss_function` is not used: logits exist at supervised positions only.
+
+        Returns verl's dictionary; `loss` holds one number per micro-batch, which sum to this rank's share of the
+        global mean times the number of data-parallel ranks (verl averages over those).
+        """
+        group = self.get_data_parallel_group()
+        tokens = data["loss_mask"].values().sum().to(get_device_name())
+        torch.distributed.all_reduce(tokens, group=group)
+        scale = torch.distributed.get_world_size() / max(1, tokens.item())
+        micro_batches = list(_micro_batches(data))
+        losses = []
+        for index, (input_ids, position_ids, targets) in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            sync: AbstractContextManager = (
+                nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)
+            )
+            with sync, torch.set_grad_enabled(not forward_only):
+                loss = self._negative_log_likelihood(input_ids, position_ids, targets) * scale
+                if not forward_only:
+                    loss.backward()
+            losses.append(loss.detach())
+        return {"model_output": {}, "loss": [self._over_sequence_ranks(torch.stack(losses).sum())], "metrics": {}}
+
+    def optimizer_step(self) -> float:
+        """Clip and step; a norm that is not finite skips the step. Returns the norm before clipping."""
+        limit = self.optimizer_config.clip_grad
+        if isinstance(self.module, FSDP):
+            norm = self.module.clip_grad_norm_(limit)
+        else:
+            norm = fsdp2_clip_grad_norm_(self.module.parameters(), max_norm=limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        else:
+            self.optimizer.zero_grad()
+        return norm.item()
+
+    def set_step(self, step: int) -> None:
+        """Put the schedule where it stands after `step` optimiser steps."""
+        scheduler = self.lr_scheduler
+        scheduler.last_epoch = step
+        for group, base, factor in zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(step)
+
+    @contextlib.contextmanager
+    def resident(self) -> Iterator[None]:
+        """Parameters and optimiser state on the device for as long as the context lasts, offloaded or not."""
+        parts: dict[str, Any] = dict(model=self._is_offload_param, optimizer=self._is_offload_optimizer, grad=False)
+        if not any(parts.values()):
+            yield
+            return
+        self.to(device=get_device_name(), **parts)
+        try:
+            yield
+        finally:
+            self.to(device="cpu", **parts)
+
+    def _negative_log_likelihood(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Summed over the supervised tokens of one packed micro-batch, in fp32; all three of shape (1, tokens)."""
+        device = get_device_name()
+        input_ids, position_ids, targets = (part.to(device) for part in (input_ids, position_ids, targets))
+        if self.use_ulysses_sp:
+            size = self.ulysses_sequence_parallel_size
+            targets = F.pad(targets, (0, -targets.size(1) % size), value=IGNORED)
+            targets = targets.chunk(size, dim=1)[torch.distributed.get_rank(self.ulysses_parallel_group)]
+            input_ids, position_ids, _ = ulysses_pad_and_slice_inputs(input_ids, position_ids, sp_size=size)
+        kept = (targets[0] != IGNORED).nonzero()[:, 0]
+        # A rank with nothing to supervise still has to take part in every collective of the others.
+        kept = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=device)
+        with self._autocast():
+            logits = self._logits(input_ids, position_ids, kept)
+        return F.cross_entropy(logits.float(), targets[0, kept], ignore_index=IGNORED, reduction="sum")
+
+    def _logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Logits of shape (kept, vocabulary); the head runs on those positions alone where the model can."""
+        inputs = dict(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
+        if self._keeps_logits:
+            return self.module(**inputs, logits_to_keep=kept).logits[0]
+        return self.module(**inputs).logits[0, kept]
+
+    def _autocast(self) -> AbstractContextManager:
+        if self._autocast_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device_type=get_device_name(), dtype=self._autocast_dtype)
+
+    def _over_sequence_ranks(self, loss: torch.Tensor) -> float:
+        """With sequence parallelism each rank has the loss of its slice; verl averages over data ranks only."""
+        if self.use_ulysses_sp:
+            torch.distributed.all_reduce(loss, group=self.ulysses_parallel_group)
+            loss = loss / self.ulysses_sequence_parallel_size
+        return loss.item()
+
+    def _build_module(self) -> torch.nn.Module:
+        module = super()._build_module()
+        self._keeps_logits = "logits_to_keep" in signature(module.forward).parameters
+        return module
+
+    def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        config = self.optimizer_config
+        steps = config.total_training_steps
+        warmup = config.lr_warmup_steps if config.lr_warmup_steps > 0 else int(config.lr_warmup_steps_ratio * steps)
+        return LambdaLR(
+            optimizer, lambda step: schedule(step, steps, warmup, config.lr_scheduler_type, config.min_lr_ratio)
+        )
+
+
+def schedule(step: int, total: int, warmup: int, kind: str, min_ratio: float) -> float:
+    """The share of the peak learning rate at optimiser step `step` (from 0).
+
+    Rises in equal parts over `warmup` steps, the first of which is above 0; then constant, linear or half a cosine
+    (https://arxiv.org/abs/1608.03983, without restarts) towards `min_ratio`, which would be reached at step `total`.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
+    return shape if kind == "constant" else min_ratio + (1.0 - min_ratio) * shape
+
+
+def _micro_batches(data: TensorDict) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Packed (input_ids, position_ids, targets), each of shape (1, tokens); a target is the token after its position.
+
+    The last position of a document has no target: what follows in the pack belongs to another document, whose first
+    token is never supervised.
+    """
+    ids, mask, positions = (data[key].values() for key in ("input_ids", "loss_mask", "position_ids"))
+    offsets = data["input_ids"].offsets().tolist()
+    targets = torch.full_like(ids, IGNORED)
+    targets[:-1] = torch.where(mask[1:].bool(), ids[1:], IGNORED)
+    doc = 0
+    for count in tu.get(data, "micro_batch_docs"):
+        span = slice(offsets[doc], offsets[doc + count])
+        yield ids[span][None], positions[span][None], targets[span][None]
+        doc += count

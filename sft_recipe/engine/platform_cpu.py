@@ -1,0 +1,147 @@
+"""verl's platform plug-in for CPUs: gloo for collectives, resident memory for memory, nothing to synchronise.
+
+Must be registered before anything of verl's engine is imported, and must not import the engine itself.
+"""
+
+import contextlib
+import os
+import time
+from types import ModuleType
+from typing import Any
+
+import psutil
+import torch
+from verl.plugin.platform import get_platform
+from verl.plugin.platform.platform_base import PlatformBase
+from verl.plugin.platform.platform_manager import PlatformRegistry
+
+
+class _CpuModule(ModuleType):
+    """`torch.cpu` with the names of `torch.cuda` that verl calls."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return os.cpu_count() or 1
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def set_device(self, *_: Any) -> None:
+        pass
+
+    def get_device_name(self, *_: Any) -> str:
+        return "cpu"
+
+    def synchronize(self, *_: Any) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+    def reset_peak_memory_stats(self, *_: Any) -> None:
+        pass
+
+    def memory_allocated(self, *_: Any) -> int:
+        return psutil.Process().memory_info().rss
+
+    memory_reserved = max_memory_allocated = max_memory_reserved = memory_allocated
+
+    def mem_get_info(self, *_: Any) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+
+class PlatformCPU(PlatformBase):
+    """A machine without an accelerator."""
+
+    device_name = "cpu"
+    vendor_name = "cpu"
+    device_module = _CpuModule("torch.cpu")
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> Any:
+        return torch.device("cpu")
+
+    def device_count(self) -> int:
+        return os.cpu_count() or 1
+
+    def set_device(self, device_index: int) -> None:
+        pass
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        pass
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    manual_seed_all = manual_seed
+
+    def set_allocator_settings(self, settings: str) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        return "SFT_CPU_RANKS"
+
+    def nvtx_range(self, msg: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def profiler_start(self) -> None:
+        pass
+
+    def profiler_stop(self) -> None:
+        pass
+
+    def ray_resource_name(self) -> str:
+        return "CPU"
+
+    def ray_noset_envvars(self) -> list[str]:
+        return []
+
+    def is_ipc_supported(self) -> bool:
+        return False
+
+    def cudart(self) -> None:
+        return None
+
+
+def use_cpu() -> None:
+    """Make the CPU verl's platform in this process.
+
+    Raises RuntimeError where verl has settled on another platform already.
+    """
+    os.environ["VERL_PLATFORM"] = "cpu"
+    PlatformRegistry.register(platform="cpu")(PlatformCPU)
+    if get_platform().device_name != "cpu":
+        raise RuntimeError(f"verl chose the platform {get_platform().device_name} before the CPU was registered")
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def measured_peak_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+    """FLOP/s of square matrix products of this dtype with the threads at hand: what MFU is a share of on a CPU."""
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,169 @@
+"""Our configuration -> verl's dataclasses; the one place that knows verl's keys."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from verl.trainer.config import CheckpointConfig
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.config.optimizer import OptimizerConfig
+
+from sft_recipe.config import Config, FsdpConfig
+from sft_recipe.engine.platform_cpu import has_fast_bf16
+from sft_recipe.errors import PreflightError
+
+
+@dataclass
+class ScheduledOptimizerConfig(FSDPOptimizerConfig):
+    """verl's optimiser config without its refusal of other schedules than constant and cosine."""
+
+    def __post_init__(self) -> None:
+        OptimizerConfig.__post_init__(self)
+
+
+@dataclass(frozen=True)
+class VerlConfig:
+    """What verl's TrainingWorker is built from."""
+
+    model: HFModelConfig
+    engine: Any
+    optim: Any
+    checkpoint: CheckpointConfig
+
+
+def build_verl_config(config: Config, model_folder: Path, total_steps: int, device: str) -> VerlConfig:
+    """Translate; `device` is "cuda" or "cpu", `total_steps` the optimiser steps of the whole run."""
+    is_megatron = config.fsdp.strategy == "megatron"
+    return VerlConfig(
+        model=_model(config, model_folder, device),
+        engine=megatron_engine(config.fsdp, config.trainer.seed) if is_megatron else fsdp_engine(config, device),
+        optim=_megatron_optim(config, total_steps) if is_megatron else _optim(config, total_steps),
+        checkpoint=CheckpointConfig(),
+    )
+
+
+def compute_dtype(fsdp: FsdpConfig, device: str) -> str:
+    """bf16 or fp32: as asked for, or bf16 where the hardware multiplies it."""
+    if fsdp.mixed_precision.param_dtype != "auto":
+        return fsdp.mixed_precision.param_dtype
+    fast = torch.cuda.is_bf16_supported() if device == "cuda" else has_fast_bf16()
+    return "bf16" if fast else "fp32"
+
+
+def effective_strategy(fsdp: FsdpConfig, device: str) -> str:
+    """torch's FSDP1 refuses the CPU; there fsdp runs as fsdp2."""
+    return "fsdp2" if device == "cpu" and fsdp.strategy == "fsdp" else fsdp.strategy
+
+
+def uses_gradient_checkpointing(config: Config, device: str) -> bool:
+    """On by default on GPUs, where memory is short; off on CPUs, where it seldom is."""
+    chosen = config.model.enable_gradient_checkpointing
+    return device == "cuda" if chosen == "auto" else bool(chosen)
+
+
+def attention(config: Config, device: str) -> str:
+    """The attention implementation: flash-attn where it is installed on a GPU, else PyTorch's."""
+    chosen = config.model.attn_implementation
+    if chosen == "auto":
+        has_flash = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
+        chosen = "flash_attention_2" if has_flash else "sdpa"
+    if config.fsdp.ulysses_sequence_parallel_size > 1 and not chosen.startswith("flash_attention"):
+        raise PreflightError(
+            f"fsdp.ulysses_sequence_parallel_size={config.fsdp.ulysses_sequence_parallel_size} needs flash attention, "
+            f"but attention here is {chosen}: install flash-attn on a machine with GPUs, or set the size to 1"
+        )
+    return chosen
+
+
+def fsdp_engine(config: Config, device: str) -> FSDPEngineConfig:
+    """verl's FSDP engine; offloading means nothing where the device is the CPU."""
+    fsdp = config.fsdp
+    on_gpu = device == "cuda"
+    return FSDPEngineConfig(
+        strategy=effective_strategy(fsdp, device),
+        param_offload=fsdp.param_offload and on_gpu,
+        optimizer_offload=fsdp.optimizer_offload and on_gpu,
+        offload_policy=fsdp.offload_policy and on_gpu,
+        reshard_after_forward=fsdp.reshard_after_forward,
+        fsdp_size=fsdp.fsdp_size,
+        forward_prefetch=fsdp.forward_prefetch,
+        use_no_sync_for_gradient_accumulation=fsdp.use_no_sync_for_gradient_accumulation,
+        model_dtype=fsdp.model_dtype,
+        mixed_precision={
+            "param_dtype": compute_dtype(fsdp, device),
+            "reduce_dtype": fsdp.mixed_precision.reduce_dtype,
+            "buffer_dtype": "fp32",
+        },
+        use_orig_params=config.lora.enabled,
+        ulysses_sequence_parallel_size=fsdp.ulysses_sequence_parallel_size,
+        use_torch_compile=False,
+        seed=config.trainer.seed,
+    )
+
+
+def megatron_engine(fsdp: FsdpConfig, seed: int) -> Any:
+    """verl's Megatron engine with our parallel sizes."""
+    from verl.workers.config import McoreEngineConfig
+
+    return McoreEngineConfig(
+        param_offload=fsdp.param_offload,
+        optimizer_offload=fsdp.optimizer_offload,
+        tensor_model_parallel_size=fsdp.tensor_model_parallel_size,
+        pipeline_model_parallel_size=fsdp.pipeline_model_parallel_size,
+        context_parallel_size=fsdp.context_parallel_size,
+        seed=seed,
+    )
+
+
+def _model(config: Config, folder: Path, device: str) -> HFModelConfig:
+    lora = config.lora
+    return HFModelConfig(
+        path=str(folder),
+        load_tokenizer=False,
+        trust_remote_code=config.model.trust_remote_code,
+        enable_gradient_checkpointing=uses_gradient_checkpointing(config, device),
+        use_remove_padding=True,
+        override_config={**config.model.override_config, "attn_implementation": attention(config, device)},
+        lora_rank=lora.rank if lora.enabled else 0,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        exclude_modules=lora.exclude_modules,
+        lora={"rank": lora.rank, "alpha": lora.alpha} if lora.enabled else {},
+    )
+
+
+def _optim(config: Config, total_steps: int) -> ScheduledOptimizerConfig:
+    optim = config.optim
+    return ScheduledOptimizerConfig(
+        optimizer=optim.optimizer,
+        optimizer_impl=optim.optimizer_impl,
+        override_optimizer_config=optim.override_optimizer_config,
+        lr=optim.lr,
+        lr_scheduler_type=optim.lr_scheduler_type,
+        lr_warmup_steps_ratio=optim.lr_warmup_steps_ratio,
+        lr_warmup_steps=optim.lr_warmup_steps,
+        min_lr_ratio=optim.min_lr_ratio,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        clip_grad=optim.clip_grad,
+        total_training_steps=total_steps,
+    )
+
+
+def _megatron_optim(config: Config, total_steps: int) -> Any:
+    from verl.workers.config import McoreOptimizerConfig
+
+    optim = config.optim
+    return McoreOptimizerConfig(
+        lr=optim.lr,
+        lr_decay_style=optim.lr_scheduler_type,
+        min_lr=optim.lr * optim.min_lr_ratio,
+        lr_warmup_steps_ratio=optim.lr_warmup_steps_ratio,
+        lr_warmup_steps=optim.lr_warmup_steps,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        clip_grad=optim.clip_grad,
+        total_training_steps=total_steps,
+    )

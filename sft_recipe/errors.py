@@ -1,0 +1,31 @@
+"""What a user can cause: each kind ends the program with exit code 2 and its message, without a traceback."""
+
+
+class RecipeError(Exception):
+    """One clear message: what is wrong, where, and what to do about it."""
+
+    exit_code = 2
+
+
+class ConfigError(RecipeError):
+    """A flag, key or value that cannot be used."""
+
+
+class DataError(RecipeError):
+    """A data file or record that cannot be used; the message names file, record and field."""
+
+
+class ModelError(RecipeError):
+    """A model or tokenizer that cannot be found, loaded or trained."""
+
+
+class PreflightError(RecipeError):
+    """The machine cannot do what was asked: GPUs, disk, packages."""
+
+
+class CheckpointError(RecipeError):
+    """A checkpoint that cannot be resumed from, or a place that cannot be written."""
+
+
+class TrainingError(RecipeError):
+    """Training itself went wrong in a way that the user can mend, such as a loss that is no longer a number."""

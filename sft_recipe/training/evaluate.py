@@ -1,0 +1,43 @@
+"""Validation: the mean loss over every supervised token of the validation examples, each counted once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+
+from sft_recipe.data.cache import Examples
+
+MICRO_BATCHES_AT_ONCE = 16  # per rank: what is handed to the engine in one go
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean negative log-likelihood per supervised token, and how many tokens those are."""
+
+    loss: float
+    tokens: int
+
+
+def evaluate(
+    examples: Examples,
+    budget: int,
+    ranks: int,
+    make_batch: Callable[[Examples, np.ndarray], TensorDict],
+    infer: Callable[[TensorDict], TensorDict],
+) -> Validation:
+    """Run all examples, in chunks that do not depend on the batch size; the last one may be small, none is dropped."""
+    total, tokens = 0.0, 0
+    for numbers in _chunks(examples.lengths, budget * ranks * MICRO_BATCHES_AT_ONCE):
+        output = infer(make_batch(examples, numbers))
+        supervised = sum(int(examples[i][1].sum()) for i in numbers)
+        total += tu.get(output, "metrics")["loss"] * supervised
+        tokens += supervised
+    return Validation(total / tokens, tokens)
+
+
+def _chunks(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Runs of neighbouring examples of about `tokens` tokens each."""
+    which = (np.cumsum(lengths) - 1) // tokens
+    return [np.flatnonzero(which == value) for value in np.unique(which)]

@@ -1,0 +1,138 @@
+"""What a person watches (banner, bar, lines) and what a machine reads (metrics.jsonl, verl's loggers)."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sft_recipe.config import Config
+
+
+def console() -> Console:
+    """Where people read; lines are not folded where nobody looks."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=200)
+
+
+class RunLog:
+    """Rank 0's view of a run; on other ranks every method does nothing.
+
+    `metrics.jsonl` has one JSON object per optimiser step: `step`, `epoch`, `train/loss`, `train/grad_norm`,
+    `train/lr`, `train/tokens`, `train/supervised_tokens`, `perf/...`, and `val/loss` where validation ran.
+    """
+
+    def __init__(self, config: Config, first_step: int, total_steps: int, enabled: bool):
+        self.enabled = enabled
+        if not enabled:
+            return
+        self.console = console()
+        self.path = Path(config.trainer.output_dir) / "metrics.jsonl"
+        _keep_rows(self.path, first_step)
+        self.file = self.path.open("a")
+        self.tracking = _tracking(config)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+        self.bar = Progress(
+            TextColumn("{task.description}"), *columns, TextColumn("left"), TimeRemainingColumn(), console=self.console
+        )
+        self.task = self.bar.add_task("Training", total=total_steps, completed=first_step, state="")
+        self.total = total_steps
+
+    def start(self) -> None:
+        """Show the bar, where there is a terminal to draw it on."""
+        if self.enabled and self.console.is_terminal:
+            self.bar.start()
+
+    def stop(self) -> None:
+        if self.enabled:
+            self.bar.stop()
+            self.file.close()
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            self.console.print(text, soft_wrap=True, markup=False)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Record one optimiser step everywhere; on disk before anything else happens."""
+        if not self.enabled:
+            return
+        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self.file.write(json.dumps(clean) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        if self.tracking:
+            numbers = {key: value for key, value in row.items() if key != "step" and value is not None}
+            self.tracking.log(data=numbers, step=row["step"])
+        state = _state(row)
+        self.bar.update(self.task, completed=row["step"], state=state)
+        if not self.console.is_terminal:
+            self.say(f"step {row['step']}/{self.total}  {state}")
+        if row.get("val/loss") is not None:
+            self.say(f"step {row['step']}: validation loss {row['val/loss']:.4f} over {row['val/tokens']:,} tokens")
+
+
+def banner(title: str, rows: list[tuple[str, str]]) -> None:
+    """The essentials of a run, before it starts."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    console().print(Panel(table, title=title, title_align="left", expand=False))
+
+
+def notice(text: str) -> None:
+    """Something that a user must not miss."""
+    console().print(Panel(text, title="notice", title_align="left", border_style="yellow", expand=False))
+
+
+def _state(row: dict[str, Any]) -> str:
+    parts = [
+        f"loss {row['train/loss']:.4f}",
+        f"lr {row['train/lr']:.2e}",
+        f"grad norm {row['train/grad_norm']:.2f}",
+        f"{row['perf/tokens_per_s']:,.0f} tokens/s",
+    ]
+    if row.get("perf/mfu"):
+        parts.append(f"MFU {100 * row['perf/mfu']:.0f}%")
+    return "  ".join([*parts, f"{row['perf/memory_gb']:.1f} GB"])
+
+
+def _keep_rows(path: Path, steps: int) -> None:
+    """Drop rows of steps that will be trained again, so that every step stands there once; half a row ends the file."""
+    kept = []
+    if steps and path.is_file():
+        for line in path.read_text().splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= steps:
+                    kept.append(line)
+            except ValueError:
+                continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+
+def _tracking(config: Config) -> Any:
+    """verl's loggers besides the console, which is ours."""
+    trainer = config.trainer
+    backends = [name for name in trainer.logger if name != "console"]
+    if trainer.wandb_project and "wandb" not in backends:
+        backends.append("wandb")
+    if not backends:
+        return None
+    from verl.utils.tracking import Tracking
+
+    if "tensorboard" in backends:
+        os.environ.setdefault("TENSORBOARD_DIR", str(Path(trainer.output_dir) / "tensorboard"))
+    return Tracking(
+        project_name=trainer.wandb_project or trainer.project_name,
+        experiment_name=trainer.experiment_name or Path(trainer.output_dir).absolute().name,
+        default_backend=backends,
+        config=config.model_dump(mode="json"),
+    )

@@ -1,0 +1,97 @@
+"""A trained model as others load it: a Hugging Face folder or a PEFT adapter, with tokenizer and chat template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from sft_recipe.config import Config
+from sft_recipe.models import ResolvedModel
+
+ADAPTER = "lora_adapter"
+MODEL = "huggingface"
+
+
+class ModelSaver:
+    """Writes `folder/huggingface`, which `AutoModelForCausalLM.from_pretrained` loads as it is.
+
+    Full fine-tuning: the model, in the dtype of the weights that training began with. LoRA: the PEFT adapter; with
+    `lora.merge` the merged model, and the adapter beside it in `folder/lora_adapter`.
+    """
+
+    def __init__(self, config: Config, model: ResolvedModel, tokenizer: Any):
+        self.lora = config.lora
+        self.model = model
+        self.tokenizer = tokenizer
+        self.trust_remote_code = config.model.trust_remote_code
+        self.hf_config = AutoConfig.from_pretrained(model.folder, trust_remote_code=self.trust_remote_code)
+        self.hf_config.update(config.model.override_config)
+        self.dtype = self.hf_config.dtype or torch.float32
+
+    def save(self, module: torch.nn.Module, folder: Path) -> None:
+        """Collective: every rank takes part in gathering, rank 0 writes."""
+        only_adapter = self.lora.enabled
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapter)
+        state = get_model_state_dict(module, options=options)
+        if torch.distributed.get_rank() != 0:
+            return
+        disable_progress_bar()
+        target = folder / MODEL
+        if only_adapter:
+            adapter = folder / ADAPTER if self.lora.merge else target
+            self._save_adapter(module, state, adapter)
+            if self.lora.merge:
+                self._save_merged(adapter, target)
+        else:
+            self._save_full(state, target)
+        self.tokenizer.save_pretrained(target)
+
+    def _save_full(self, state: dict[str, torch.Tensor], target: Path) -> None:
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(self.hf_config, trust_remote_code=self.trust_remote_code)
+        self._take_generation_config(shell)
+        tied = getattr(shell, "all_tied_weights_keys", None) or {}
+        state = {name: value.to(self.dtype) for name, value in state.items() if name not in tied}
+        shell.save_pretrained(target, state_dict=state)
+        self._set_dtype(target)
+
+    def _save_adapter(self, module: torch.nn.Module, state: dict[str, torch.Tensor], target: Path) -> None:
+        from peft import get_peft_model_state_dict
+
+        peft_model: Any = getattr(module, "_fsdp_wrapped_module", module)
+        weights = get_peft_model_state_dict(peft_model, state_dict=state, save_embedding_layers=False)
+        target.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in weights.items()}, target / "adapter_model.safetensors")
+        settings = peft_model.peft_config["default"].to_dict()
+        is_hub_id = not Path(self.model.name).exists() and "/" in self.model.name
+        settings["base_model_name_or_path"] = self.model.name if is_hub_id else str(self.model.folder.absolute())
+        settings["inference_mode"] = True
+        text = json.dumps(settings, indent=2, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+        (target / "adapter_config.json").write_text(text)
+
+    def _save_merged(self, adapter: Path, target: Path) -> None:
+        """W + alpha / rank * B A, in fp32, on the weights that training began with."""
+        from peft import PeftModel
+
+        base = AutoModelForCausalLM.from_pretrained(
+            self.model.folder, config=self.hf_config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+        )
+        merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+        self._take_generation_config(merged)
+        merged.to(self.dtype).save_pretrained(target)
+        self._set_dtype(target)
+
+    def _take_generation_config(self, model: Any) -> None:
+        if (self.model.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.model.folder)
+
+    def _set_dtype(self, target: Path) -> None:
+        path = target / "config.json"
+        settings = json.loads(path.read_text())
+        settings["dtype"] = str(self.dtype).removeprefix("torch.")
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,262 @@
+"""The loop, over verl's SFTTrainer: its worker and engine, our data, plan, checkpoints and logs."""
+
+import contextlib
+import io
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tensordict import NonTensorData, TensorDict
+from verl.trainer.sft_trainer import SFTTrainer as VerlSFTTrainer
+from verl.utils import flops_counter
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import DatasetPadMode
+
+from sft_recipe.config import AFTER_EACH_EPOCH, Config, Every
+from sft_recipe.data.batches import plan_micro_batches, step_examples, steps_per_epoch
+from sft_recipe.data.cache import Examples
+from sft_recipe.engine import engine as _registers_the_engine  # noqa: F401
+from sft_recipe.engine.platform_cpu import measured_peak_flops
+from sft_recipe.engine.verl_config import build_verl_config
+from sft_recipe.errors import TrainingError
+from sft_recipe.training.checkpoint import Checkpoints, read_trainer_state
+from sft_recipe.training.evaluate import evaluate
+from sft_recipe.training.prepare import Prepared
+from sft_recipe.training.progress import RunLog
+from sft_recipe.training.save_model import ModelSaver
+
+STOPPED = 75  # exit code of a run that a signal stopped after saving (EX_TEMPFAIL: try again)
+BAD_STEPS_IN_A_ROW = 10
+
+
+class SFTTrainer(VerlSFTTrainer):
+    """One run, from step `first_step` to its end. Every rank makes one; all methods are collective."""
+
+    def __init__(self, config: Config, prepared: Prepared, device: str, resume: Path | None):
+        self.recipe = config
+        self.prepared = prepared
+        self.device = device
+        self.resume = resume
+        self.steps_per_epoch = steps_per_epoch(len(prepared.train), config.data.train_batch_size)
+        self.total_steps = config.trainer.total_training_steps or config.trainer.total_epochs * self.steps_per_epoch
+        self.stop_signal = 0
+        # verl reads no more of its own configuration than this in the parts that are kept.
+        view = SimpleNamespace(trainer=SimpleNamespace(device=device))
+        torch.manual_seed(config.trainer.seed)
+        with _verl_chatter():
+            super().__init__(view)
+
+    def fit(self) -> int:
+        """Train to the end. Returns an exit code: 0 done, STOPPED where a signal asked to stop and all is saved.
+
+        Raises TrainingError after ten steps in a row whose gradients were not finite.
+        """
+        config = self.recipe
+        first = self.resume_global_step
+        log = RunLog(config, first, self.total_steps, enabled=dist.get_rank() == 0)
+        self._listen_to_signals()
+        bad_in_a_row = 0
+        log.start()
+        try:
+            for step in range(first + 1, self.total_steps + 1):
+                row = self._train_step(step)
+                is_last = step == self.total_steps
+                bad_in_a_row = 0 if math.isfinite(row["train/grad_norm"]) else bad_in_a_row + 1
+                if bad_in_a_row:
+                    self.skipped_steps += 1
+                    log.say(f"step {step}: the gradient is not finite; this step changed nothing")
+                if self._is_due(config.trainer.test_freq, step, is_last) and self.prepared.validation:
+                    row |= self._validate(self.prepared.validation)
+                log.step(row)
+                if bad_in_a_row == BAD_STEPS_IN_A_ROW:
+                    raise TrainingError(_advice(step, config))
+                stopping = self._agree_to_stop()
+                if self._is_due(config.trainer.save_freq, step, is_last) or stopping:
+                    path = self._save(step)
+                    log.say(f"step {step}: saved {path}")
+                if stopping and not is_last:
+                    log.say(f"Stopped at step {step} of {self.total_steps}. Go on with --resume_from auto.")
+                    return STOPPED
+        finally:
+            log.stop()
+        return 0
+
+    def facts(self) -> dict[str, Any]:
+        """Numbers for the banner."""
+        module = self.engine.module
+        total = sum(parameter.numel() for parameter in module.parameters())
+        trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        return {"parameters": total, "trainable": trainable}
+
+    # The seams of verl's trainer, in the order in which its constructor calls them.
+
+    def _build_config(self) -> None:
+        built = build_verl_config(self.recipe, self.prepared.model.folder, self.total_steps, self.device)
+        self.model_config, self.engine_config = built.model, built.engine
+        self.optimizer_config, self.checkpoint_config = built.optim, built.checkpoint
+        self.profiler_config = None
+
+    def _build_dataset(self) -> None:
+        pass  # made ready before the process group: see prepare.py
+
+    def _build_dataloader(self) -> None:
+        pass  # a step's examples are a function of its number: see batches.py
+
+    def _init_engine(self) -> None:
+        if self.device == "cpu":
+            dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.engine_config.mixed_precision["param_dtype"]]
+            flops_counter._DEVICE_FLOPS["cpu"] = measured_peak_flops(dtype)
+        self.training_client.reset()
+
+    def _build_ckpt_handler(self) -> None:
+        config = self.recipe
+        saver = ModelSaver(config, self.prepared.model, self.prepared.tokenizer)
+        folder = Path(config.trainer.output_dir) / "checkpoints"
+        keep = config.trainer.max_ckpt_to_keep
+        self.checkpoints = Checkpoints(self.engine, folder, keep, saver.save, config.lora.enabled)
+        self.ckpt_handler = SimpleNamespace(load_checkpoint=self._resume)
+
+    def _resume(self) -> int:
+        self.skipped_steps = 0
+        if self.resume is None:
+            return 0
+        self.checkpoints.load(self.resume)
+        state = read_trainer_state(self.resume)
+        self.skipped_steps = state["skipped_steps"]
+        return state["step"]
+
+    def _train_step(self, step: int) -> dict[str, Any]:
+        """Optimiser step `step` (from 1); returns its row for the log."""
+        started = time.perf_counter()
+        data = self.recipe.data
+        numbers = step_examples(step - 1, len(self.prepared.train), data.train_batch_size, self._seed, data.shuffle)
+        self._seed_step(step)
+        self.engine.set_step(step - 1)
+        learning_rate = self.engine.optimizer.param_groups[0]["lr"]
+        batch = self._make_batch(self.prepared.train, numbers)
+        metrics = tu.get(self.training_client.train_batch(batch), "metrics")
+        tokens = int(self.prepared.train.lengths[numbers].sum())
+        seconds = time.perf_counter() - started
+        return {
+            "step": step,
+            "epoch": round(step / self.steps_per_epoch, 4),
+            "train/loss": metrics["loss"],
+            "train/grad_norm": metrics["grad_norm"],
+            "train/lr": learning_rate,
+            "train/tokens": tokens,
+            "train/supervised_tokens": sum(int(self.prepared.train[i][1].sum()) for i in numbers),
+            "train/skipped_steps": self.skipped_steps,
+            "perf/seconds": round(seconds, 4),
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/mfu": metrics.get("mfu"),
+            "perf/memory_gb": metrics["perf/max_memory_allocated_gb"],
+        }
+
+    def _validate(self, examples: Examples) -> dict[str, Any]:
+        budget, ranks = self.recipe.data.token_budget, self._data_ranks
+        result = evaluate(examples, budget, ranks, self._make_batch, self.training_client.infer_batch)
+        return {"val/loss": result.loss, "val/tokens": result.tokens}
+
+    def _make_batch(self, examples: Examples, numbers: np.ndarray) -> TensorDict:
+        """This rank's share of the batch, in the order of its micro-batches; an empty one holds a token nobody learns."""
+        lengths = examples.lengths[numbers]
+        plan = plan_micro_batches(lengths.tolist(), self._data_ranks, self.recipe.data.token_budget)
+        mine = plan[self.engine.get_data_parallel_rank()]
+        filler = (np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.uint8))
+        documents = [examples[numbers[index]] if index is not None else filler for part in mine for index in part or [None]]
+        ids = [torch.from_numpy(ids.astype(np.int64)) for ids, _ in documents]
+        masks = [torch.from_numpy(mask.astype(np.int64)) for _, mask in documents]
+        positions = [torch.arange(len(part)) for part in ids]
+        tensors = {
+            name: torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+            for name, parts in (("input_ids", ids), ("loss_mask", masks), ("position_ids", positions))
+        }
+        batch = tu.get_tensordict(tensors, _meta_info(self.recipe, self.prepared.tokenizer.pad_token_id))
+        docs = [max(1, len(part)) for part in mine]
+        tu.assign_non_tensor(
+            batch, micro_batch_docs=NonTensorData(docs), global_token_num=NonTensorData(lengths.tolist())
+        )
+        return batch
+
+    def _save(self, step: int) -> Path:
+        state = {
+            "step": step,
+            "total_steps": self.total_steps,
+            "epoch": step / self.steps_per_epoch,
+            "skipped_steps": self.skipped_steps,
+            "world_size": dist.get_world_size(),
+            "identity": self.prepared.identity(self.recipe),
+        }
+        return self.checkpoints.save(step, state)
+
+    def _is_due(self, every: Every, step: int, is_last: bool) -> bool:
+        interval = self.steps_per_epoch if every == AFTER_EACH_EPOCH else int(every)
+        return is_last or (interval > 0 and step % interval == 0)
+
+    def _seed_step(self, step: int) -> None:
+        """Random state as a function of (seed, step, rank): a resumed run draws what the uninterrupted one would."""
+        sequence = np.random.SeedSequence([self._seed, step, self.engine.get_data_parallel_rank()])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+    def _listen_to_signals(self) -> None:
+        def remember(number: int, _frame: Any) -> None:
+            if self.stop_signal:
+                os._exit(128 + number)
+            self.stop_signal = number
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, remember)
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank was told to stop: ranks hear of a signal at different moments and must stop at one step."""
+        told = torch.tensor([self.stop_signal], device=self.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told.item())
+
+    @property
+    def _seed(self) -> int:
+        return self.recipe.trainer.seed
+
+    @property
+    def _data_ranks(self) -> int:
+        return self.engine.get_data_parallel_size()
+
+
+def _meta_info(config: Config, pad_token_id: int | None) -> dict[str, Any]:
+    """What verl's engines read beside the tensors; Megatron's plans its own micro-batches under the same budget."""
+    return {
+        "use_remove_padding": True,
+        "use_dynamic_bsz": True,
+        "max_token_len_per_gpu": config.data.token_budget,
+        "micro_batch_size_per_gpu": config.data.micro_batch_size_per_gpu,
+        "temperature": 1.0,
+        "global_batch_size": config.data.train_batch_size,
+        "pad_mode": DatasetPadMode.NO_PADDING,
+        "pad_token_id": pad_token_id or 0,
+    }
+
+
+def _advice(step: int, config: Config) -> str:
+    return (
+        f"the gradients of the last {BAD_STEPS_IN_A_ROW} steps, up to step {step}, were not finite, so nothing is learnt any more. "
+        f"Lower the learning rate (now {config.optim.lr:g}), lower GRAD_CLIP, or compute in fp32 "
+        "(fsdp.mixed_precision.param_dtype=fp32); the newest checkpoint is from before."
+    )
+
+
+@contextlib.contextmanager
+def _verl_chatter() -> Iterator[None]:
+    """What verl prints while it builds says nothing to our users; SFT_DEBUG=1 shows it."""
+    if os.environ.get("SFT_DEBUG"):
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

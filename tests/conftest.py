@@ -1,0 +1,22 @@
+"""Fixtures shared by all tests; nothing here touches a network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A ChatML tokenizer; do not change it in a test."""
+    return tiny.build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A two-layer Llama with its tokenizer, as a Hugging Face folder; read-only."""
+    return tiny.build_model(tmp_path_factory.mktemp("model"))

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Fine-tunes a language model: ./train.sh [FLAGS] [HYDRA OVERRIDES]; ./train.sh --help lists them.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+for word in "$@"; do
+  if [ "$word" = "--help" ] || [ "$word" = "-h" ]; then
+    PYTHONPATH="$here" exec python3 -m sft_recipe.launch --help  # needs no environment
+  fi
+done
+
+. "$here/scripts/environment.sh"
+exec "$PYTHON" -m sft_recipe.launch "$@"
