@@ -10,4 +10,5 @@ for word in "$@"; do
 done
 
 . "$here/scripts/environment.sh"
+choose_environment
 exec "$PYTHON" -m sft_recipe.launch "$@"

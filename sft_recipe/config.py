@@ -3,7 +3,8 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -171,7 +172,7 @@ class Config(_Group):
     optim: OptimConfig
     fsdp: FsdpConfig
     lora: LoraConfig
-    trainer: TrainerConfig
+    trainer: TrainerConfig = TrainerConfig()
 
     def cache_dir(self) -> Path:
         """Where token stores and converted models are kept between runs."""
@@ -194,7 +195,7 @@ def build_config(tree: dict[str, Any]) -> Config:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """' Did you mean X?', or what there is to choose from."""
+    """' Did you mean X?', or nothing where no known name is near."""
     leaves = {key.rsplit(".", 1)[-1]: key for key in known}
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close and (leaf := difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.7)):
@@ -214,6 +215,19 @@ def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+def text_keys() -> list[str]:
+    """Dotted names of the keys that hold text, or several texts."""
+    return [key for key in all_keys() if str in _types(key)]
+
+
+def _types(key: str) -> tuple[Any, ...]:
+    """The types that a key's value may have."""
+    annotation: Any = Config
+    for part in key.split("."):
+        annotation = annotation.model_fields[part].annotation
+    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+
+
 def _explain_all(problems: list[Any]) -> list[str]:
     """One line a key: of a key with several types (steps, or a word) the last, the word, says most."""
     complaints: dict[str, list[str]] = {}
@@ -227,13 +241,18 @@ def _explain(key: str, problem: Any) -> str:
     kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         return f" is not a key.{nearest(key, all_keys())}"
+    if kind == "missing" and isinstance(problem["loc"][-1], int):
+        return f" is {given!r}; it has too few values"
     if kind == "missing":
         return " is not set"
+    if kind == "model_type":
+        return f" is {given!r}, but it is a group of keys"
     if kind == "value_error":
         return f": {context['error']}"
     if kind == "literal_error":
         expected = context["expected"].replace("'", "").replace(" or ", ", ")
-        expected = f"a number of steps, {expected}" if expected == AFTER_EACH_EPOCH else expected
+        also = {AFTER_EACH_EPOCH: "a number of steps, ", "auto": "true, false, "}  # the other type of such a key
+        expected = also.get(expected, "") + expected
         return f" is {given!r}; it must be one of {expected}.{nearest(str(given), expected.split(', '))}"
     return f" is {given!r}; {problem['msg'].replace('Input should', 'it should')}"
 

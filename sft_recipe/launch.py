@@ -105,7 +105,7 @@ def parse(args: list[str], environment: Mapping[str, str]) -> CommandLine:
         else:
             raise ConfigError(f"unknown flag {word.partition('=')[0]}.{_nearest_flag(name, by_name)}")
     from_environment = [
-        _override(flag, environment[flag.variable].split(",") if flag.many else [environment[flag.variable]])
+        _override(flag, [environment[flag.variable]])
         for flag in FLAGS
         if environment.get(flag.variable) and flag.key not in from_flags
     ]
@@ -216,8 +216,10 @@ def _exit_code(codes: list[int]) -> int:
     own = [code for code in codes if code > 0]
     if own:
         return own[0]
-    print(f"error: a rank was killed by {signal.Signals(-codes[0]).name} (out of memory?)", file=sys.stderr)
-    return 128 - codes[0]
+    number = -codes[0]
+    hint = " (out of memory?)" if number == signal.SIGKILL else ""
+    print(f"error: a rank was killed by {signal.Signals(number).name}{hint}", file=sys.stderr)
+    return 128 + number
 
 
 def _forward_signals() -> None:
@@ -237,9 +239,9 @@ def _forward_signals() -> None:
 def _values(flag: Flag, word: str, rest: list[str]) -> list[str]:
     if flag.is_switch:
         return [rest.pop(0)] if rest and rest[0].lower() in ("true", "false") else ["true"]
-    values = _value_of(word, rest).split(",") if flag.many else [_value_of(word, rest)]
+    values = [_value_of(word, rest)]
     while flag.many and rest and not rest[0].startswith("-") and "=" not in rest[0]:
-        values += rest.pop(0).split(",")
+        values.append(rest.pop(0))
     return values
 
 
@@ -250,17 +252,30 @@ def _value_of(word: str, rest: list[str]) -> str:
 
 
 def _override(flag: Flag, values: list[str]) -> str:
-    quoted = [_quote(value) for value in values if value]
-    return f"{flag.key}={quoted[0] if len(quoted) == 1 else '[' + ','.join(quoted) + ']'}"
+    parts = [part for value in values for part in (value.split(",") if flag.many else [value]) if part]
+    if not parts:
+        raise ConfigError(f"--{flag.name} needs a value")
+    if len(parts) == 1:
+        return f"{flag.key}={_quote(parts[0])}"
+    return f"{flag.key}=[{','.join(_quote(part, in_list=True) for part in parts)}]"
 
 
-def _quote(value: str) -> str:
-    """A value as Hydra's grammar reads it back unchanged; `none`, as the help spells it, is null."""
+def _quote(value: str, in_list: bool = False) -> str:
+    """A value as Hydra reads it back unchanged; `none`, as the help spells it, is null."""
     if value.lower() == "none":
         return "null"
-    if re.fullmatch(r"[\w.+-][\w./+-]*(:[\w./+-]+)*", value):
+    is_plain = re.fullmatch(r"[\w.+-][\w./+-]*(:[\w./+-]+)*", value, re.ASCII)
+    # The type of a key tells text from numbers and truth values; in a list of texts only quotes do.
+    is_other = re.fullmatch(r"[+-]?\.?\d.*|[+-]?(inf|nan)|true|false", value, re.IGNORECASE) if in_list else None
+    if is_plain and not is_other:
         return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # OmegaConf reads ${...} as a reference; a backslash before it, doubled where one stands already, makes it plain text.
+    return quote_for_hydra(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
+
+
+def quote_for_hydra(text: str) -> str:
+    """A text in quotes; backslashes count in Hydra's grammar only before a quote."""
+    return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", "\\'") + "'"
 
 
 def _nearest_flag(name: str, known: Mapping[str, Flag]) -> str:

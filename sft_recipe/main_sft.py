@@ -62,6 +62,7 @@ def _train(config: Config, prepared: "Prepared", device: str, resume: Path | Non
     _join_process_group(device)
     import torch
 
+    from sft_recipe.training.prepare import leave_meeting_place
     from sft_recipe.training.progress import banner
     from sft_recipe.training.trainer import SFTTrainer
 
@@ -69,7 +70,11 @@ def _train(config: Config, prepared: "Prepared", device: str, resume: Path | Non
         trainer = SFTTrainer(config, prepared, device, resume)
         if torch.distributed.get_rank() == 0:
             banner("Supervised fine-tuning", _banner(config, prepared, device, trainer, resume))
-        return trainer.fit()
+        code = trainer.fit()
+        torch.distributed.barrier()
+        if os.environ["LOCAL_RANK"] == "0":
+            leave_meeting_place()
+        return code
     finally:
         torch.distributed.destroy_process_group()
 

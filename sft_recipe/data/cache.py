@@ -46,7 +46,7 @@ class Report:
     without_target: int = 0
     tokens: int = 0
     supervised: int = 0
-    first_too_long: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class TokenStore:
 
     @property
     def fingerprint(self) -> str:
-        """Names the contents: equal fingerprints, equal examples in equal order."""
-        return self.folder.name
+        """Of the tokens and masks themselves: equal fingerprints, equal examples in equal order."""
+        return self.report.digest
 
 
 @dataclass(frozen=True)
@@ -163,18 +163,23 @@ def _build(
     folder: Path, files: list[Path], tokenizer: Any, options: StoreOptions, workers: int, show_progress: bool
 ) -> None:
     report, lengths, supervised = Report(), [0], []
+    digest = hashlib.blake2b(digest_size=8)
     with (folder / "input_ids.bin").open("wb") as ids, (folder / "loss_mask.bin").open("wb") as mask:
         for source, example in _encode_all(files, tokenizer, options, workers, show_progress):
             kept = _admit(source, example, options, report)
             if kept is None:
                 continue
-            ids.write(np.asarray(kept.input_ids, dtype=np.int32).tobytes())
-            mask.write(np.asarray(kept.loss_mask, dtype=np.uint8).tobytes())
+            id_bytes = np.asarray(kept.input_ids, dtype=np.int32).tobytes()
+            mask_bytes = np.asarray(kept.loss_mask, dtype=np.uint8).tobytes()
+            ids.write(id_bytes)
+            mask.write(mask_bytes)
+            digest.update(id_bytes + mask_bytes)
             lengths.append(len(kept.input_ids))
             supervised.append(sum(kept.loss_mask))
         _sync(ids)
         _sync(mask)
     report.examples, report.tokens, report.supervised = len(supervised), sum(lengths), sum(supervised)
+    report.digest = digest.hexdigest()
     _check(report, files, options)
     for name, values in (("offsets", np.cumsum(lengths)), ("supervised", np.asarray(supervised))):
         with (folder / f"{name}.npy").open("wb") as file:
@@ -192,7 +197,6 @@ def _admit(source: str, example: Encoded, options: StoreOptions, report: Report)
     report.longest = max(report.longest, length)
     if length > options.max_length:
         report.too_long += 1
-        report.first_too_long = report.first_too_long or source
         if options.truncation == "error":
             raise DataError(
                 f"{source}: {length} tokens, longer than max_length={options.max_length}; raise MAX_LENGTH, "

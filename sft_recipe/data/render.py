@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from sft_recipe.data.messages import Conversation, located
 from sft_recipe.errors import ModelError
 
-# The text that a turn shows is found by rendering the conversation once more with a slot in place of each text:
-# a number between two code points that Unicode reserves for no character.
+# A slot stands for a text in a rendering: a name between two code points that Unicode gives to no character.
 SLOT = "\ufdd0{}.{}\ufdd1"
 FIND_SLOT = re.compile("\ufdd0([0-9]+[.][0-9]+)\ufdd1")
+TAG = re.compile(r"</?\w+>")
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-THINKING_OPENED = re.compile(r"\s*(<\w+>\s*(</\w+>\s*)?)?")
+OPENED_THOUGHT = re.compile(r"\s*(<\w+>\s*(</\w+>\s*)?)?")
 MAX_PLANS = 4096
 
 Messages = list[dict[str, str]]
@@ -30,10 +30,10 @@ Span = tuple[int, int]  # [start, end) in characters
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as the model sees it; both lists have one entry per token, `loss_mask` 1 where it is trained.
+    """A conversation as the model sees it: per token its id, and 1 if it is trained.
 
-    user "Hi", assistant "Yes"    <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Yes <|im_end|> \\n
-    loss_mask                          0        0   0  0      0      0        0           0     0   1      1      0
+    <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Yes <|im_end|> \\n
+         0        0   0  0      0      0       0           0     0   1      1      0
     """
 
     input_ids: list[int]
@@ -43,27 +43,26 @@ class Encoded:
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Give a base model's tokenizer a plain ChatML template; False if it had a template of its own.
 
-    A turn must end with a token that the model has. Where `<|im_end|>` is a special token, that is it; otherwise
-    the markers are plain text to the model and the assistant's turns end with its eos token in place of the text
-    `<|im_end|>`. A tokenizer that begins every text with bos gets it here too, since templates are tokenised without.
-    Raises ModelError for a tokenizer that has neither `<|im_end|>` nor an eos token.
+    A turn must end with a token that the model has. If `<|im_end|>` is one, all is as usual. If not, the
+    markers are plain text to the model and the assistant ends with the eos token in place of `<|im_end|>`. A
+    tokenizer that begins texts with bos gets it here too, since what a template renders is tokenised without.
+    Raises ModelError if there is no eos token either.
     """
     if tokenizer.chat_template:
         return False
-    ends = "'<|im_end|>'"
+    end = "'<|im_end|>'"
     if "<|im_end|>" not in _special_tokens(tokenizer):
         if not tokenizer.eos_token:
             raise ModelError(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template and no eos token, so no turn could "
-                "end; set eos_token in its tokenizer_config.json, or give it a chat template."
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template and no eos token, so that no "
+                "turn could end; set eos_token in its tokenizer_config.json, or give it a chat template."
             )
-        ends = f"(eos_token if message['role'] == 'assistant' else {ends})"
-    begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        end = f"(eos_token if message['role'] == 'assistant' else {end})"
+    begin = "{{ bos_token }}" if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else ""
     tokenizer.chat_template = (
-        ("{{ bos_token }}" if begins_with_bos else "")
-        + "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
-        + ends
-        + " + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        f"{begin}{{% for message in messages %}}"
+        f"{{{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + {end} + '\\n' }}}}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     return True
 
@@ -71,8 +70,8 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 class Renderer:
     """Encodes conversations by the tokenizer's chat template, or by the one given.
 
-    Raises ModelError for a tokenizer without offsets or without a template, for a template that is no valid Jinja
-    and, when it encodes, for a template that ends turns with no special token.
+    Raises ModelError for a tokenizer without offsets or without a template, for a template that is no Jinja
+    and, on encoding, for one that ends the assistant's turns with no special token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None = None):
@@ -80,8 +79,8 @@ class Renderer:
         self.name = tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise ModelError(
-                f"{self.name}: the slow tokenizer {type(tokenizer).__name__} does not say which text a token stands "
-                "for, so no mask can be made; use a fast one (tokenizer.json)."
+                f"{self.name}: the slow tokenizer {type(tokenizer).__name__} does not say which text a token "
+                "stands for, so that no mask can be made; use a fast one (tokenizer.json)."
             )
         try:
             self.template = tokenizer.get_chat_template(chat_template)
@@ -90,11 +89,12 @@ class Renderer:
         except (ValueError, jinja2.TemplateSyntaxError) as error:
             raise ModelError(f"{self.name}: no usable chat template: {error}") from error
         self.marked = GENERATION.search(self.template) is not None
-        # What a template may look for in a text ('</think>', '/no_think'); keys such as 'role' are not of that kind.
-        self.looked_for = _any_of(text for text in literals if len(text) > 2 and re.search(r"[^\w\s]", text))
+        # What a template may look for in a text, such as '</think>', '/no_think', not names like 'role'.
+        literals.update(TAG.findall(self.template))
+        self.looked_for = _any_of(text for text in literals if len(text) > 2 and not text.isidentifier())
         specials = _special_tokens(tokenizer)
         self.special = _any_of(specials)
-        self.special_ids = set(tokenizer.convert_tokens_to_ids(specials))
+        self.special_ids = {tokenizer.convert_tokens_to_ids(token) for token in specials}
         self.plans: dict[tuple[str, ...], _Plan] = {}
 
     def encode(self, conversation: Conversation) -> Encoded:
@@ -102,14 +102,12 @@ class Renderer:
         return self.encode_batch([conversation])[0]
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        """Token ids and masks, in order; much faster than one by one.
+        """Token ids and masks, in order, tokenised together.
 
-        Raises DataError, naming the conversation's source, where the template refuses a conversation or a turn
-        cannot be located with certainty.
+        Raises DataError, naming the source, where the template refuses a conversation or where what to train
+        on cannot be located with certainty.
         """
-        if not conversations:
-            return []
-        if self.marked:
+        if self.marked or not conversations:
             return [self._encode_marked(conversation) for conversation in conversations]
         texts, spans = [], []
         for conversation in conversations:
@@ -135,9 +133,7 @@ class Renderer:
     def _encode_marked(self, conversation: Conversation) -> Encoded:
         """By a template with {% generation %}, which is taken at its word."""
         with self._naming(conversation):
-            tokens = self._apply(
-                conversation.as_dicts(), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
+            tokens = self._apply(conversation.as_dicts(), tokenize=True, return_assistant_tokens_mask=True)
             mask = [0, *tokens["assistant_masks"][1:]]
             if 1 not in mask:
                 raise _Problem("marks no token with {% generation %}")
@@ -145,7 +141,7 @@ class Renderer:
 
     @contextmanager
     def _naming(self, conversation: Conversation) -> Iterator[None]:
-        """Turns a _Problem into a DataError that names the conversation's source and the template."""
+        """Turns a _Problem into a DataError that names the source and the template."""
         try:
             yield
         except _Problem as problem:
@@ -157,15 +153,18 @@ class Renderer:
     def _apply(self, messages: Any, **kwargs: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **kwargs)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(f"{self.name}: no usable chat template: {error}") from error
         except Exception as error:  # a template is a program: whatever it raises is about these messages
-            raise _Problem(f"refuses it: {str(error).strip().rstrip('.')}") from error
+            raise _Problem(f"refuses the conversation: {str(error).strip().rstrip('.')}") from error
 
     def _locate(self, messages: Messages, text: str) -> list[Span]:
-        """What to supervise of each assistant turn in the rendered text.
+        """What to train on in each assistant turn of the rendered text; raises _Problem if that is uncertain.
 
-        A second rendering has slots in place of what is said: "U: [0.0]\\nA: [1.0]</s>". The spans found in it hold for
-        `text` if that is the same with the slots filled, and so for every conversation of this shape. A template may
-        look at what the others say, so the second try keeps that. Raises _Problem if both fail.
+        A second rendering, of the same messages with slots in place of what they say, shows where the
+        template puts what: "U: [0.0]\\nA: [1.0]</s>". It holds for `text` if that is the same with the slots
+        filled, and so for all conversations of this shape. A template may look at what others say: the last
+        try keeps that.
         """
         problem = "changes what the turns say"
         for keep_others in (False, True):
@@ -185,24 +184,25 @@ class Renderer:
             if spans is not None:
                 return spans
         raise _Problem(
-            f"{problem}, so what to train on cannot be located with certainty; put {{% generation %}} marks around "
-            "the assistant's part of the template, or use another one"
+            f"{problem}, so that what to train on cannot be located with certainty; put {{% generation %}} "
+            "marks around the assistant's part of the template, or use another one"
         )
 
     def _shapes(self, messages: Messages, keep_others: bool) -> tuple[Messages, dict[str, str]]:
-        """The messages with slots for their texts, and the text of each slot.
+        """The messages with slots in place of what they say, and what each slot stands for.
 
-        What a template may look at stays: white space at the edges and the strings that it looks for.
+        What a template may look at stays: white space at the edges, and the strings that it looks for.
 
-            "<think>\\nhm\\n</think>\\n\\nHi"  ->  "<think>\\n[1.0]\\n</think>\\n\\n[1.1]",  {"1.0": "hm", "1.1": "Hi"}
+        "<think>hm</think>\\n\\nHi"  ->  "<think>[1.2]</think>\\n\\n[1.4]", {"1.2": "hm", "1.4": "Hi"}
         """
-        shapes, said = [], {}
+        shapes: Messages = []
+        said: dict[str, str] = {}
         for index, message in enumerate(messages):
             content = message["content"]
             if message["role"] == "assistant" or not keep_others:
                 pieces = self.looked_for.split(content)  # at odd places stands what is looked for
-                if not any(piece.strip() for piece in pieces[::2]):
-                    pieces = [content]  # the whole text is what the template contains, perhaps by chance
+                if not "".join(pieces[::2]).strip():
+                    pieces = [content]  # all of it happens to be text that the template has too
                 for number in range(0, len(pieces), 2):
                     core = pieces[number].strip()
                     if core:
@@ -213,99 +213,87 @@ class Renderer:
         return shapes, said
 
     def _plan(self, shapes: Messages) -> "_Plan":
-        """Where the supervised part of each assistant turn begins and ends, as offsets into the template's own text.
-
-        Raises _Problem if that is not certain.
-        """
+        """What to train on, in terms of the template's own text; raises _Problem if that is not certain."""
         literals, slots = _split(self._render(shapes))
         turns = []
         for index, shape in enumerate(shapes):
             if shape["role"] != "assistant":
                 continue
-            shown = [place for place, slot in enumerate(slots) if slot.startswith(f"{index}.")]
-            if not shown:
-                raise _Problem(f"does not show messages[{index}] (assistant)")
-            first, last = shown[0], shown[-1] + 1
-            if len(set(slots[first:last])) != len(shown) or len(shown) != last - first:
-                raise _Problem(f"shows messages[{index}] (assistant) more than once or in pieces")
+            first, last = _places(slots, index)
             prompt, before = _split(self._render(shapes[:index], add_generation_prompt=True))
             if before[-1:] != slots[:first][-1:]:
-                raise _Problem(f"does not show messages[{index}] (assistant) where its generation prompt puts it")
+                raise _Problem(f"does not show messages[{index}] (assistant) after its generation prompt")
             start = _shared(prompt[-1], literals[first])
             end = self._end(shapes[: index + 1], literals[last], is_last=index + 1 == len(shapes))
             turns.append((first, start, last, end))
         return _Plan(literals, slots, turns)
 
     def _end(self, shapes: Messages, follows: str, is_last: bool) -> int:
-        """How much of what follows the content of the last message here ends its turn: through the special tokens.
+        """How much of what follows the content of the last of these messages ends its turn.
 
-            the conversation ends here    <|end|>\\n<|endoftext|>
-            someone else goes on          <|end|>\\n<|user|>\\n         the turn ends by what both share: <|end|>
-
-        Raises ModelError if there is no special token, as the model would never learn to stop.
+        the conversation ends here    <|end|>\\n<|endoftext|>
+        someone else goes on          <|end|>\\n<|user|>\\n         the last special token of both ends it
         """
         index = len(shapes) - 1
         alone = follows if is_last else self._after(shapes, index)
-        if not self.special.search(alone):
+        ends = [match.end() for match in self.special.finditer(alone)]
+        if not ends:
             raise ModelError(
-                f"{self.name}: the chat template ends the assistant's turn with {alone!r}, which holds no special "
-                "token, so the model would never learn to stop; use a template that ends turns with eos_token."
+                f"{self.name}: the chat template ends the assistant's turn with {alone!r}, which holds no "
+                "special token, so that the model would never learn to stop; put eos_token there."
             )
         if is_last:
+            another = {"role": "user", "content": SLOT.format(index + 1, 0)}
             try:
-                follows = self._after([*shapes, {"role": "user", "content": SLOT.format(index + 1, 0)}], index)
+                follows = self._after([*shapes, another], index)
             except _Problem:
-                follows = alone
+                return ends[-1]
         shared = len(commonprefix([alone, follows]))
-        ends = [match.end() for match in self.special.finditer(alone)]
         both = [end for end in ends if end <= shared]
         if not both and not is_last:
-            raise _Problem(f"ends messages[{index}] (assistant) with {follows!r}, but with {alone!r} if nothing follows")
+            raise _Problem(f"ends messages[{index}] (assistant) with {alone!r} only when it is the last")
         return (both or ends)[-1]
 
     def _after(self, shapes: Messages, index: int) -> str:
-        """The template's own text after the content of a message."""
+        """The template's own text that follows the content of a message."""
         literals, slots = _split(self._render(shapes))
-        places = [place for place, slot in enumerate(slots) if slot.startswith(f"{index}.")]
-        if not places:
-            raise _Problem(f"does not show messages[{index}] (assistant) when it comes last")
-        return literals[places[-1] + 1]
+        return literals[_places(slots, index)[1]]
 
     def _mask(self, text: str, spans: list[Span], ids: list[int], offsets: list[Span]) -> list[int]:
-        """1 on the tokens that begin in a span; raises _Problem if these do not decode to what stands there."""
+        """1 on the tokens that begin in a span; raises _Problem if these do not mean what stands there."""
         mask = [0] * len(ids)
         for start, end in spans:
             first, last = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
             turn = ids[first:last]
             if not turn or turn[-1] not in self.special_ids:
-                raise _Problem(f"ends a turn with {text[start:end][-20:]!r}, which its tokenizer does not keep apart")
-            # A token before may hold the first bytes of the first character, and so straddle the start.
+                raise _Problem(f"ends a turn with {text[start:end][-20:]!r}, which is not one token there")
+            # The first bytes of the first character may be in a token that straddles the start.
             begin = max(offsets[first][0], offsets[first - 1][1]) if first else 0
-            self._check_decoded(turn, text[begin : offsets[last - 1][1]])
+            self._check_meaning(turn, text[begin : offsets[last - 1][1]])
             mask[first:last] = [1] * len(turn)
         mask[0] = 0
         return mask
 
-    def _check_decoded(self, turn: list[int], shown: str) -> None:
+    def _check_meaning(self, turn: list[int], shown: str) -> None:
         decoded = self.tokenizer.backend_tokenizer.decode(turn, skip_special_tokens=False)
         if decoded == shown or self.tokenizer.unk_token_id in turn:
             return
         normalizer = self.tokenizer.backend_tokenizer.normalizer
         if _bare(decoded, normalizer) != _bare(shown, normalizer):
-            raise _Problem(f"shows {shown!r}, but the tokens there mean {decoded!r}")
+            raise _Problem(f"shows {shown[:80]!r}, but the tokens there mean {decoded[:80]!r}")
 
 
 class _Problem(Exception):
-    """What a chat template does to a conversation, as the rest of a sentence; becomes a DataError with its source."""
+    """What a chat template does, as the end of a sentence; becomes a DataError that names the source."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The template's own text around the slots, and its supervised part per assistant turn.
+    """The template's own text around the slots and, in it, what to train on.
 
-    A turn is (literal, offset) of its start and (literal, offset) of its end:
+    A turn is trained from an offset in one literal to an offset in another:
 
-        literals    ["U: ", "\\nA: ", "</s>"]    slots ["0.0", "1.0"]    turns [(1, 4, 2, 4)]
+    literals    ["U: ", "\\nA: ", "</s>"]    slots ["0.0", "1.0"]    turns [(1, 4, 2, 4)]
     """
 
     literals: list[str]
@@ -313,7 +301,7 @@ class _Plan:
     turns: list[tuple[int, int, int, int]]
 
     def spans(self, said: dict[str, str], text: str) -> list[Span] | None:
-        """The supervised part of each turn of a text, or None if the text is not made by this plan."""
+        """What to train on in a text, or None if this plan with its slots filled is another text."""
         pieces = [self.literals[0]]
         for slot, literal in zip(self.slots, self.literals[1:], strict=True):
             pieces += said.get(slot, ""), literal
@@ -329,14 +317,25 @@ def _split(rendered: str) -> tuple[list[str], list[str]]:
     return pieces[::2], pieces[1::2]
 
 
+def _places(slots: list[str], index: int) -> Span:
+    """The [first, last) of a message's slots; raises _Problem if they are missing, repeated or apart."""
+    shown = [place for place, slot in enumerate(slots) if slot.startswith(f"{index}.")]
+    if not shown:
+        raise _Problem(f"does not show messages[{index}] (assistant)")
+    first, last = shown[0], shown[-1] + 1
+    if len(set(slots[first:last])) != len(shown) or last - first != len(shown):
+        raise _Problem(f"shows messages[{index}] (assistant) more than once or in pieces")
+    return first, last
+
+
 def _shared(prompt: str, rendered: str) -> int:
-    """How much of the text before a content is the generation prompt, which the model is given.
+    """How much of the template's text before a content is its generation prompt, which the model is given.
 
-        prompt                    rendered                                shared
-        "<|assistant|>\\n"        "<|assistant|>\\n<think>\\n</think>"    "<|assistant|>\\n"
-        "<|assistant|><think>"    "<|assistant|></think>"                 "<|assistant|>"
+    prompt                    rendered                                shared
+    "<|assistant|>\\n"         "<|assistant|>\\n<think>\\n</think>\\n"    "<|assistant|>\\n"
+    "<|assistant|><think>"    "<|assistant|></think>"                 "<|assistant|>"
 
-    Raises _Problem if the two part ways otherwise than by thinking that only the prompt opens.
+    Raises _Problem if they differ by more than white space or a thought that the prompt opens.
     """
     shared = len(commonprefix([prompt, rendered]))
     if shared in (len(prompt), len(rendered)):
@@ -344,24 +343,26 @@ def _shared(prompt: str, rendered: str) -> int:
     tag = rendered.rfind("<", 0, shared)
     if tag >= 0 and ">" not in rendered[tag:shared]:
         shared = tag
-    if not THINKING_OPENED.fullmatch(prompt[shared:]):
-        raise _Problem(f"writes {rendered!r} before the assistant's text, but its generation prompt is {prompt!r}")
+    if not OPENED_THOUGHT.fullmatch(prompt[shared:]):
+        raise _Problem(
+            f"leads to the assistant by {prompt[-80:]!r} or, in a whole chat, by {rendered[-80:]!r}"
+        )
     return shared
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Tokens that no text is made of: those flagged special, and eos."""
-    flagged = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return list(dict.fromkeys(flagged + [tokenizer.eos_token] * bool(tokenizer.eos_token)))
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The tokens that text is not made of: those flagged special, and eos."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return special | {tokenizer.eos_token} if tokenizer.eos_token else special
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """Finds the longest of the strings; nothing if there are none."""
-    longest_first = sorted(strings, key=len, reverse=True)
-    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+    """Finds any of the strings, the longest that fits; nothing if there are none."""
+    longest_first = map(re.escape, sorted(strings, key=len, reverse=True))
+    return re.compile(f"({'|'.join(longest_first) or '(?!)'})")
 
 
 def _bare(text: str, normalizer: Any) -> str:
-    """A text without what tokenizers change and decoders do not give back: white space and Unicode's spellings."""
-    text = normalizer.normalize_str(text) if normalizer else text
-    return "".join(unicodedata.normalize("NFKC", text).replace("\u2581", "").replace("\ufffd", "").split())
+    """A text without what tokenizers change and do not give back: white space and Unicode's ways to spell."""
+    text = unicodedata.normalize("NFKC", normalizer.normalize_str(text) if normalizer else text)
+    return "".join(text.replace("\u2581", "").replace("\ufffd", "").split())

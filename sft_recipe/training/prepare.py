@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Prepared:
         lora = config.lora
         return {
             "model": f"{self.model.name} ({_model_digest(self.model.folder)})",
-            "lora": f"rank {lora.rank}, alpha {lora.alpha}, on {lora.target_modules}" if lora.enabled else "off",
+            "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, on {lora.target_modules}" if lora.enabled else "off",
             "data": self.train.store.fingerprint,
             "examples": len(self.train),
             "data.train_batch_size": config.data.train_batch_size,
@@ -148,6 +149,11 @@ def _model_digest(folder: Path) -> str:
     sizes = [[path.name, path.stat().st_size] for path in sorted(folder.glob("*.safetensors"))]
     text = (folder / "config.json").read_bytes() + json.dumps(sizes).encode()
     return hashlib.blake2b(text, digest_size=4).hexdigest()
+
+
+def leave_meeting_place() -> None:
+    """Remove what the ranks of this machine shared; for local rank 0, when all is done."""
+    shutil.rmtree(_meeting_place(), ignore_errors=True)
 
 
 def _meeting_place() -> Path:

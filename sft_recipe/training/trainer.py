@@ -30,7 +30,7 @@ from sft_recipe.errors import TrainingError
 from sft_recipe.training.checkpoint import Checkpoints, read_trainer_state
 from sft_recipe.training.evaluate import evaluate
 from sft_recipe.training.prepare import Prepared
-from sft_recipe.training.progress import RunLog
+from sft_recipe.training.progress import RunLog, notice
 from sft_recipe.training.save_model import ModelSaver
 
 STOPPED = 75  # exit code of a run that a signal stopped after saving (EX_TEMPFAIL: try again)
@@ -131,6 +131,11 @@ class SFTTrainer(VerlSFTTrainer):
         self.checkpoints.load(self.resume)
         state = read_trainer_state(self.resume)
         self.skipped_steps = state["skipped_steps"]
+        if state["total_steps"] != self.total_steps and dist.get_rank() == 0:
+            notice(
+                f"The run was planned for {state['total_steps']} steps and now goes to {self.total_steps}: "
+                "the learning rate follows the schedule for the new number."
+            )
         return state["step"]
 
     def _train_step(self, step: int) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""Loss and gradients of one step against a plain transformers loop that knows nothing of packing, ranks or verl.
+
+Plain SGD with learning rate 1 and no clipping makes the gradient visible from outside: it is what the weights moved by.
+"""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.runs import metrics, run_here, run_ranks
+
+RECORDS = [
+    {"prompt": "Hello there, how are you?", "response": "I am fine, thank you."},
+    {"prompt": "What is the capital of France?", "response": "Paris."},
+    {"prompt": "你好，今天天气怎么样？", "response": "很好，谢谢。" * 6},
+    {"prompt": "def add(a, b):", "response": "    return a + b\n" * 9},
+    {"prompt": "1 2 3", "response": "4 5 6 7 8 9 0"},
+]
+COMMON = [
+    "data.train_batch_size=5",
+    "data.max_length=256",
+    "optim.optimizer=SGD",
+    "optim.lr=1.0",
+    "optim.lr_scheduler_type=constant",
+    "optim.lr_warmup_steps_ratio=0",
+    "optim.weight_decay=0",
+    "optim.clip_grad=1e9",
+    "trainer.total_training_steps=1",
+    "fsdp.mixed_precision.param_dtype=fp32",
+    "trainer.device=cpu",
+]
+SHAPES = {"full": [], "lora": ["lora.enabled=true", "lora.merge=true"]}
+STRATEGIES = ["fsdp", "fsdp2"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A model, data, and the output folders of every run, made by one process and by two."""
+    folder = tmp_path_factory.mktemp("step")
+    tiny.build_model(folder / "model")
+    (folder / "data.json").write_text(json.dumps(RECORDS, ensure_ascii=False))
+    base = [*COMMON, f"model.path={folder}/model", f"data.train_files={folder}/data.json", f"data.cache_dir={folder}/cache"]
+    several = []
+    for shape, extra in SHAPES.items():
+        for strategy in STRATEGIES:
+            arguments = [*base, *extra, f"fsdp.strategy={strategy}"]
+            assert run_here(*arguments, f"trainer.output_dir={folder}/{shape}-{strategy}-1") == 0
+            several.append([*arguments, f"trainer.output_dir={folder}/{shape}-{strategy}-2"])
+    checkpointed = [*base, "model.enable_gradient_checkpointing=true", "data.micro_batch_size_per_gpu=2"]
+    assert run_here(*checkpointed, f"trainer.output_dir={folder}/checkpointing-fsdp2-1") == 0
+    result = run_ranks(2, *several)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def plain_loss(model, tokenizer) -> torch.Tensor:
+    """Mean over all supervised tokens, one unpadded conversation at a time; the answer and its end token count."""
+    total, count = torch.zeros(()), 0
+    for record in RECORDS:
+        prompt = f"<|im_start|>user\n{record['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(prompt + record["response"] + "<|im_end|>\n", add_special_tokens=False)["input_ids"]
+        end = len(ids) - len(tokenizer("\n", add_special_tokens=False)["input_ids"])
+        logits = model(torch.tensor([ids])).logits[0].float()
+        total = total + F.cross_entropy(logits[len(head) - 1 : end - 1], torch.tensor(ids[len(head) : end]), reduction="sum")
+        count += end - len(head)
+    return total / count
+
+
+def moved(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """The gradient, as SGD with learning rate 1 shows it."""
+    return before.float() - after.float()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_full_step_equals_a_plain_loop(work, tokenizer, strategy, ranks):
+    check_full(work, tokenizer, work / f"full-{strategy}-{ranks}")
+
+
+def test_gradient_checkpointing_and_larger_packs_change_nothing(work, tokenizer):
+    check_full(work, tokenizer, work / "checkpointing-fsdp2-1")
+
+
+def check_full(work, tokenizer, output):
+    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    loss = plain_loss(model, tokenizer)
+    loss.backward()
+    assert metrics(output)[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    before = dict(model.named_parameters())
+    after = load_file(output / "checkpoints/step_1/huggingface/model.safetensors")
+    assert after.keys() == before.keys()
+    for name, parameter in before.items():
+        torch.testing.assert_close(moved(parameter.data, after[name]), parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_lora_step_equals_a_plain_peft_loop(work, tokenizer, strategy, ranks):
+    output = work / f"lora-{strategy}-{ranks}"
+    adapter = output / "checkpoints/step_1/lora_adapter"
+    base = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    # Where training began: A as it is (its gradient is zero while B is), B zero.
+    trained = {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.zero_()
+    loss = plain_loss(model, tokenizer)
+    loss.backward()
+    assert metrics(output)[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    gradients = {name: value.grad for name, value in model.named_parameters() if "lora_B" in name}
+    assert len(gradients) == 14 and all(gradient.abs().max() > 0 for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(-trained[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_merged_logits_equal_adapter_logits(work, tokenizer, ranks):
+    step = work / f"lora-fsdp2-{ranks}" / "checkpoints/step_1"
+    base = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    ids = torch.tensor([tokenizer("Hello there, how are you today?")["input_ids"]])
+    untrained = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, step / "lora_adapter")(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(step / "huggingface")(ids).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+    assert (adapted - untrained).abs().max() > 1e-3
