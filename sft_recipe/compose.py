@@ -9,14 +9,13 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft_recipe.config import Config, all_keys, build_config, nearest, text_keys
 from sft_recipe.errors import ConfigError
-from sft_recipe.launch import quote_for_hydra
 
 HOME = Path(__file__).resolve().parent.parent
 GROUPS = ("model", "data", "optim", "fsdp", "lora")
@@ -114,10 +113,9 @@ def _compose(root: Path, written: dict[str, Any], choices: list[Override], confi
     for item in choices:
         _choice_file(item, config_dir)
     folders = [folder for folder in dict.fromkeys([config_dir / "conf", HOME / "conf"]) if folder.is_dir()]
-    places = ",".join(quote_for_hydra(f"file://{folder}") for folder in folders)
+    places = ",".join(QuotedString(f"file://{folder}", Quote.single).with_quotes() for folder in folders)
     # Hydra replaces only groups of the defaults list; a resolved config.yaml has none, and _choose is enough there.
-    listed = {group for entry in written.get("defaults") or [] if isinstance(entry, dict) for group in entry}
-    chosen = {item.key_or_group: item.value() for item in choices if item.key_or_group in listed}
+    chosen = {item.key_or_group: item.value() for item in choices if item.key_or_group in _listed(written)}
     texts = [f"{group}={choice}" for group, choice in chosen.items()]
     GlobalHydra.instance().clear()
     try:
@@ -138,6 +136,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} cannot be used: it holds a list, not keys")
     return {str(key): value for key, value in loaded.items()}
+
+
+def _listed(written: dict[str, Any]) -> dict[str, Any]:
+    """The groups of the defaults list, each with its choice."""
+    entries = written.get("defaults")
+    pairs = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return {group: choice for entry in pairs for group, choice in entry.items()}
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -189,9 +194,8 @@ def _model_was_named(parsed: list[Override], written: dict[str, Any]) -> bool:
     own = _leaves(written)
     if "model.fallback" in own or any(item.key_or_group == "model.fallback" for item in parsed):
         return False
-    listed = [entry["model"] for entry in written.get("defaults") or [] if isinstance(entry, dict) and "model" in entry]
     touched = any(item.key_or_group in ("model", "model.path") for item in parsed)
-    return touched or own.get("model.path") is not None or listed not in ([], ["default"])
+    return touched or own.get("model.path") is not None or _listed(written).get("model", "default") != "default"
 
 
 def _beside_config(tree: dict[str, Any], config_dir: Path) -> dict[str, Any]:
@@ -200,7 +204,7 @@ def _beside_config(tree: dict[str, Any], config_dir: Path) -> dict[str, Any]:
     def place(path: Any) -> Any:
         if isinstance(path, list):
             return [place(part) for part in path]
-        if not isinstance(path, str) or os.path.lexists(path) or glob.glob(path, recursive=True):
+        if not isinstance(path, str) or not path or os.path.lexists(path) or glob.glob(path, recursive=True):
             return path
         if os.path.lexists(config_dir / path):
             return str(config_dir / path)

@@ -244,7 +244,7 @@ def _explain(key: str, problem: Any) -> str:
     if kind == "missing" and isinstance(problem["loc"][-1], int):
         return f" is {given!r}; it has too few values"
     if kind == "missing":
-        return " is not set"
+        return " is not set" + (": the defaults list of config.yaml must name this group" if key in Config.model_fields else "")
     if kind == "model_type":
         return f" is {given!r}, but it is a group of keys"
     if kind == "value_error":

@@ -270,11 +270,8 @@ def _quote(value: str, in_list: bool = False) -> str:
     if is_plain and not is_other:
         return value
     # OmegaConf reads ${...} as a reference; a backslash before it, doubled where one stands already, makes it plain text.
-    return quote_for_hydra(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
-
-
-def quote_for_hydra(text: str) -> str:
-    """A text in quotes; backslashes count in Hydra's grammar only before a quote."""
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    # Hydra's grammar knows quotes and backslashes; a backslash counts only before a quote.
     return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", "\\'") + "'"
 
 

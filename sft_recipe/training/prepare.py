@@ -64,6 +64,8 @@ def prepare(config: Config, local_rank: int, say: Callable[[str], None]) -> Prep
 
 def speaks_for_machine() -> bool:
     """True for the first process of this machine's ranks that asks: an error that all of them meet is told once."""
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+        return True
     try:
         (_meeting_place() / "spoken").touch(exist_ok=False)
     except FileExistsError:
