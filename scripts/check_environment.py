@@ -1,4 +1,4 @@
-"""Exit 0 where this Python meets the requirements in pyproject.toml; says what is missing otherwise. Imports nothing heavy.
+"""Exit 0 where this Python meets the requirements in pyproject.toml; says what is missing otherwise.
 
 usage: check_environment.py PYPROJECT EMBEDDED_REQUIREMENT [EXTRA]
 """

@@ -43,20 +43,20 @@ def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str 
     choices = [item for item in parsed if _is_choice(item)]
     written = _read_yaml(root)
     tree = _compose(root, written, choices, config_dir)
-    _merge_older_names(tree, written)
-    for item in parsed:
-        if _is_choice(item):
-            _choose(tree, item, config_dir)
-        else:
-            _assign(tree, item)
-    if _model_was_named(parsed, written) and isinstance(tree.get("model"), DictConfig):
-        tree.model.fallback = None
     try:
+        _merge_older_names(tree, written)
+        for item in parsed:
+            if _is_choice(item):
+                _choose(tree, item, config_dir)
+            else:
+                _assign(tree, item)
+        if _model_was_named(parsed, written) and isinstance(tree.get("model"), DictConfig):
+            tree.model.fallback = None
         resolved = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {error}") from None
     assert isinstance(resolved, dict)
-    return build_config(_beside_config(resolved, config_dir))
+    return build_config(_beside_config({str(key): value for key, value in resolved.items()}, config_dir))
 
 
 def parse_config_args(args: list[str]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def parse_config_args(args: list[str]) -> dict[str, Any]:
         elif name in ("--config-name", "-cn"):
             found["config_name"] = value
         else:
-            raise ConfigError(f"unknown argument {text}; --config-path, --config-name and Hydra overrides are known here")
+            raise ConfigError(f"unknown argument {text}; known are --config-path, --config-name and Hydra overrides")
     return found
 
 
@@ -87,7 +87,8 @@ def _parse(overrides: list[str]) -> list[Override]:
         try:
             item = parser.parse_override(text)
         except HydraException:
-            raise ConfigError(f"cannot read the override {text!r}; overrides look like optim.lr=1e-5 or lora=r16") from None
+            example = "overrides look like optim.lr=1e-5 or lora=r16"
+            raise ConfigError(f"cannot read the override {text!r}; {example}") from None
         if item.is_delete() or item.is_sweep_override():
             what = "deleting a key" if item.is_delete() else "a sweep over several values"
             raise ConfigError(f"{text}: {what} is not supported; give each key one value")
@@ -121,7 +122,7 @@ def _compose(root: Path, written: dict[str, Any], choices: list[Override], confi
     try:
         with initialize_config_dir(str(config_dir), version_base=None):
             tree = compose(root.stem, overrides=[f"hydra.searchpath=[{places}]", *texts])
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{root} cannot be used: {str(error).strip()}") from None
     OmegaConf.set_struct(tree, False)
     return tree
@@ -162,7 +163,8 @@ def _merge_older_names(tree: DictConfig, written: dict[str, Any]) -> None:
         for key, value in _leaves(OmegaConf.to_container(node, resolve=False)).items():
             twin = own.get(key)
             if twin is not None and twin != value:
-                raise ConfigError(f"config.yaml sets {name}.{key} to {twin} and {older}.{key} to {value}; keep one of them")
+                both = f"{name}.{key} to {twin} and {older}.{key} to {value}"
+                raise ConfigError(f"config.yaml sets {both}; keep one of them")
             OmegaConf.update(tree, f"{name}.{key}", value, merge=True)
         parent, leaf = older.rsplit(".", 1)
         OmegaConf.select(tree, parent).pop(leaf)
@@ -184,7 +186,7 @@ def _assign(tree: DictConfig, item: Override) -> None:
     if not any(name == key or name.startswith(key + ".") or key.startswith(name + ".") for name in known):
         raise ConfigError(f"unknown key {key}.{nearest(key, known)}")
     value = item.value()
-    if isinstance(value, int | float) and key in text_keys():
+    if isinstance(value, int | float) and key in text_keys() and item.input_line:
         value = item.input_line.partition("=")[2].strip()  # a folder 2024_01_02 stays that, not the number 20240102
     OmegaConf.update(tree, key, value, merge=not isinstance(value, list), force_add=True)
 
@@ -199,7 +201,7 @@ def _model_was_named(parsed: list[Override], written: dict[str, Any]) -> bool:
 
 
 def _beside_config(tree: dict[str, Any], config_dir: Path) -> dict[str, Any]:
-    """A relative data path that is not found here is looked for beside config.yaml, so that train.sh runs from anywhere."""
+    """A relative data path not found here is looked for beside config.yaml, so that train.sh runs from anywhere."""
 
     def place(path: Any) -> Any:
         if isinstance(path, list):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sft_recipe.errors import ConfigError
 
-AFTER_EACH_EPOCH = "after_each_epoch"
+AFTER_EACH_EPOCH: Literal["after_each_epoch"] = "after_each_epoch"
 Every = int | Literal["after_each_epoch"]
 
 
@@ -153,7 +153,7 @@ class TrainerConfig(_Group):
     @model_validator(mode="after")
     def _nodes(self) -> "TrainerConfig":
         if self.node_rank >= self.nnodes:
-            raise ValueError(f"node_rank is {self.node_rank}, but with nnodes={self.nnodes} it ends at {self.nnodes - 1}")
+            raise ValueError(f"node_rank is {self.node_rank}; with nnodes={self.nnodes} it ends at {self.nnodes - 1}")
         if self.nnodes > 1 and self.master_addr == "localhost":
             raise ValueError("several machines need master_addr, the address of machine 0, the same on all of them")
         return self
@@ -172,7 +172,7 @@ class Config(_Group):
     optim: OptimConfig
     fsdp: FsdpConfig
     lora: LoraConfig
-    trainer: TrainerConfig = TrainerConfig()
+    trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig.model_validate({}))
 
     def cache_dir(self) -> Path:
         """Where token stores and converted models are kept between runs."""
@@ -190,15 +190,16 @@ def build_config(tree: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = _explain_all(error.errors())
-        heading = "the configuration has a mistake" if len(lines) == 1 else f"the configuration has {len(lines)} mistakes"
-        raise ConfigError("\n".join([f"{heading}:", *(f"  - {line}" for line in lines)])) from None
+        number = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise ConfigError("\n".join([f"the configuration has {number}:", *(f"  - {line}" for line in lines)])) from None
 
 
 def nearest(name: str, known: list[str]) -> str:
     """' Did you mean X?', or nothing where no known name is near."""
     leaves = {key.rsplit(".", 1)[-1]: key for key in known}
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close and (leaf := difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.7)):
+    last = name.rsplit(".", 1)[-1]
+    close = [leaves[last]] if last in leaves else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close and (leaf := difflib.get_close_matches(last, leaves, n=1, cutoff=0.7)):
         close = [leaves[leaf[0]]]
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -243,8 +244,10 @@ def _explain(key: str, problem: Any) -> str:
         return f" is not a key.{nearest(key, all_keys())}"
     if kind == "missing" and isinstance(problem["loc"][-1], int):
         return f" is {given!r}; it has too few values"
+    if kind == "missing" and key in Config.model_fields:
+        return " is not set: the defaults list of config.yaml must name this group"
     if kind == "missing":
-        return " is not set" + (": the defaults list of config.yaml must name this group" if key in Config.model_fields else "")
+        return " is not set"
     if kind == "model_type":
         return f" is {given!r}, but it is a group of keys"
     if kind == "value_error":
@@ -259,5 +262,5 @@ def _explain(key: str, problem: Any) -> str:
 
 def _is_key_part(part: Any) -> bool:
     """pydantic adds the branch of a union that it tried (str, list[str], literal[...]) to the path of a key."""
-    types = ("str", "int", "bool", "float")
-    return isinstance(part, str) and part not in types and not part.startswith(("list[", "literal[", "dict[", "function-"))
+    names, starts = ("str", "int", "bool", "float"), ("list[", "literal[", "dict[", "function-")
+    return isinstance(part, str) and part not in names and not part.startswith(starts)

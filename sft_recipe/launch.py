@@ -34,7 +34,7 @@ class Flag:
 
 
 FLAGS = (
-    Flag("model_path", "model.path", "Qwen/Qwen2.5-0.5B", "hub id, folder, .gguf file, or SmolLM2-135M-Instruct", "model"),
+    Flag("model_path", "model.path", "Qwen/Qwen2.5-0.5B", "hub id, folder, .gguf, or SmolLM2-135M-Instruct", "model"),
     Flag("tokenizer_path", "model.tokenizer_path", "the model's", "where the tokenizer comes from"),
     Flag("train_data", "data.train_files", "./data/example_sft.json", "file, glob, or several of them", many=True),
     Flag("val_data", "data.val_files", "none", "the same, for validation; or data.val_ratio=0.05", many=True),
@@ -90,7 +90,7 @@ def parse(args: list[str], environment: Mapping[str, str]) -> CommandLine:
             word = "--help"
         if not word.startswith("-"):
             if not re.match(r"[+~]*[\w./@]+=", word):
-                raise ConfigError(f"cannot read {word!r}: it is neither a flag (--epochs 3) nor an override (optim.lr=1e-5)")
+                raise ConfigError(f"cannot read {word!r}: neither a flag (--epochs 3) nor an override (optim.lr=1e-5)")
             from_user.append(word)
             continue
         name, has_value, value = word.lstrip("-").partition("=")
@@ -264,12 +264,12 @@ def _quote(value: str, in_list: bool = False) -> str:
     """A value as Hydra reads it back unchanged; `none`, as the help spells it, is null."""
     if value.lower() == "none":
         return "null"
-    is_plain = re.fullmatch(r"[\w.+-][\w./+-]*(:[\w./+-]+)*", value, re.ASCII)
+    is_plain = re.fullmatch(r"[\w./+-]+(:[\w./+-]+)*", value, re.ASCII)
     # The type of a key tells text from numbers and truth values; in a list of texts only quotes do.
     is_other = re.fullmatch(r"[+-]?\.?\d.*|[+-]?(inf|nan)|true|false", value, re.IGNORECASE) if in_list else None
     if is_plain and not is_other:
         return value
-    # OmegaConf reads ${...} as a reference; a backslash before it, doubled where one stands already, makes it plain text.
+    # OmegaConf reads ${...} as a reference; a backslash before it (after doubled ones, if any) makes it plain text.
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     # Hydra's grammar knows quotes and backslashes; a backslash counts only before a quote.
     return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", "\\'") + "'"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sft_recipe.config import ModelConfig
 from sft_recipe.errors import ModelError
 
@@ -61,8 +63,9 @@ def embedded_gguf() -> Path:
     except PackageNotFoundError:
         raise ModelError(f"the embedded model {EMBEDDED} is not installed; run: {EMBEDDED_INSTALL}") from None
     for file in files:
-        if file.name.endswith(".gguf"):
-            return Path(str(file.locate()))
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
     raise ModelError(f"the package {EMBEDDED_PACKAGE} holds no .gguf file; run: {EMBEDDED_INSTALL} --force-reinstall")
 
 
@@ -72,18 +75,19 @@ def convert_gguf(source: Path, cache_dir: Path) -> Path:
     Weights are kept in bfloat16. The tokens that begin, end and pad come from the model's config: the tokenizer that
     transformers derives from a GGUF names a wrong end and has no pad.
     """
-    target = cache_dir / "models" / f"{source.stem}-{_digest(source)}"
-    if (target / "config.json").is_file():
+    folder = cache_dir / "models"
+    try:
+        target = folder / f"{source.stem}-{_digest(source)}"
+        if (target / "config.json").is_file():
+            return target
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / f"{target.name}.lock"):
+            if not (target / "config.json").is_file():
+                print(f"Converting {source.name} to {target} (once)", flush=True)
+                _convert_whole(source, target)
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target.with_suffix(".lock")):
-        if not (target / "config.json").is_file():
-            print(f"Converting {source.name} to {target} (once)", flush=True)
-            partial = target.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            _write_converted(source, partial)
-            partial.rename(target)
-    return target
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{source} cannot be converted into {folder}: {error}") from None
 
 
 def _find(name: str, cache_dir: Path, trust_remote_code: bool, needs_weights: bool = True) -> Path:
@@ -98,20 +102,22 @@ def _find(name: str, cache_dir: Path, trust_remote_code: bool, needs_weights: bo
         return _checked_folder(path, needs_weights)
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no model at {path.absolute()}")
-    return _checked_folder(_download(name, trust_remote_code), needs_weights)
+    return _checked_folder(_download(name, trust_remote_code, needs_weights), needs_weights)
 
 
-def _download(name: str, trust_remote_code: bool) -> Path:
+def _download(name: str, trust_remote_code: bool, needs_weights: bool) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    if needs_weights:
+        patterns.append("*.safetensors")
     if trust_remote_code:
         patterns.append("*.py")
     try:
@@ -119,10 +125,12 @@ def _download(name: str, trust_remote_code: bool) -> Path:
     except GatedRepoError:
         raise ModelError(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from None
     except RepositoryNotFoundError:
-        raise ModelError(f"the hub has no model {name} (or it is private: `hf auth login`), nor is there such a folder") from None
+        raise ModelError(
+            f"the hub has no model {name} (or it is private: `hf auth login`), nor is there such a folder"
+        ) from None
     except HFValidationError:
         raise ModelError(f"{name!r} is no folder here, and cannot be a hub id") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{name} is neither a folder here nor in the hub's cache, and the hub cannot be reached ({reason}). "
@@ -133,12 +141,25 @@ def _download(name: str, trust_remote_code: bool) -> Path:
 def _checked_folder(folder: Path, needs_weights: bool) -> Path:
     if not (folder / "config.json").is_file() and needs_weights:
         if (folder / "adapter_config.json").is_file():
-            raise ModelError(f"{folder} is a LoRA adapter, not a model; merge it first (--merge_lora saves merged models)")
+            raise ModelError(
+                f"{folder} is a LoRA adapter, not a model; merge it first (--merge_lora saves merged models)"
+            )
         raise ModelError(f"{folder} holds no model: config.json is missing")
     if needs_weights and not any(folder.glob("*.safetensors")):
         hint = " (only pickled weights, which are not loaded)" if any(folder.glob("*.bin")) else ""
         raise ModelError(f"{folder} holds no weights: there is no .safetensors file{hint}")
     return folder
+
+
+def _convert_whole(source: Path, target: Path) -> None:
+    """The folder appears when it is complete, and nothing is left where it cannot be completed."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_converted(source, partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_converted(source: Path, target: Path) -> None:
@@ -151,7 +172,7 @@ def _write_converted(source: Path, target: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).to(torch.bfloat16)
-    except (ValueError, KeyError, OSError, ImportError, NotImplementedError) as error:
+    except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
         raise ModelError(f"{source} cannot be converted: {error}") from None
     model.config.dtype = torch.bfloat16
     tokenizer.clean_up_tokenization_spaces = False

@@ -13,6 +13,7 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from sft_recipe.errors import DataError
 
 CHUNK = 512  # conversations that a worker renders and tokenises at a time
 IN_PROCESS = 8 * CHUNK  # fewer conversations are not worth starting processes for
+DAMAGE = (OSError, ValueError, TypeError, EOFError)  # what reading a store that is not whole raises
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,16 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
-        """Map a complete store into memory. Raises OSError or ValueError where it is not one."""
+        """Map a complete store into memory. Raises one of DAMAGE where it is not one."""
         report = Report(**json.loads((folder / "store.json").read_text()))
         offsets = np.load(folder / "offsets.npy")
         ids = np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r")
         mask = np.memmap(folder / "loss_mask.bin", dtype=np.uint8, mode="r")
-        if not len(ids) == len(mask) == offsets[-1] == report.tokens:
+        supervised = np.load(folder / "supervised.npy")
+        is_whole = len(offsets) == len(supervised) + 1 == report.examples + 1
+        if not is_whole or not len(ids) == len(mask) == offsets[-1] == report.tokens:
             raise ValueError(f"{folder} is not whole")
-        return cls(folder, report, offsets, np.load(folder / "supervised.npy"), ids, mask)
+        return cls(folder, report, offsets, supervised, ids, mask)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -124,15 +128,16 @@ def open_store(
     """The store of these files, built where there is none yet.
 
     Raises DataError: a bad record; every example longer than `max_length`; no supervised token; a full disk.
+    Raises ModelError: a tokenizer that no mask can be made with.
     """
+    Renderer(tokenizer)  # raises for a slow tokenizer, which has no key either
     folder = cache_dir / "tokens" / store_key(files, tokenizer, options)
     try:
         return TokenStore.open(folder)
-    except (OSError, ValueError, TypeError):
+    except DAMAGE:
         pass
-    partial_folder = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial_folder = folder.with_name(f"{folder.name}.partial-{uuid4().hex[:12]}")
     try:
-        shutil.rmtree(partial_folder, ignore_errors=True)
         partial_folder.mkdir(parents=True)
         _build(partial_folder, files, tokenizer, options, workers or os.cpu_count() or 1, show_progress)
         _replace(partial_folder, folder)
@@ -151,10 +156,12 @@ def store_key(files: list[Path], tokenizer: Any, options: StoreOptions) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
         digest.update(b"end of file")
-    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map, asdict(options)]
+    # Tokenising switches off whatever truncation and padding tokenizer.json asks for, so neither decides anything.
+    core = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    parts = [core, tokenizer.chat_template, tokenizer.special_tokens_map, asdict(options)]
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for module in (formats, messages, render):
-        digest.update(Path(module.__file__).read_bytes())
+        digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()
 
@@ -236,7 +243,7 @@ def _encode_all(
     context = get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,)) if use_pool else nullcontext()
     with pool as executor, _Progress(files, show_progress) as progress:
-        encode = partial(_submit, executor) if use_pool else partial(_run_here, Renderer(tokenizer))
+        encode = partial(_submit, executor) if executor else partial(_run_here, Renderer(tokenizer))
         waiting: list[Any] = []
         for chunk in _chunks(first, conversations):
             waiting.append((chunk, encode(chunk)))
@@ -287,8 +294,9 @@ class _Progress:
     def __init__(self, files: list[Path], show: bool):
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} records"))
-        self.bar = Progress(*columns, TimeElapsedColumn(), transient=True, disable=not show)
+        done = TextColumn("{task.completed:,} records")
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), done, TimeElapsedColumn())
+        self.bar = Progress(*columns, transient=True, disable=not show)
         self.task = self.bar.add_task("Tokenising " + ", ".join(path.name for path in files[:3]), total=None)
 
     def __enter__(self) -> "_Progress":
@@ -309,7 +317,7 @@ def _replace(partial_folder: Path, folder: Path) -> None:
     except OSError:
         try:
             TokenStore.open(folder)
-        except (OSError, ValueError, TypeError):
+        except DAMAGE:
             shutil.rmtree(folder, ignore_errors=True)
             partial_folder.rename(folder)
 

@@ -133,7 +133,8 @@ class Renderer:
     def _encode_marked(self, conversation: Conversation) -> Encoded:
         """By a template with {% generation %}, which is taken at its word."""
         with self._naming(conversation):
-            tokens = self._apply(conversation.as_dicts(), tokenize=True, return_assistant_tokens_mask=True)
+            kwargs = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+            tokens = self._apply(conversation.as_dicts(), **kwargs)
             mask = [0, *tokens["assistant_masks"][1:]]
             if 1 not in mask:
                 raise _Problem("marks no token with {% generation %}")
@@ -358,8 +359,8 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
     """Finds any of the strings, the longest that fits; nothing if there are none."""
-    longest_first = map(re.escape, sorted(strings, key=len, reverse=True))
-    return re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+    longer_first = map(re.escape, sorted(strings, reverse=True))
+    return re.compile(f"({'|'.join(longer_first) or '(?!)'})")
 
 
 def _bare(text: str, normalizer: Any) -> str:

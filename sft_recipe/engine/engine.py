@@ -23,7 +23,9 @@ IGNORED = -100  # a target that is not supervised
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
-@EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor=["nvidia", "amd"])
+@EngineRegistry.register(
+    model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor=["nvidia", "amd"]
+)
 class SFTEngine(FSDPEngineWithLMHead):
     """verl's FSDP and FSDP2 engine for supervised fine-tuning, on CUDA and on CPU.
 
@@ -36,7 +38,9 @@ class SFTEngine(FSDPEngineWithLMHead):
     The loss of a step is the mean over all supervised tokens of the global batch, however it is split.
     """
 
-    def forward_backward_batch(self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False) -> dict:
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False
+    ) -> dict:
         """Run the planned micro-batches. `loss_function` is not used: logits exist at supervised positions only.
 
         Returns verl's dictionary; `loss` holds one number per micro-batch, which sum to this rank's share of the
@@ -78,7 +82,9 @@ class SFTEngine(FSDPEngineWithLMHead):
         """Put the schedule where it stands after `step` optimiser steps."""
         scheduler = self.lr_scheduler
         scheduler.last_epoch = step
-        for group, base, factor in zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        for group, base, factor in zip(
+            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
             group["lr"] = base * factor(step)
 
     @contextlib.contextmanager

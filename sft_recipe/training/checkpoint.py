@@ -49,7 +49,9 @@ def find_checkpoint(spec: str, folder: Path) -> Path | None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """step_N folders, oldest step first."""
-    found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))]
+    found = [
+        (int(match[1]), path) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -74,12 +76,16 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_identity(checkpoint: Path, ours: dict[str, Any]) -> None:
-    """A run may continue only where model, data and batch plan are the same. Raises CheckpointError that names all else."""
+    """A run continues with the same model, data and batch plan. Raises CheckpointError that names what differs."""
     theirs = read_trainer_state(checkpoint)["identity"]
-    lines = [f"  - {key}: {theirs.get(key)} there, {ours.get(key)} here" for key in ours if theirs.get(key) != ours.get(key)]
+    lines = [
+        f"  - {key}: {theirs.get(key)} there, {ours.get(key)} here" for key in ours if theirs.get(key) != ours.get(key)
+    ]
     if lines:
         message = [f"{checkpoint} belongs to another run; it cannot be continued with this one's settings:", *lines]
-        raise CheckpointError("\n".join([*message, "Use the settings of that run, or start anew in another --output_dir."]))
+        raise CheckpointError(
+            "\n".join([*message, "Use the settings of that run, or start anew in another --output_dir."])
+        )
 
 
 def check_room_for_run(folder: Path, resume: Path | None) -> None:
@@ -92,13 +98,15 @@ def check_room_for_run(folder: Path, resume: Path | None) -> None:
         )
     if resume is None or resume.parent.resolve() != folder.resolve():
         if there:
-            raise CheckpointError(f"{folder} holds {there[-1].name} of another run; write this one elsewhere with --output_dir")
+            raise CheckpointError(
+                f"{folder} holds {there[-1].name} of another run; write this one elsewhere with --output_dir"
+            )
         return
     newer = [path.name for path in there if _step(path) > _step(resume)]
     if newer:
         raise CheckpointError(
-            f"{folder} holds {', '.join(newer)}, newer than {resume.name}. Continue the newest with --resume_from auto, "
-            f"or write elsewhere with --output_dir FOLDER, or remove the newer ones."
+            f"{folder} holds {', '.join(newer)}, newer than {resume.name}. Continue the newest with --resume_from "
+            "auto, or write elsewhere with --output_dir FOLDER, or remove the newer ones."
         )
 
 

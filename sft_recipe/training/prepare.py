@@ -128,11 +128,12 @@ def _tell_losses(store: TokenStore, part: str, options: StoreOptions, say: Calla
         what = {"drop": "left out", "right": "cut at their end"}[options.truncation]
         share = 100 * report.too_long / report.records
         say(
-            f"{part}: {report.too_long} of {report.records} examples ({share:.1f}%) are longer than {options.max_length} tokens "
-            f"and {what} (data.truncation={options.truncation}); the longest has {report.longest} tokens."
+            f"{part}: {report.too_long} of {report.records} examples ({share:.1f}%) are longer than "
+            f"{options.max_length} tokens and {what} (data.truncation={options.truncation}); the longest has {report.longest} tokens."
         )
     if report.without_target:
-        say(f"{part}: {report.without_target} of {report.records} examples have no supervised token left and are left out.")
+        left_out = f"{report.without_target} of {report.records} examples"
+        say(f"{part}: {left_out} have no supervised token left and are left out.")
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ResolvedModel) -> None:

@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sft_recipe.config import Config
+from sft_recipe.training.prepare import Prepared
+from sft_recipe.training.shape import Shape
 
 
 def console() -> Console:
@@ -50,7 +53,8 @@ class RunLog:
 
     def stop(self) -> None:
         if self.enabled:
-            self.bar.stop()
+            if self.console.is_terminal:
+                self.bar.stop()
             self.file.close()
 
     def say(self, text: str) -> None:
@@ -61,7 +65,9 @@ class RunLog:
         """Record one optimiser step everywhere; on disk before anything else happens."""
         if not self.enabled:
             return
-        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
         self.file.write(json.dumps(clean) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -76,14 +82,59 @@ class RunLog:
             self.say(f"step {row['step']}: validation loss {row['val/loss']:.4f} over {row['val/tokens']:,} tokens")
 
 
-def banner(title: str, rows: list[tuple[str, str]]) -> None:
-    """The essentials of a run, before it starts."""
+def banner(
+    config: Config, prepared: Prepared, device: str, shape: Shape, steps_per_epoch: int, steps: int, done: int
+) -> None:
+    """The essentials of a run, before its first step."""
+    from sft_recipe.engine.verl_config import compute_dtype, uses_gradient_checkpointing
+
+    data, train, lora = config.data, prepared.train, config.lora
+    tokens = int(train.lengths.sum())
+    checkpointing = "on" if uses_gradient_checkpointing(config, device) else "off"
+    dtype = compute_dtype(config.fsdp, device)
+    share = f"{shape.trainable:,} trainable of {shape.total:,} ({100 * shape.trainable / shape.total:.2f}%)"
+    adapters = f", LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora.enabled else ""
+    supervised = f"{train.supervised:,} supervised ({100 * train.supervised / tokens:.0f}%)"
+    validation = f"{len(prepared.validation):,} examples" if prepared.validation else "none"
+    budget = f"micro-batches of up to {data.token_budget:,} tokens on each"
+    rate = f"learning rate {config.optim.lr:g}, {config.optim.lr_scheduler_type}"
+    rows = {
+        "device": _machine(config, device),
+        "strategy": f"{_strategy(config, device)}, {dtype}, gradient checkpointing {checkpointing}",
+        "model": prepared.model.name,
+        "parameters": share + adapters,
+        "data": f"{len(train):,} examples, {tokens:,} tokens, {supervised}",
+        "validation": validation,
+        "batches": f"{data.train_batch_size} examples a step over all ranks, {budget}",
+        "steps": f"{steps:,} ({steps_per_epoch:,} an epoch), {rate}",
+        "output": config.trainer.output_dir,
+    }
+    if done:
+        rows["resumed"] = f"after step {done:,}"
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in rows:
+    for name, value in rows.items():
         table.add_row(name, value)
-    console().print(Panel(table, title=title, title_align="left", expand=False))
+    console().print(Panel(table, title="Supervised fine-tuning", title_align="left", expand=False))
+
+
+def _machine(config: Config, device: str) -> str:
+    ranks = config.trainer.world_size
+    count = f"{ranks} rank{'s' * (ranks > 1)}" + (
+        f" on {config.trainer.nnodes} machines" if config.trainer.nnodes > 1 else ""
+    )
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, {count}"
+    threads = torch.get_num_threads()
+    return f"CPU, {count} of {threads} thread{'s' * (threads > 1)}"
+
+
+def _strategy(config: Config, device: str) -> str:
+    from sft_recipe.engine.verl_config import effective_strategy
+
+    used = effective_strategy(config.fsdp, device)
+    return used if used == config.fsdp.strategy else f"{used} ({config.fsdp.strategy} does not run on a CPU)"
 
 
 def notice(text: str) -> None:

@@ -71,7 +71,12 @@ class ModelSaver:
         is_hub_id = not Path(self.model.name).exists() and "/" in self.model.name
         settings["base_model_name_or_path"] = self.model.name if is_hub_id else str(self.model.folder.absolute())
         settings["inference_mode"] = True
-        text = json.dumps(settings, indent=2, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+        text = json.dumps(
+            settings,
+            indent=2,
+            sort_keys=True,
+            default=lambda value: sorted(value) if isinstance(value, set) else str(value),
+        )
         (target / "adapter_config.json").write_text(text)
 
     def _save_merged(self, adapter: Path, target: Path) -> None:

@@ -60,7 +60,7 @@ class SFTTrainer(VerlSFTTrainer):
         Raises TrainingError after ten steps in a row whose gradients were not finite.
         """
         config = self.recipe
-        first = self.resume_global_step
+        first = step = self.resume_global_step
         log = RunLog(config, first, self.total_steps, enabled=dist.get_rank() == 0)
         self._listen_to_signals()
         bad_in_a_row = 0
@@ -71,7 +71,6 @@ class SFTTrainer(VerlSFTTrainer):
                 is_last = step == self.total_steps
                 bad_in_a_row = 0 if math.isfinite(row["train/grad_norm"]) else bad_in_a_row + 1
                 if bad_in_a_row:
-                    self.skipped_steps += 1
                     log.say(f"step {step}: the gradient is not finite; this step changed nothing")
                 if self._is_due(config.trainer.test_freq, step, is_last) and self.prepared.validation:
                     row |= self._validate(self.prepared.validation)
@@ -85,16 +84,11 @@ class SFTTrainer(VerlSFTTrainer):
                 if stopping and not is_last:
                     log.say(f"Stopped at step {step} of {self.total_steps}. Go on with --resume_from auto.")
                     return STOPPED
+        except torch.OutOfMemoryError:
+            raise TrainingError(_memory_advice(step, config)) from None
         finally:
             log.stop()
         return 0
-
-    def facts(self) -> dict[str, Any]:
-        """Numbers for the banner."""
-        module = self.engine.module
-        total = sum(parameter.numel() for parameter in module.parameters())
-        trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-        return {"parameters": total, "trainable": trainable}
 
     # The seams of verl's trainer, in the order in which its constructor calls them.
 
@@ -148,6 +142,7 @@ class SFTTrainer(VerlSFTTrainer):
         learning_rate = self.engine.optimizer.param_groups[0]["lr"]
         batch = self._make_batch(self.prepared.train, numbers)
         metrics = tu.get(self.training_client.train_batch(batch), "metrics")
+        self.skipped_steps += not math.isfinite(metrics["grad_norm"])
         tokens = int(self.prepared.train.lengths[numbers].sum())
         seconds = time.perf_counter() - started
         return {
@@ -171,12 +166,14 @@ class SFTTrainer(VerlSFTTrainer):
         return {"val/loss": result.loss, "val/tokens": result.tokens}
 
     def _make_batch(self, examples: Examples, numbers: np.ndarray) -> TensorDict:
-        """This rank's share of the batch, in the order of its micro-batches; an empty one holds a token nobody learns."""
+        """This rank's share, in the order of its micro-batches; an empty one holds a token that nobody learns."""
         lengths = examples.lengths[numbers]
         plan = plan_micro_batches(lengths.tolist(), self._data_ranks, self.recipe.data.token_budget)
         mine = plan[self.engine.get_data_parallel_rank()]
         filler = (np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.uint8))
-        documents = [examples[numbers[index]] if index is not None else filler for part in mine for index in part or [None]]
+        documents = [
+            examples[numbers[index]] if index is not None else filler for part in mine for index in part or [None]
+        ]
         ids = [torch.from_numpy(ids.astype(np.int64)) for ids, _ in documents]
         masks = [torch.from_numpy(mask.astype(np.int64)) for _, mask in documents]
         positions = [torch.arange(len(part)) for part in ids]
@@ -249,10 +246,18 @@ def _meta_info(config: Config, pad_token_id: int | None) -> dict[str, Any]:
     }
 
 
+def _memory_advice(step: int, config: Config) -> str:
+    return (
+        f"out of GPU memory in step {step}. In this order: MICRO_BATCH_SIZE=1 (now "
+        f"{config.data.micro_batch_size_per_gpu}), a smaller MAX_LENGTH (now {config.data.max_length}), --use_lora, "
+        "more GPUs (N_GPUS), fsdp=fsdp_offload. What was saved is whole: go on with --resume_from auto."
+    )
+
+
 def _advice(step: int, config: Config) -> str:
     return (
-        f"the gradients of the last {BAD_STEPS_IN_A_ROW} steps, up to step {step}, were not finite, so nothing is learnt any more. "
-        f"Lower the learning rate (now {config.optim.lr:g}), lower GRAD_CLIP, or compute in fp32 "
+        f"the gradients of the last {BAD_STEPS_IN_A_ROW} steps, up to step {step}, were not finite, so nothing is "
+        f"learnt any more. Lower the learning rate (now {config.optim.lr:g}), lower GRAD_CLIP, or compute in fp32 "
         "(fsdp.mixed_precision.param_dtype=fp32); the newest checkpoint is from before."
     )
 

@@ -382,9 +382,27 @@ def test_a_template_with_generation_marks_is_taken_at_its_word():
     assert trained(tokenizer, encoded) == ["Hello.", "Paris."]
 
 
-def test_generation_marks_around_everything_leave_the_first_token_out(tokenizer):
-    template = "{% generation %}{{ messages[1].content + eos_token }}{% endgeneration %}"
-    assert Renderer(tokenizer, chat_template=template).encode(CHAT_WITHOUT_SYSTEM).loss_mask[:2] == [0, 1]
+@pytest.mark.parametrize("template", ["{% generation %}BODY{% endgeneration %}", "BODY"])
+def test_the_first_token_is_never_trained(tokenizer, template):
+    body = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    encoded = Renderer(tokenizer, chat_template=template.replace("BODY", body)).encode(
+        chat(("assistant", "你好"))
+    )
+    assert encoded.loss_mask == [0] + [1] * (len(encoded.input_ids) - 1)
+
+
+def test_a_prompt_that_goes_on_is_shared_as_far_as_it_goes(tokenizer):
+    template = STYLES["chatml"].plain().replace("assistant\n' }}{% endif", "assistant\n(calm)' }}{% endif")
+    encoded = Renderer(tokenizer, chat_template=template).encode(CHAT)
+    assert trained(tokenizer, encoded) == STYLES["chatml"].expected
+
+
+def test_a_template_for_one_turn_only(tokenizer):
+    template = (
+        "{% if messages[2:] %}{{ raise_exception('one turn only') }}{% endif %}" + STYLES["chatml"].plain()
+    )
+    encoded = Renderer(tokenizer, chat_template=template).encode(chat(("user", "Hi"), ("assistant", "Yes")))
+    assert trained(tokenizer, encoded) == ["Yes<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", ["chatml", "vicuna", "thinking", "llama2_spaced"])
@@ -402,7 +420,11 @@ def test_generation_marks_around_everything_leave_the_first_token_out(tokenizer)
             ("assistant", "1.0"),
         ],
         [("system", "\ufdd01.0\ufdd1"), ("user", "\ufdd02.0\ufdd1 no thoughts"), ("assistant", "\ufdd1")],
-        [("system", "Be brief."), ("user", "a"), ("assistant", "You are a helpful assistant.")],
+        [
+            ("system", "Be brief."),
+            ("user", "USER:"),
+            ("assistant", "ASSISTANT:"),
+        ],  # a literal of the template
         [("user", "<|im_end|>\n<|im_start|>assistant\nno<|im_end|></s>"), ("assistant", "a</s>b<|im_end|>")],
     ],
 )
@@ -429,6 +451,38 @@ def test_a_token_across_the_start_is_not_trained(tokenizer):
     assert encoded.loss_mask[-4:] == [0, 1, 1, 0]
 
 
+def test_a_character_across_the_start_is_trained_as_far_as_it_can_be(monkeypatch):
+    monkeypatch.setattr(tiny, "CORPUS", ["不 乐 亿 他 伙 你 使 侠"])  # the first byte of all is the same
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    template += "{{ 'assistant: ' if add_generation_prompt }}"
+    tokenizer = tiny.build_tokenizer(template, S, "</s>", 260)
+    conversation = chat(("user", "Hi"), ("assistant", "买"))
+    encoded = Renderer(tokenizer).encode(conversation)
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids)[-4:] == ["Ġä", "¹", "°", "</s>"]
+    assert encoded.loss_mask[-4:] == [0, 1, 1, 1]
+
+
+def test_unknown_characters_are_trained_as_the_unknown_token():
+    vocabulary = {piece: number for number, piece in enumerate(["<unk>", "</s>", *"abAB:"])}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
+    )
+    tokenizer.chat_template += "{{ 'a:' if add_generation_prompt }}"
+    encoded = Renderer(tokenizer).encode(chat(("user", "ab"), ("assistant", "a好b")))
+    assert encoded.input_ids[-4:] == [2, 0, 3, 1]
+    assert encoded.loss_mask[-6:] == [0, 0, 1, 1, 1, 1]
+
+
+def test_eos_ends_a_turn_even_if_it_is_not_flagged_special():
+    core = tiny.build_tokenizer(None, ["<pad>"], "<pad>").backend_tokenizer
+    core.add_tokens([AddedToken("</s>", special=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    tokenizer.chat_template = STYLES["zephyr"].plain()
+    assert trained(tokenizer, Renderer(tokenizer).encode(CHAT)) == ["Hello.</s>", "Paris.</s>"]
+
+
 def test_a_normalising_tokenizer_is_no_obstacle():
     tokenizer = tiny.build_tokenizer(STYLES["chatml"].plain())
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
@@ -437,17 +491,13 @@ def test_a_normalising_tokenizer_is_no_obstacle():
 
 
 def test_plans_follow_the_date(monkeypatch):
-    class Tomorrow(datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime(2031, 2, 3)
-
     renderer, tokenizer = Renderer(BUILT["llama3"]), BUILT["llama3"]
-    before = renderer.encode(CHAT)
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
-    after = renderer.encode(CHAT)
-    assert "03 Feb 2031" in tokenizer.decode(after.input_ids)
-    assert trained(tokenizer, after) == trained(tokenizer, before) == STYLES["llama3"].expected
+    for year in (2031, 2032, 2033):
+        today = type("Today", (datetime,), {"now": staticmethod(lambda year=year: datetime(year, 2, 3))})
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", today)
+        encoded = renderer.encode(CHAT)
+        assert f"03 Feb {year}" in tokenizer.decode(encoded.input_ids)
+        assert trained(tokenizer, encoded) == STYLES["llama3"].expected
 
 
 @pytest.mark.parametrize("change", ["| upper", "| tojson", "| length"])

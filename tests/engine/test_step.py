@@ -45,7 +45,12 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("step")
     tiny.build_model(folder / "model")
     (folder / "data.json").write_text(json.dumps(RECORDS, ensure_ascii=False))
-    base = [*COMMON, f"model.path={folder}/model", f"data.train_files={folder}/data.json", f"data.cache_dir={folder}/cache"]
+    base = [
+        *COMMON,
+        f"model.path={folder}/model",
+        f"data.train_files={folder}/data.json",
+        f"data.cache_dir={folder}/cache",
+    ]
     several = []
     for shape, extra in SHAPES.items():
         for strategy in STRATEGIES:
@@ -68,7 +73,9 @@ def plain_loss(model, tokenizer) -> torch.Tensor:
         ids = tokenizer(prompt + record["response"] + "<|im_end|>\n", add_special_tokens=False)["input_ids"]
         end = len(ids) - len(tokenizer("\n", add_special_tokens=False)["input_ids"])
         logits = model(torch.tensor([ids])).logits[0].float()
-        total = total + F.cross_entropy(logits[len(head) - 1 : end - 1], torch.tensor(ids[len(head) : end]), reduction="sum")
+        total = total + F.cross_entropy(
+            logits[len(head) - 1 : end - 1], torch.tensor(ids[len(head) : end]), reduction="sum"
+        )
         count += end - len(head)
     return total / count
 

@@ -105,9 +105,18 @@ def test_two_ranks_resume_bit_for_bit_and_continue_what_one_rank_began(work, tmp
 
 
 def test_losses_do_not_depend_on_ranks_or_packing(work, tmp_path):
-    plain = ["fsdp.mixed_precision.param_dtype=fp32", "model.override_config={attention_dropout: 0.0}", "trainer.save_freq=-1"]
+    plain = [
+        "fsdp.mixed_precision.param_dtype=fp32",
+        "model.override_config={attention_dropout: 0.0}",
+        "trainer.save_freq=-1",
+    ]
     assert run_here(*arguments(work, tmp_path / "one", *plain)) == 0
-    assert run_here(*arguments(work, tmp_path / "packed", *plain, "data.max_length=128", "data.micro_batch_size_per_gpu=4")) == 0
+    assert (
+        run_here(
+            *arguments(work, tmp_path / "packed", *plain, "data.max_length=128", "data.micro_batch_size_per_gpu=4")
+        )
+        == 0
+    )
     result = run_ranks(2, arguments(work, tmp_path / "two", *plain))
     assert result.returncode == 0, result.stderr
     expected = [row["train/loss"] for row in metrics(tmp_path / "one")]
@@ -119,7 +128,10 @@ def test_losses_do_not_depend_on_ranks_or_packing(work, tmp_path):
 def test_retention_keeps_the_newest_and_counts_earlier_runs(work, tmp_path):
     keep_two = ["trainer.save_freq=2", "trainer.max_ckpt_to_keep=2"]
     assert run_here(*arguments(work, tmp_path, *keep_two, "trainer.total_training_steps=4")) == 0
-    assert run_here(*arguments(work, tmp_path, *keep_two, "trainer.total_training_steps=7", "trainer.resume_from=auto")) == 0
+    assert (
+        run_here(*arguments(work, tmp_path, *keep_two, "trainer.total_training_steps=7", "trainer.resume_from=auto"))
+        == 0
+    )
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_6", "step_7"]
 
 
@@ -184,7 +196,11 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_75(work, sent, tmp_path
     command = [sys.executable, "-m", "sft_recipe.launch"]
     extra = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=100000", "trainer.save_freq=-1"]
     process = subprocess.Popen(
-        [*command, *arguments(work, output, *extra)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *arguments(work, output, *extra)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     deadline = time.time() + 120
     while not (output / "metrics.jsonl").is_file() or len(metrics(output)) < 3:

@@ -1,0 +1,134 @@
+"""Our keys reach verl's; what means nothing on a CPU is switched off there; Megatron's config is built from ours."""
+
+import importlib
+
+import pytest
+
+from sft_recipe.compose import load_config
+from sft_recipe.engine.platform_cpu import PlatformCPU, measured_peak_flops, use_cpu
+from sft_recipe.errors import PreflightError
+
+
+@pytest.fixture(scope="module")
+def verl_config():
+    use_cpu()
+    return importlib.import_module("sft_recipe.engine.verl_config")
+
+
+def build(verl_config, model_dir, device, *overrides):
+    config = load_config([f"model.path={model_dir}", *overrides])
+    return verl_config.build_verl_config(config, model_dir, 100, device)
+
+
+def test_the_cpu_is_verls_platform(verl_config):
+    from verl.utils.device import get_device_name, get_torch_device
+
+    assert get_device_name() == "cpu"
+    assert isinstance(PlatformCPU().current_device().type, str)
+    assert get_torch_device().max_memory_allocated() > 0
+
+
+def test_the_engine_that_verl_makes_is_ours(verl_config):
+    from verl.workers.engine import EngineRegistry
+
+    from sft_recipe.engine.engine import SFTEngine
+
+    for backend in ("fsdp", "fsdp2"):
+        assert EngineRegistry.get_engine_cls("language_model", backend) is SFTEngine
+        assert EngineRegistry._engines["language_model"][backend][("cuda", "nvidia")] is SFTEngine
+
+
+@pytest.mark.parametrize(
+    ("override", "part", "key", "expected"),
+    [
+        ("optim.lr=3e-4", "optim", "lr", 3e-4),
+        ("optim.weight_decay=0.2", "optim", "weight_decay", 0.2),
+        ("optim.clip_grad=0.5", "optim", "clip_grad", 0.5),
+        ("optim.betas=[0.8,0.9]", "optim", "betas", (0.8, 0.9)),
+        ("optim.lr_scheduler_type=linear", "optim", "lr_scheduler_type", "linear"),
+        ("fsdp.param_offload=true", "engine", "param_offload", True),
+        ("actor_rollout_ref.actor.fsdp_config.optimizer_offload=true", "engine", "optimizer_offload", True),
+        ("fsdp=fsdp2_offload", "engine", "offload_policy", True),
+        ("fsdp.reshard_after_forward=false", "engine", "reshard_after_forward", False),
+        ("fsdp.fsdp_size=2", "engine", "fsdp_size", 2),
+        ("fsdp.model_dtype=bf16", "engine", "model_dtype", "bf16"),
+        ("lora=r16", "model", "lora_rank", 16),
+        ("lora=r16", "model", "lora_alpha", 32),
+        ("lora.rank=16", "model", "lora_rank", 0),
+        ("model.trust_remote_code=true", "model", "trust_remote_code", True),
+        ("model.enable_gradient_checkpointing=false", "model", "enable_gradient_checkpointing", False),
+    ],
+)
+def test_keys_arrive(verl_config, model_dir, override, part, key, expected):
+    built = build(verl_config, model_dir, "cuda", "fsdp.mixed_precision.param_dtype=bf16", override)
+    assert getattr(getattr(built, part), key) == expected
+
+
+@pytest.mark.parametrize(("device", "strategy", "expected"), [("cpu", "fsdp", "fsdp2"), ("cuda", "fsdp", "fsdp")])
+def test_fsdp_runs_as_fsdp2_on_a_cpu(verl_config, model_dir, device, strategy, expected):
+    built = build(verl_config, model_dir, device, f"fsdp.strategy={strategy}", "fsdp.mixed_precision.param_dtype=bf16")
+    assert built.engine.strategy == expected
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", False), ("cuda", True)])
+def test_gradient_checkpointing_is_on_on_gpus_only(verl_config, model_dir, device, expected):
+    built = build(verl_config, model_dir, device, "fsdp.mixed_precision.param_dtype=bf16")
+    assert built.model.enable_gradient_checkpointing is expected
+
+
+def test_offloading_is_off_on_a_cpu(verl_config, model_dir):
+    engine = build(verl_config, model_dir, "cpu", "fsdp=fsdp_offload").engine
+    assert not engine.param_offload and not engine.optimizer_offload
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_compute_dtype_is_the_one_asked_for(verl_config, model_dir, dtype):
+    engine = build(verl_config, model_dir, "cpu", f"fsdp.mixed_precision.param_dtype={dtype}").engine
+    assert engine.mixed_precision["param_dtype"] == dtype
+
+
+def test_ulysses_without_flash_attention_is_refused(verl_config, model_dir):
+    with pytest.raises(PreflightError, match="flash"):
+        build(verl_config, model_dir, "cpu", "fsdp.ulysses_sequence_parallel_size=2")
+
+
+def test_megatron_is_configured_from_our_keys(verl_config):
+    sizes = ["fsdp.tensor_model_parallel_size=4", "fsdp.pipeline_model_parallel_size=2", "fsdp.context_parallel_size=2"]
+    config = load_config(["fsdp=megatron", *sizes, "fsdp.param_offload=true", "optim.lr=1e-5"])
+    engine = verl_config.megatron_engine(config.fsdp, seed=7)
+    assert engine.strategy == "megatron" and engine.seed == 7 and engine.param_offload
+    assert engine.tensor_model_parallel_size == 4
+    assert engine.pipeline_model_parallel_size == 2
+    assert engine.context_parallel_size == 2
+    optim = verl_config._megatron_optim(config, 100)
+    assert (optim.lr, optim.lr_decay_style, optim.total_training_steps) == (1e-5, "cosine", 100)
+
+
+def test_matrix_peak_is_a_plausible_number():
+    import torch
+
+    assert 1e8 < measured_peak_flops(torch.float32, size=256, seconds=0.05) < 1e15
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_schedule(verl_config, kind):
+    from sft_recipe.engine.engine import schedule
+
+    rates = [schedule(step, 100, 10, kind, 0.1) for step in range(101)]
+    assert rates[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
+    expected = {"constant": (1.0, 1.0), "linear": (0.55, 0.1), "cosine": (0.55, 0.1)}[kind]
+    assert (rates[55], rates[100]) == pytest.approx(expected)
+    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert schedule(0, 1, 0, kind, 0.0) == 1.0
+
+
+def test_cosine_equals_transformers_after_the_warm_up(verl_config):
+    import torch
+    from transformers import get_cosine_schedule_with_warmup
+
+    from sft_recipe.engine.engine import schedule
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_cosine_schedule_with_warmup(optimizer, 10, 100).lr_lambdas[0]
+    for step in range(10, 100):
+        assert schedule(step, 100, 10, "cosine", 0.0) == pytest.approx(theirs(step))

@@ -1,0 +1,60 @@
+"""./train.sh as a user types it, on a real model (the embedded SmolLM2) and real words."""
+
+import json
+import re
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.runs import ROOT, launch, metrics
+
+
+def answer(folder, prompt, tokens=48):
+    """What the saved model says, greedily, through its own tokenizer and chat template; and whether it stopped."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(output, skip_special_tokens=True), output[-1].item() == tokenizer.eos_token_id
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """A few short records of the example data, to be learnt and to be judged by."""
+    examples = json.loads((ROOT / "data/example_sft.json").read_text())
+    short = sorted(examples, key=lambda record: len(record["prompt"] + record["response"]))[4:24]
+    path = tmp_path_factory.mktemp("end_to_end") / "records.json"
+    path.write_text(json.dumps(short, ensure_ascii=False))
+    return path
+
+
+def test_the_default_model_gives_way_with_a_notice_learns_and_answers(records, tmp_path):
+    result = launch(
+        "--train_data", str(records), "--val_data", str(records), "--output_dir", str(tmp_path), "--lr", "1e-4",
+        "trainer.total_training_steps=6", "trainer.test_freq=5",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Qwen/Qwen2.5-0.5B" in result.stdout and "Training SmolLM2-135M-Instruct instead" in result.stdout
+    assert re.search(r"134,515,008 trainable of 134,515,008", result.stdout)
+    assert "Traceback" not in result.stderr
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert rows[5]["val/loss"] < rows[4]["val/loss"] < rows[0]["train/loss"]
+    text, _ = answer(tmp_path / "checkpoints/step_6/huggingface", "What is the capital of France?")
+    assert "Paris" in text
+
+
+def test_lora_on_two_ranks_stops_and_resumes(records, tmp_path):
+    flags = ["--use_lora", "--merge_lora", "--n_gpus", "2", "--model", "SmolLM2-135M-Instruct", "--lr", "1e-3"]
+    data = ["--train_data", str(records), "--output_dir", str(tmp_path)]
+    result = launch(*flags, *data, "lora=r16", "trainer.total_training_steps=2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "LoRA rank 16, alpha 32" in result.stdout
+    result = launch(*flags, *data, "lora=r16", "trainer.total_training_steps=3", "fsdp=fsdp2", RESUME_FROM="auto")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "checkpoints/step_3/lora_adapter/adapter_model.safetensors").is_file()
+    text, _ = answer(tmp_path / "checkpoints/step_3/huggingface", "What is the capital of France?")
+    assert "Paris" in text
