@@ -188,7 +188,7 @@ def _assign(tree: DictConfig, item: Override) -> None:
     value = item.value()
     if isinstance(value, int | float) and key in text_keys() and item.input_line:
         value = item.input_line.partition("=")[2].strip()  # a folder 2024_01_02 stays that, not the number 20240102
-    OmegaConf.update(tree, key, value, merge=not isinstance(value, list), force_add=True)
+    OmegaConf.update(tree, key, value, merge=True, force_add=True)
 
 
 def _model_was_named(parsed: list[Override], written: dict[str, Any]) -> bool:

@@ -240,9 +240,10 @@ def test_a_missing_config_yaml_is_told_with_its_place(folder):
 @pytest.mark.parametrize("name", ["a b", "a,b", "实验", "a(1)", "a=b", "a'b", "[a]", "$a", "a&b#c", "a\\b", "a:b"])
 def test_the_folder_of_config_yaml_may_have_any_name(own, tmp_path, name):
     folder = tmp_path / name
-    folder.mkdir()
-    config = own("optim: {lr: 0.5}\n", "lora=r16", folder=folder)
-    assert (config.optim.lr, config.lora.rank) == (0.5, 16)
+    (folder / "conf" / "lora").mkdir(parents=True)
+    (folder / "conf" / "lora" / "mine.yaml").write_text("defaults: [r16]\nalpha: 3\n")
+    config = own("optim: {lr: 0.5}\n", "lora=mine", folder=folder)
+    assert (config.optim.lr, config.lora.rank, config.lora.alpha) == (0.5, 16, 3)
 
 
 def test_config_yaml_may_have_another_name_and_stand_in_a_folder_below(tmp_path):
@@ -412,10 +413,17 @@ def test_inner_groups_of_both_names_are_merged(own):
     assert (precision.param_dtype, precision.reduce_dtype) == ("bf16", "bf16")
 
 
-def test_two_names_with_two_values_are_an_error(own):
+@pytest.mark.parametrize(
+    ("older", "name", "key", "value", "other"),
+    [
+        (f"{ACTOR}.optim", "optim", "lr", 0.5, 0.25),
+        (f"{ACTOR}.fsdp_config", "fsdp", "mixed_precision.reduce_dtype", "bf16", "fp32"),
+    ],
+)
+def test_two_names_with_two_values_are_an_error(own, older, name, key, value, other):
     with pytest.raises(ConfigError) as caught:
-        own({"optim": {"lr": 0.5}, **nested(f"{ACTOR}.optim.lr", 0.25)})
-    assert f"optim.lr to 0.5 and {ACTOR}.optim.lr to 0.25" in str(caught.value)
+        own({**nested(f"{name}.{key}", value), **nested(f"{older}.{key}", other)})
+    assert f"{name}.{key} to {value} and {older}.{key} to {other}" in str(caught.value)
 
 
 def test_two_names_with_one_value_are_none(own):

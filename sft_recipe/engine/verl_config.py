@@ -40,7 +40,7 @@ def build_verl_config(config: Config, model_folder: Path, total_steps: int, devi
         model=_model(config, model_folder, device),
         engine=megatron_engine(config.fsdp, config.trainer.seed) if is_megatron else fsdp_engine(config, device),
         optim=_megatron_optim(config, total_steps) if is_megatron else _optim(config, total_steps),
-        checkpoint=CheckpointConfig(),
+        checkpoint=CheckpointConfig(save_contents=["model", "optimizer", "extra", "hf_model"]),
     )
 
 
@@ -121,7 +121,7 @@ def _model(config: Config, folder: Path, device: str) -> HFModelConfig:
     lora = config.lora
     return HFModelConfig(
         path=str(folder),
-        load_tokenizer=False,
+        load_tokenizer=config.fsdp.strategy == "megatron",  # only that engine asks it for a padding token
         trust_remote_code=config.model.trust_remote_code,
         enable_gradient_checkpointing=uses_gradient_checkpointing(config, device),
         use_remove_padding=True,

@@ -4,25 +4,16 @@ import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from sft_recipe.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from sft_recipe.engine.engine import SFTEngine
-
-STATE = "state"  # shards of weights and optimiser, safetensors
 TRAINER_STATE = "trainer_state.json"
 MANIFEST = "manifest.json"  # every file and its size; written last
 
@@ -111,66 +102,52 @@ def check_room_for_run(folder: Path, resume: Path | None) -> None:
 
 
 class Checkpoints:
-    """Saves and loads one run's checkpoints in `folder`; collective, called by every rank."""
+    """One run's checkpoints in `folder`, of which the newest `keep` stay; collective, called by every rank."""
 
-    def __init__(self, engine: "SFTEngine", folder: Path, keep: int | None, save_model: Callable, is_lora: bool):
-        self.engine = engine
+    def __init__(self, folder: Path, keep: int | None):
         self.folder = folder
         self.keep = keep
-        self.save_model = save_model
-        self.options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=is_lora)
 
-    def save(self, step: int, trainer_state: dict[str, Any]) -> Path:
-        """Write step_N: sharded state, trainer state, the model for others; then make it whole by one rename."""
+    def save(self, step: int, trainer_state: dict[str, Any], write: Callable[[Path], None]) -> Path:
+        """Let `write`, which is collective, fill a folder of another name; one rename makes it step_N when it is whole.
+
+        Raises CheckpointError where it cannot be written, such as on a full disk; what was saved before stays.
+        """
         final, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
         is_first = dist.get_rank() == 0
-        if is_first:
+        try:
+            if is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            dist.barrier()
+            write(partial)
+            if is_first:
+                (partial / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
+                _write_manifest(partial)
+                partial.rename(final)
+                _sync_folder(self.folder)
+                self._retire(final)
+        except (OSError, SafetensorError, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            (partial / STATE).mkdir(parents=True)
-        dist.barrier()
-        with self.engine.resident(), _quiet_dcp():
-            writer = HuggingFaceStorageWriter(str(partial / STATE), save_distributed=True)
-            dcp.save(self._to_store(*self._state_dicts()), storage_writer=writer)
-            self.save_model(self.engine.module, partial)
-        if is_first:
-            (partial / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
-            _write_manifest(partial)
-            partial.rename(final)
-            _sync_folder(self.folder)
-            self._retire(final)
+            raise CheckpointError(
+                f"step {step} cannot be saved to {self.folder}: {_cause(error)}. What was saved before is whole; "
+                "go on from it with --resume_from auto when there is room."
+            ) from None
         dist.barrier()
         return final
-
-    def load(self, checkpoint: Path) -> None:
-        """Restore weights, optimiser and schedule, whatever the number of ranks that wrote them."""
-        with self.engine.resident(), _quiet_dcp():
-            model, optim = self._state_dicts()
-            # The tensors are loaded in place; tied weights, stored once, are the same memory under a second name.
-            dcp.load(self._to_store(model, optim), storage_reader=HuggingFaceStorageReader(str(checkpoint / STATE)))
-            set_state_dict(
-                self.engine.module,
-                self.engine.optimizer,
-                model_state_dict=model,
-                optim_state_dict=optim,
-                options=replace(self.options, strict=not self.options.ignore_frozen_params),
-            )
-        self.engine.set_step(read_trainer_state(checkpoint)["step"])
-
-    def _state_dicts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return get_state_dict(self.engine.module, self.engine.optimizer, options=self.options)
-
-    def _to_store(self, model: dict[str, Any], optim: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """All tensors, each once, under one flat dictionary; the optimiser's settings stand in the configuration."""
-        inner: Any = getattr(self.engine.module, "_fsdp_wrapped_module", self.engine.module)
-        tied = getattr(inner, "all_tied_weights_keys", None) or {}
-        named = {f"model.{key}": value for key, value in model.items() if key not in tied}
-        return named | {f"optim.{key}": value for key, value in optim.items() if isinstance(value, torch.Tensor)}
 
     def _retire(self, newest: Path) -> None:
         if self.keep is not None:
             for path in list_checkpoints(self.folder)[: -self.keep]:
                 if path != newest:
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def _cause(error: BaseException) -> str:
+    """torch's checkpointing wraps what happened on each rank; the first of these says it."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
 def _step(checkpoint: Path) -> int:
@@ -201,11 +178,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _quiet_dcp() -> Iterator[None]:
-    """torch warns that a single process saves as if it were many; it is one on purpose."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -34,6 +34,16 @@ class Prepared:
     train: Examples
     validation: Examples | None
 
+    def stop_token_ids(self, sample: int = 1000) -> list[int]:
+        """The special tokens that end the supervised turns of the data: where the trained model stops talking."""
+        special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special.add(self.tokenizer.eos_token_id)
+        ends = set()
+        for index in range(min(sample, len(self.train))):
+            ids, mask = self.train[index]
+            ends.add(int(ids[np.flatnonzero(mask)[-1]]))
+        return sorted(ends & special)
+
     def identity(self, config: Config) -> dict[str, Any]:
         """What must be the same for a run to be continued: model, adapters, data, batch plan."""
         lora = config.lora
@@ -129,7 +139,8 @@ def _tell_losses(store: TokenStore, part: str, options: StoreOptions, say: Calla
         share = 100 * report.too_long / report.records
         say(
             f"{part}: {report.too_long} of {report.records} examples ({share:.1f}%) are longer than "
-            f"{options.max_length} tokens and {what} (data.truncation={options.truncation}); the longest has {report.longest} tokens."
+            f"{options.max_length} tokens and {what} (data.truncation={options.truncation}); "
+            f"the longest has {report.longest} tokens."
         )
     if report.without_target:
         left_out = f"{report.without_target} of {report.records} examples"

@@ -35,7 +35,7 @@ class RunLog:
         if not enabled:
             return
         self.console = console()
-        self.path = Path(config.trainer.output_dir) / "metrics.jsonl"
+        self.path = Path(config.trainer.output_dir).expanduser() / "metrics.jsonl"
         _keep_rows(self.path, first_step)
         self.file = self.path.open("a")
         self.tracking = _tracking(config)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sft_recipe.config import Config
-from sft_recipe.models import ResolvedModel
+from sft_recipe.training.prepare import Prepared
 
 ADAPTER = "lora_adapter"
 MODEL = "huggingface"
@@ -24,10 +24,11 @@ class ModelSaver:
     `lora.merge` the merged model, and the adapter beside it in `folder/lora_adapter`.
     """
 
-    def __init__(self, config: Config, model: ResolvedModel, tokenizer: Any):
+    def __init__(self, config: Config, prepared: Prepared):
         self.lora = config.lora
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model = prepared.model
+        self.tokenizer = prepared.tokenizer
+        self.stop_token_ids = prepared.stop_token_ids()
         self.trust_remote_code = config.model.trust_remote_code
         self.hf_config = AutoConfig.from_pretrained(model.folder, trust_remote_code=self.trust_remote_code)
         self.hf_config.update(config.model.override_config)
@@ -50,11 +51,11 @@ class ModelSaver:
         else:
             self._save_full(state, target)
         self.tokenizer.save_pretrained(target)
+        self._generation_config().save_pretrained(target)
 
     def _save_full(self, state: dict[str, torch.Tensor], target: Path) -> None:
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(self.hf_config, trust_remote_code=self.trust_remote_code)
-        self._take_generation_config(shell)
         tied = getattr(shell, "all_tied_weights_keys", None) or {}
         state = {name: value.to(self.dtype) for name, value in state.items() if name not in tied}
         shell.save_pretrained(target, state_dict=state)
@@ -87,13 +88,20 @@ class ModelSaver:
             self.model.folder, config=self.hf_config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
         )
         merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-        self._take_generation_config(merged)
         merged.to(self.dtype).save_pretrained(target)
         self._set_dtype(target)
 
-    def _take_generation_config(self, model: Any) -> None:
+    def _generation_config(self) -> GenerationConfig:
+        """The model's own, with the tokens that end a turn in the data: a base model knows none of a chat template."""
         if (self.model.folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.model.folder)
+            generation = GenerationConfig.from_pretrained(self.model.folder)
+        else:
+            generation = GenerationConfig.from_model_config(self.hf_config)
+        known = generation.eos_token_id
+        ends = [known] if isinstance(known, int) else list(known or [])
+        ends += [token for token in self.stop_token_ids if token not in ends]
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+        return generation
 
     def _set_dtype(self, target: Path) -> None:
         path = target / "config.json"

@@ -23,7 +23,7 @@ from verl.utils.dataset.dataset_utils import DatasetPadMode
 from sft_recipe.config import AFTER_EACH_EPOCH, Config, Every
 from sft_recipe.data.batches import plan_micro_batches, step_examples, steps_per_epoch
 from sft_recipe.data.cache import Examples
-from sft_recipe.engine import engine as _registers_the_engine  # noqa: F401
+from sft_recipe.engine.engine import SFTEngine
 from sft_recipe.engine.platform_cpu import measured_peak_flops
 from sft_recipe.engine.verl_config import build_verl_config
 from sft_recipe.errors import TrainingError
@@ -32,7 +32,9 @@ from sft_recipe.training.evaluate import evaluate
 from sft_recipe.training.prepare import Prepared
 from sft_recipe.training.progress import RunLog, notice
 from sft_recipe.training.save_model import ModelSaver
+from sft_recipe.training.state import FsdpState, MegatronState
 
+STATE = "state"  # a checkpoint's folder of weights and optimiser
 STOPPED = 75  # exit code of a run that a signal stopped after saving (EX_TEMPFAIL: try again)
 BAD_STEPS_IN_A_ROW = 10
 
@@ -64,6 +66,8 @@ class SFTTrainer(VerlSFTTrainer):
         log = RunLog(config, first, self.total_steps, enabled=dist.get_rank() == 0)
         self._listen_to_signals()
         bad_in_a_row = 0
+        if first >= self.total_steps:
+            log.say(f"Nothing is left to train: {self.resume} is at step {first} of {self.total_steps}.")
         log.start()
         try:
             for step in range(first + 1, self.total_steps + 1):
@@ -112,17 +116,18 @@ class SFTTrainer(VerlSFTTrainer):
 
     def _build_ckpt_handler(self) -> None:
         config = self.recipe
-        saver = ModelSaver(config, self.prepared.model, self.prepared.tokenizer)
-        folder = Path(config.trainer.output_dir) / "checkpoints"
-        keep = config.trainer.max_ckpt_to_keep
-        self.checkpoints = Checkpoints(self.engine, folder, keep, saver.save, config.lora.enabled)
+        folder = Path(config.trainer.output_dir).expanduser() / "checkpoints"
+        self.checkpoints = Checkpoints(folder, config.trainer.max_ckpt_to_keep)
+        self.is_ours = isinstance(self.engine, SFTEngine)  # or verl's Megatron engine, with a schedule of its own
+        self.state = FsdpState(self.engine, config.lora.enabled) if self.is_ours else MegatronState(self.engine)
+        self.saver = ModelSaver(config, self.prepared)
         self.ckpt_handler = SimpleNamespace(load_checkpoint=self._resume)
 
     def _resume(self) -> int:
         self.skipped_steps = 0
         if self.resume is None:
             return 0
-        self.checkpoints.load(self.resume)
+        self.state.read(self.resume / STATE)
         state = read_trainer_state(self.resume)
         self.skipped_steps = state["skipped_steps"]
         if state["total_steps"] != self.total_steps and dist.get_rank() == 0:
@@ -138,7 +143,8 @@ class SFTTrainer(VerlSFTTrainer):
         data = self.recipe.data
         numbers = step_examples(step - 1, len(self.prepared.train), data.train_batch_size, self._seed, data.shuffle)
         self._seed_step(step)
-        self.engine.set_step(step - 1)
+        if self.is_ours:
+            self.engine.set_step(step - 1)
         learning_rate = self.engine.optimizer.param_groups[0]["lr"]
         batch = self._make_batch(self.prepared.train, numbers)
         metrics = tu.get(self.training_client.train_batch(batch), "metrics")
@@ -184,7 +190,10 @@ class SFTTrainer(VerlSFTTrainer):
         batch = tu.get_tensordict(tensors, _meta_info(self.recipe, self.prepared.tokenizer.pad_token_id))
         docs = [max(1, len(part)) for part in mine]
         tu.assign_non_tensor(
-            batch, micro_batch_docs=NonTensorData(docs), global_token_num=NonTensorData(lengths.tolist())
+            batch,
+            micro_batch_docs=NonTensorData(docs),
+            global_token_num=NonTensorData(lengths.tolist()),
+            update_lr_scheduler=not self.is_ours,
         )
         return batch
 
@@ -197,7 +206,14 @@ class SFTTrainer(VerlSFTTrainer):
             "world_size": dist.get_world_size(),
             "identity": self.prepared.identity(self.recipe),
         }
-        return self.checkpoints.save(step, state)
+
+        def write(folder: Path) -> None:
+            self.state.write(folder / STATE)
+            if self.is_ours:
+                with self.engine.resident():
+                    self.saver.save(self.engine.module, folder)
+
+        return self.checkpoints.save(step, state, write)
 
     def _is_due(self, every: Every, step: int, is_last: bool) -> bool:
         interval = self.steps_per_epoch if every == AFTER_EACH_EPOCH else int(every)

@@ -138,7 +138,12 @@ def test_equal_examples_have_equal_fingerprints(data, tokenizer, cache_dir, tmp_
 
 @pytest.mark.parametrize(
     "records",
-    [RECORDS[::-1], RECORDS[:-1], [*RECORDS, RECORDS[0]], [*RECORDS[:2], {**RECORDS[2], "prompt": "1 2 9"}, RECORDS[3]]],
+    [
+        RECORDS[::-1],
+        RECORDS[:-1],
+        [*RECORDS, RECORDS[0]],
+        [*RECORDS[:2], {**RECORDS[2], "prompt": "1 2 9"}, RECORDS[3]],
+    ],
     ids=["order", "fewer", "more", "one token"],
 )
 def test_other_examples_have_other_fingerprints(records, data, tokenizer, cache_dir, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests import tiny
 from tests.engine.test_step import RECORDS, plain_loss
@@ -148,6 +148,16 @@ def test_an_untied_head_and_a_base_model_without_template(work, tmp_path, capfd)
     assert "<|im_start|>" in (saved / "chat_template.jinja").read_text()
     _, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize("shape", [[], ["lora.enabled=true"], ["lora.enabled=true", "lora.merge=true"]])
+def test_a_base_model_learns_where_to_stop(work, tmp_path, shape):
+    """Its own end token is another than the one that ends a turn of the chat template."""
+    plain = tiny.build_tokenizer(eos_token="<|endoftext|>")
+    folder = tiny.build_model(tmp_path / "base", tokenizer=plain)
+    assert run_here(*arguments(work, tmp_path / "out", f"model.path={folder}", *shape)) == 0
+    saved = GenerationConfig.from_pretrained(tmp_path / "out/checkpoints/step_2/huggingface")
+    assert saved.eos_token_id == [plain.eos_token_id, plain.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_an_adapter_loads_as_it_is(work, tmp_path):
