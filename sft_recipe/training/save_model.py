@@ -30,7 +30,7 @@ class ModelSaver:
         self.tokenizer = prepared.tokenizer
         self.stop_token_ids = prepared.stop_token_ids()
         self.trust_remote_code = config.model.trust_remote_code
-        self.hf_config = AutoConfig.from_pretrained(model.folder, trust_remote_code=self.trust_remote_code)
+        self.hf_config = AutoConfig.from_pretrained(self.model.folder, trust_remote_code=self.trust_remote_code)
         self.hf_config.update(config.model.override_config)
         self.dtype = self.hf_config.dtype or torch.float32
 
