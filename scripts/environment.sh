@@ -13,9 +13,9 @@ supported() {
   "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
 }
 
-find_python() {  # the newest Python that is supported and can make environments
+find_python() {  # a Python that is supported and can make environments; the default one if it is
   local name
-  for name in python3.12 python3.11 python3.10 python3 python; do
+  for name in python3 python3.12 python3.11 python3.10 python; do
     if command -v "$name" >/dev/null && supported "$name" && "$name" -c 'import venv, ensurepip' 2>/dev/null; then
       command -v "$name"
       return
