@@ -37,10 +37,11 @@ def run(args: list[str]) -> int:
     from sft_recipe import preflight
     from sft_recipe.training.checkpoint import check_identity, check_room_for_run, find_checkpoint
     from sft_recipe.training.prepare import prepare
-    from sft_recipe.training.progress import notice
+    from sft_recipe.training.progress import check_loggers, notice
 
     device = preflight.choose_device(config)
     preflight.check(config, device)
+    check_loggers(config)
     output_dir = preflight.writable_folder(Path(config.trainer.output_dir).expanduser())
     checkpoints = output_dir / "checkpoints"
     resume = find_checkpoint(config.trainer.resume_from, checkpoints) if config.trainer.resume_from else None

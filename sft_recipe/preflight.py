@@ -29,7 +29,6 @@ def check(config: Config, device: str) -> None:
     """Raises ConfigError and PreflightError: what cannot work with this configuration on this machine."""
     _check_batches(config)
     _check_optimizer(config.optim)
-    _check_loggers(config)
     if config.fsdp.strategy == "megatron":
         _check_megatron(device)
 
@@ -44,6 +43,14 @@ def writable_folder(folder: Path) -> Path:
     except OSError as error:
         raise CheckpointError(f"the output folder {folder} cannot be written: {error.strerror or error}") from None
     return folder
+
+
+def is_installed(name: str) -> bool:
+    """Whether a package, or a module in one, can be found; nothing is imported but what stands above it."""
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _check_batches(config: Config) -> None:
@@ -71,31 +78,10 @@ def _check_optimizer(optim: OptimConfig) -> None:
         )
 
 
-def _check_loggers(config: Config) -> None:
-    from verl.utils.tracking import Tracking
-
-    names = [*config.trainer.logger, *(["wandb"] if config.trainer.wandb_project else [])]
-    for name in names:
-        if name not in Tracking.supported_backend:
-            known = ", ".join(Tracking.supported_backend)
-            raise ConfigError(
-                f"trainer.logger has {name}; there is {known}.{nearest(name, Tracking.supported_backend)}"
-            )
-        if name not in ("console", "file") and not _is_installed(name):
-            raise PreflightError(f"trainer.logger names {name}, which is not installed: pip install {name}")
-
-
 def _check_megatron(device: str) -> None:
-    missing = [name for name in ("megatron.core", "mbridge") if not _is_installed(name)]
+    missing = [name for name in ("megatron.core", "mbridge") if not is_installed(name)]
     problems = [f"{name} is not installed (pip install -e '.[megatron]')" for name in missing]
     if device == "cpu":
         problems.append("there is no GPU")
     if problems:
         raise PreflightError(f"strategy=megatron cannot run here: {', and '.join(problems)}; use fsdp or fsdp2")
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False

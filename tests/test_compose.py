@@ -135,6 +135,10 @@ def test_a_choice_that_is_not_there_is_told_with_those_that_are(override, says):
     assert [text for text in [override, *says] if text not in message] == []
 
 
+def test_what_is_added_to_the_recipes_own_config_yaml_goes_over_conf(own):
+    assert own("\noptim: {lr: 0.5}\n", defaults=(HOME / "config.yaml").read_text()).optim.lr == 0.5
+
+
 # Values of overrides
 
 

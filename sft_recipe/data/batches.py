@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -24,11 +25,15 @@ def step_examples(step: int, examples: int, batch_size: int, seed: int, shuffle:
     return epoch_order(examples, seed, epoch, shuffle)[start : start + batch_size]
 
 
+@lru_cache(maxsize=2)
 def epoch_order(examples: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
-    """A permutation of all examples, int64, that (seed, epoch) alone decide; in file order where not shuffled."""
-    if not shuffle:
-        return np.arange(examples)
-    return np.random.default_rng([seed, epoch]).permutation(examples)
+    """A permutation of all examples, int64, that (seed, epoch) alone decide; in file order where not shuffled.
+
+    Kept for the next step of the same epoch, and so not to be changed.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(examples) if shuffle else np.arange(examples)
+    order.flags.writeable = False
+    return order
 
 
 def split_validation(examples: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,9 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sft_recipe.config import Config
+from sft_recipe.config import Config, nearest
+from sft_recipe.errors import ConfigError, PreflightError
+from sft_recipe.preflight import is_installed
 from sft_recipe.training.prepare import Prepared
 from sft_recipe.training.shape import Shape
 
@@ -169,12 +171,28 @@ def _keep_rows(path: Path, steps: int) -> None:
     partial.replace(path)
 
 
-def _tracking(config: Config) -> Any:
+def check_loggers(config: Config) -> None:
+    """Raises ConfigError for a logger that verl does not have, PreflightError for one that is not installed."""
+    from verl.utils.tracking import Tracking
+
+    for name in _backends(config):
+        if name not in Tracking.supported_backend:
+            known = ", ".join(Tracking.supported_backend)
+            raise ConfigError(
+                f"trainer.logger has {name}; there is {known}.{nearest(name, Tracking.supported_backend)}"
+            )
+        if name != "file" and not is_installed(name):
+            raise PreflightError(f"trainer.logger names {name}, which is not installed: pip install {name}")
+
+
+def _backends(config: Config) -> list[str]:
     """verl's loggers besides the console, which is ours."""
-    trainer = config.trainer
-    backends = [name for name in trainer.logger if name != "console"]
-    if trainer.wandb_project and "wandb" not in backends:
-        backends.append("wandb")
+    names = [name for name in config.trainer.logger if name != "console"]
+    return [*names, "wandb"] if config.trainer.wandb_project and "wandb" not in names else names
+
+
+def _tracking(config: Config) -> Any:
+    trainer, backends = config.trainer, _backends(config)
     if not backends:
         return None
     from verl.utils.tracking import Tracking
