@@ -337,10 +337,9 @@ PATHS = st.lists(ODD | st.characters(categories=["L", "N", "P", "S", "Zs"]), min
 @example("[a,b]")
 @example("{a: b}")
 def test_any_path_comes_out_as_it_went_in(path):
-    assume(path.lower() not in ("none", "null") and path != "???")
-    config = resolved(f"--train_data={path}", f"--output_dir={path}", VAL_DATA=path, RESUME_FROM=path)
     files = [part for part in path.split(",") if part]
-    assume(files)
+    assume(files and not {path.lower(), *map(str.lower, files)} & {"none", "null", "???"})
+    config = resolved(f"--train_data={path}", f"--output_dir={path}", VAL_DATA=path, RESUME_FROM=path)
     for found in (config.data.train_files, config.data.val_files):
         assert ([found] if isinstance(found, str) else found) == files
     assert config.trainer.output_dir == config.trainer.resume_from == path
@@ -540,7 +539,7 @@ def test_ranks_share_the_cores_unless_told_otherwise(monkeypatch):
 
 def test_train_sh_prints_help_from_anywhere_and_without_an_environment(tmp_path):
     nothing_installed = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
-    command = [HOME / "train.sh", "--help"]
+    command = [str(HOME / "train.sh"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=nothing_installed, text=True, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, help_text() + "\n", "")
 

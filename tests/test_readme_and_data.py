@@ -11,15 +11,15 @@ from tests.runs import ROOT
 
 README = (ROOT / "README.md").read_text()
 TABLE = {
-    name: row
+    name: [cell.strip() for cell in row.split("|")]
     for row in re.findall(r"^\| (`[A-Z_]+`.*) \|$", README, re.MULTILINE)
-    for name in re.findall(r"`([A-Z_]{4,})`", row.split(" | ")[0])
+    for name in re.findall(r"`([A-Z_]{4,})`", row.split("|")[0])
 }
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
 def test_every_variable_stands_in_the_readme_with_default_and_key(flag):
-    cells = TABLE[flag.variable].split(" | ")
+    cells = TABLE[flag.variable]
     assert flag.default in cells[1].replace("`", "")
     assert f"`{flag.key}`" in cells[3]
     assert flag.short is None or f"--{flag.short}" in cells[0]

@@ -63,6 +63,18 @@ class RunLog:
         if self.enabled:
             self.console.print(text, soft_wrap=True, markup=False)
 
+    def conclude(self, model: Path) -> None:
+        """What came of the whole run, earlier parts of a resumed one included, and where the model is."""
+        if not self.enabled:
+            return
+        losses = [json.loads(line)["train/loss"] for line in self.path.read_text().splitlines()]
+        losses = [loss for loss in losses if loss is not None]
+        part = max(1, min(10, len(losses) // 5))
+        if losses:
+            first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
+            self.say(f"Mean loss {first:.4f} in the first {part} steps, {last:.4f} in the last {part}.")
+        self.say(f"The model is in {model}")
+
     def step(self, row: dict[str, Any]) -> None:
         """Record one optimiser step everywhere; on disk before anything else happens."""
         if not self.enabled:

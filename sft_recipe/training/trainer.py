@@ -31,7 +31,7 @@ from sft_recipe.training.checkpoint import Checkpoints, read_trainer_state
 from sft_recipe.training.evaluate import evaluate
 from sft_recipe.training.prepare import Prepared
 from sft_recipe.training.progress import RunLog, notice
-from sft_recipe.training.save_model import ModelSaver
+from sft_recipe.training.save_model import MODEL, ModelSaver
 from sft_recipe.training.state import FsdpState, MegatronState
 
 STATE = "state"  # a checkpoint's folder of weights and optimiser
@@ -85,6 +85,8 @@ class SFTTrainer(VerlSFTTrainer):
                 if self._is_due(config.trainer.save_freq, step, is_last) or stopping:
                     path = self._save(step)
                     log.say(f"step {step}: saved {path}")
+                    if is_last:
+                        log.conclude(path / MODEL)
                 if stopping and not is_last:
                     log.say(f"Stopped at step {step} of {self.total_steps}. Go on with --resume_from auto.")
                     return STOPPED
