@@ -11,6 +11,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sft_recipe.errors import ConfigError
 
 AFTER_EACH_EPOCH: Literal["after_each_epoch"] = "after_each_epoch"
+# Names of flags that resemble their key too little to be found by spelling.
+FLAG_NAMES = {
+    "model": "model.path",
+    "train_data": "data.train_files",
+    "val_data": "data.val_files",
+    "learning_rate": "optim.lr",
+    "num_epochs": "trainer.total_epochs",
+    "epochs": "trainer.total_epochs",
+    "grad_clip": "optim.clip_grad",
+    "n_gpus": "trainer.n_gpus_per_node",
+    "use_lora": "lora.enabled",
+    "merge_lora": "lora.merge",
+}
 Every = int | Literal["after_each_epoch"]
 
 
@@ -196,7 +209,8 @@ def build_config(tree: dict[str, Any]) -> Config:
 
 def nearest(name: str, known: list[str]) -> str:
     """' Did you mean X?', or nothing where no known name is near."""
-    leaves = {key.rsplit(".", 1)[-1]: key for key in known}
+    by_flag = {flag: key for flag, key in FLAG_NAMES.items() if key in known}
+    leaves = by_flag | {key.rsplit(".", 1)[-1]: key for key in known}
     last = name.rsplit(".", 1)[-1]
     close = [leaves[last]] if last in leaves else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close and (leaf := difflib.get_close_matches(last, leaves, n=1, cutoff=0.7)):

@@ -1,5 +1,12 @@
 """What a user can cause: each kind ends the program with exit code 2 and its message, without a traceback."""
 
+import os
+
+
+def is_debugging() -> bool:
+    """SFT_DEBUG=1 shows tracebacks and what libraries print."""
+    return os.environ.get("SFT_DEBUG", "0").lower() not in ("", "0", "false")
+
 
 class RecipeError(Exception):
     """One clear message: what is wrong, where, and what to do about it."""

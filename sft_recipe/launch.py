@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_recipe.errors import ConfigError, PreflightError, RecipeError
+from sft_recipe.errors import ConfigError, PreflightError, RecipeError, is_debugging
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def main(args: list[str]) -> int:
             return 0
         return _launch(line)
     except RecipeError as error:
-        if os.environ.get("SFT_DEBUG"):
+        if is_debugging():
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sft_recipe.compose import load_config, parse_config_args, to_yaml
 from sft_recipe.config import Config
-from sft_recipe.errors import ConfigError, RecipeError
+from sft_recipe.errors import ConfigError, RecipeError, is_debugging
 
 
 def main(args: list[str]) -> int:
@@ -17,7 +17,7 @@ def main(args: list[str]) -> int:
     try:
         return run(args)
     except RecipeError as error:
-        if os.environ.get("SFT_DEBUG"):
+        if is_debugging():
             raise
         from sft_recipe.training.prepare import speaks_for_machine
 
@@ -111,7 +111,7 @@ def _free_port() -> int:
 
 def _quieten(local_rank: int) -> None:
     """Warnings of libraries about themselves hide what matters here; SFT_DEBUG=1 shows them."""
-    if os.environ.get("SFT_DEBUG"):
+    if is_debugging():
         return
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

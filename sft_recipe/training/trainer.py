@@ -26,7 +26,7 @@ from sft_recipe.data.cache import Examples
 from sft_recipe.engine.engine import SFTEngine
 from sft_recipe.engine.platform_cpu import measured_peak_flops
 from sft_recipe.engine.verl_config import build_verl_config
-from sft_recipe.errors import TrainingError
+from sft_recipe.errors import TrainingError, is_debugging
 from sft_recipe.training.checkpoint import Checkpoints, read_trainer_state
 from sft_recipe.training.evaluate import evaluate
 from sft_recipe.training.prepare import Prepared
@@ -283,7 +283,7 @@ def _advice(step: int, config: Config) -> str:
 @contextlib.contextmanager
 def _verl_chatter() -> Iterator[None]:
     """What verl prints while it builds says nothing to our users; SFT_DEBUG=1 shows it."""
-    if os.environ.get("SFT_DEBUG"):
+    if is_debugging():
         yield
         return
     with contextlib.redirect_stdout(io.StringIO()):

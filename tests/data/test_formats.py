@@ -96,9 +96,7 @@ def test_source_names_file_and_place(tmp_path, suffix, places):
     assert [c.source for c in read_conversations(path)] == [f"{path}, {place}" for place in places]
 
 
-text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(
-    str.strip
-)
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
 roles = st.sampled_from(["user", "assistant"])
 dialogues = st.lists(st.tuples(roles, text), min_size=1, max_size=5).map(lambda t: [*t, ("assistant", "end")])
 
@@ -161,9 +159,7 @@ def test_jsonl_skips_blank_lines_and_a_byte_order_mark_and_crlf(tmp_path):
     assert [c.source for c in read_conversations(path)] == [f"{path}, line 1", f"{path}, line 4"]
 
 
-@pytest.mark.parametrize(
-    "data", ['\ufeff[{"prompt": "a", "response": "b"}]', "\ufeffprompt,response\r\na,b\r\n\r\n"]
-)
+@pytest.mark.parametrize("data", ['\ufeff[{"prompt": "a", "response": "b"}]', "\ufeffprompt,response\r\na,b\r\n\r\n"])
 def test_byte_order_mark_elsewhere(tmp_path, data):
     path = raw(tmp_path / ("a.csv" if "," in data[:9] else "a.json"), data)
     assert turns_of(path) == [[("user", "a"), ("assistant", "b")]]
@@ -198,9 +194,7 @@ def test_parquet_is_read_over_batches_and_drops_keys_a_row_lacks(tmp_path):
     sources = [c.source for c in read_conversations(path)]
     assert len(sources) == 3000 and sources[-1] == f"{path}, record 3000"
     lacking = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}]
-    assert "messages[1].content is missing; expected role and content, found role" in error_of(
-        write(path, lacking)
-    )
+    assert "messages[1].content is missing; expected role and content, found role" in error_of(write(path, lacking))
 
 
 def test_reading_is_lazy_but_the_file_is_checked_at_once(tmp_path):
@@ -285,9 +279,7 @@ def test_bad_record_in_csv_and_parquet(tmp_path):
 
 def test_a_named_format_is_required_of_every_record(tmp_path):
     path = write(tmp_path / "a.json", [RECORDS["alpaca"], GOOD])
-    assert error_of(path, "alpaca").startswith(
-        f"{path}, record 2: the fields (prompt, response) fit no format; "
-    )
+    assert error_of(path, "alpaca").startswith(f"{path}, record 2: the fields (prompt, response) fit no format; ")
     assert error_of(path, "alpaca").endswith("expected alpaca (instruction, output).")
     both = write(tmp_path / "b.json", [{**GOOD, "messages": DICTS}])
     assert turns_of(both, "messages") == turns_of(both) == [TURNS]

@@ -89,9 +89,7 @@ def test_error_without_a_source_begins_with_the_field():
 
 
 def test_errors_use_the_names_of_the_record():
-    assert "output is an empty response" in error_of(
-        USER, ("assistant", ""), fields=["instruction", "output"]
-    )
+    assert "output is an empty response" in error_of(USER, ("assistant", ""), fields=["instruction", "output"])
     fields = ["system", "turns[0].content", "turns[1].content"]
     assert "turns[1].role is 'x'" in error_of(("system", "s"), USER, ("x", "y"), fields=fields)
     assert "turns has no assistant turn" in error_of(("system", "s"), USER, USER, fields=fields)

@@ -96,8 +96,7 @@ GEMMA = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 GEMMA_STRICT = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported.') }}{% endif %}"
-    + GEMMA
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported.') }}{% endif %}" + GEMMA
 )
 PHI3 = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"
@@ -137,9 +136,7 @@ class Style:
     eos: str
     expected: list[str]
     bos: str | None = None
-    swallow: list[str] = field(
-        default_factory=list
-    )  # special tokens that take the white space after them along
+    swallow: list[str] = field(default_factory=list)  # special tokens that take the white space after them along
     legacy_spaces: bool = False
 
     def plain(self):
@@ -162,9 +159,7 @@ def spaced_tokenizer(chat_template, special_tokens, eos_token, **kwargs):
     pieces = ["<unk>", *special_tokens, *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    core.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     steps = [
         decoders.Replace("\u2581", " "),
         decoders.ByteFallback(),
@@ -173,9 +168,7 @@ def spaced_tokenizer(chat_template, special_tokens, eos_token, **kwargs):
     ]
     core.decoder = decoders.Sequence(steps)
     core.add_special_tokens(list(special_tokens))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=eos_token, unk_token="<unk>", **kwargs
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos_token, unk_token="<unk>", **kwargs)
     tokenizer.chat_template = chat_template
     return tokenizer
 
@@ -189,9 +182,7 @@ LLAMA2_TRAINED = [" Hello. </s>", " Paris. </s>"]
 STYLES = {
     "chatml": Style(CHATML, IM, "<|im_end|>", ["Hello.<|im_end|>", "Paris.<|im_end|>"]),
     "default_system": Style(DEFAULT_SYSTEM, IM, "<|im_end|>", ["Hello.<|im_end|>", "Paris.<|im_end|>"]),
-    "thinking": Style(
-        THINKING, IM, "<|im_end|>", ["Hello.<|im_end|>", "<think>\n\n</think>\n\nParis.<|im_end|>"]
-    ),
+    "thinking": Style(THINKING, IM, "<|im_end|>", ["Hello.<|im_end|>", "<think>\n\n</think>\n\nParis.<|im_end|>"]),
     "deepseek": Style(
         DEEPSEEK,
         ["<s>", "</s>", "<|User|>", "<|Assistant|>"],
@@ -201,25 +192,15 @@ STYLES = {
     ),
     "closed_thought": Style(CLOSED_THOUGHT, S, "</s>", ["</think>Hello.</s>", "</think>Paris.</s>"]),
     "llama2": Style(LLAMA2, S, "</s>", LLAMA2_TRAINED, bos="<s>"),
-    "llama2_spaced": Style(
-        LLAMA2, S[1:], "</s>", ["Hello. </s>", "Paris. </s>"], bos="<s>", legacy_spaces=True
-    ),
-    "llama3": Style(
-        LLAMA3, HEADERS, "<|eot_id|>", ["Hello.<|eot_id|>", "Paris.<|eot_id|>"], bos="<|begin_of_text|>"
-    ),
+    "llama2_spaced": Style(LLAMA2, S[1:], "</s>", ["Hello. </s>", "Paris. </s>"], bos="<s>", legacy_spaces=True),
+    "llama3": Style(LLAMA3, HEADERS, "<|eot_id|>", ["Hello.<|eot_id|>", "Paris.<|eot_id|>"], bos="<|begin_of_text|>"),
     "mistral": Style(MISTRAL, [*S, "[INST]", "[/INST]"], "</s>", [" Hello.</s>", " Paris.</s>"], bos="<s>"),
-    "gemma": Style(
-        GEMMA, TURNS, "<end_of_turn>", ["Hello.<end_of_turn>", "Paris.<end_of_turn>"], bos="<bos>"
-    ),
+    "gemma": Style(GEMMA, TURNS, "<end_of_turn>", ["Hello.<end_of_turn>", "Paris.<end_of_turn>"], bos="<bos>"),
     "phi3": Style(PHI3, PHI, "<|endoftext|>", ["Hello.<|end|>", "Paris.<|end|>"]),
-    "phi3_swallow": Style(
-        PHI3, PHI[:1], "<|endoftext|>", ["Hello.<|end|>", "Paris.<|end|>"], swallow=PHI[1:]
-    ),
+    "phi3_swallow": Style(PHI3, PHI[:1], "<|endoftext|>", ["Hello.<|end|>", "Paris.<|end|>"], swallow=PHI[1:]),
     "zephyr": Style(ZEPHYR, S, "</s>", ["Hello.</s>", "Paris.</s>"]),
     "vicuna": Style(VICUNA, S, "</s>", [" Hello.</s>", " Paris.</s>"], bos="<s>"),
-    "vicuna_spaced": Style(
-        VICUNA, S[1:], "</s>", ["Hello.</s>", "Paris.</s>"], bos="<s>", legacy_spaces=True
-    ),
+    "vicuna_spaced": Style(VICUNA, S[1:], "</s>", ["Hello.</s>", "Paris.</s>"], bos="<s>", legacy_spaces=True),
     "switch": Style(SWITCH, IM, "<|im_end|>", ["Hello.<|im_end|>", "Paris.<|im_end|>"]),
 }
 BUILT = {name: style.tokenizer() for name, style in STYLES.items()}
@@ -339,9 +320,7 @@ def test_any_conversation_has_the_oracles_mask(name, batch):
 
 
 thoughts = st.builds("<think>\n{}\n</think>\n\n{}".format, contents, contents)
-chats_with_thoughts = st.lists(
-    st.tuples(contents, st.one_of(contents, thoughts)), min_size=1, max_size=3
-).map(
+chats_with_thoughts = st.lists(st.tuples(contents, st.one_of(contents, thoughts)), min_size=1, max_size=3).map(
     lambda pairs: chat(*(turn for said, answer in pairs for turn in (("user", said), ("assistant", answer))))
 )
 
@@ -357,9 +336,7 @@ def test_any_thoughts_have_the_oracles_mask(name, conversation):
 
 def test_thoughts_are_trained_where_the_template_shows_them():
     thought = "<think>\nhm\n</think>\n\n"
-    conversation = chat(
-        ("user", "Hi"), ("assistant", thought + "A"), ("user", "b"), ("assistant", thought + "B")
-    )
+    conversation = chat(("user", "Hi"), ("assistant", thought + "A"), ("user", "b"), ("assistant", thought + "B"))
     shown = {name: trained(BUILT[name], RENDERERS[name].encode(conversation)) for name in STYLES}
     assert shown["thinking"] == ["A<|im_end|>", thought + "B<|im_end|>"]
     assert shown["deepseek"] == ["\n\nA</s>", "\n\nB</s>"]
@@ -385,9 +362,7 @@ def test_a_template_with_generation_marks_is_taken_at_its_word():
 @pytest.mark.parametrize("template", ["{% generation %}BODY{% endgeneration %}", "BODY"])
 def test_the_first_token_is_never_trained(tokenizer, template):
     body = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-    encoded = Renderer(tokenizer, chat_template=template.replace("BODY", body)).encode(
-        chat(("assistant", "你好"))
-    )
+    encoded = Renderer(tokenizer, chat_template=template.replace("BODY", body)).encode(chat(("assistant", "你好")))
     assert encoded.loss_mask == [0] + [1] * (len(encoded.input_ids) - 1)
 
 
@@ -398,9 +373,7 @@ def test_a_prompt_that_goes_on_is_shared_as_far_as_it_goes(tokenizer):
 
 
 def test_a_template_for_one_turn_only(tokenizer):
-    template = (
-        "{% if messages[2:] %}{{ raise_exception('one turn only') }}{% endif %}" + STYLES["chatml"].plain()
-    )
+    template = "{% if messages[2:] %}{{ raise_exception('one turn only') }}{% endif %}" + STYLES["chatml"].plain()
     encoded = Renderer(tokenizer, chat_template=template).encode(chat(("user", "Hi"), ("assistant", "Yes")))
     assert trained(tokenizer, encoded) == ["Yes<|im_end|>"]
 
@@ -436,9 +409,7 @@ def test_turns_that_could_be_mistaken_for_others(name, turns):
     assert len(trained(BUILT[name], encoded)) == sum(role == "assistant" for role, _ in turns)
 
 
-@pytest.mark.parametrize(
-    "turns", [[("assistant", "Hello.")], [("user", "a"), ("assistant", "b"), ("assistant", "c")]]
-)
+@pytest.mark.parametrize("turns", [[("assistant", "Hello.")], [("user", "a"), ("assistant", "b"), ("assistant", "c")]])
 def test_turns_out_of_order(turns):
     conversation = chat(*turns)
     assert RENDERERS["chatml"].encode(conversation).loss_mask == oracle("chatml", conversation)
@@ -466,9 +437,7 @@ def test_unknown_characters_are_trained_as_the_unknown_token():
     vocabulary = {piece: number for number, piece in enumerate(["<unk>", "</s>", *"abAB:"])}
     core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
     tokenizer.chat_template += "{{ 'a:' if add_generation_prompt }}"
     encoded = Renderer(tokenizer).encode(chat(("user", "ab"), ("assistant", "a好b")))
     assert encoded.input_ids[-4:] == [2, 0, 3, 1]
@@ -525,9 +494,7 @@ NO_GUESSING = {
     "changes what the turns say": TURN.replace("BODY", "{{ m.content | upper }}"),
     "does not show messages[2]": TURN.replace("BODY", "{{ m.content if loop.last or m.role == 'user' }}"),
     "messages[2] (assistant) more than once": TURN.replace("BODY", "{{ m.content + m.content }}"),
-    "leads to the assistant by": TURN.replace("BODY", "{{ m.content }}").replace(
-        "start|>assistant", "start|>bot"
-    ),
+    "leads to the assistant by": TURN.replace("BODY", "{{ m.content }}").replace("start|>assistant", "start|>bot"),
     "messages[2] (assistant) with '<|im_end|>' only when it is the last": (
         "{% for m in messages %}{{ m.role + ':' + m.content }}"
         "{{ '<|im_end|>' if loop.last and m.role == 'assistant' else '\n' }}{% endfor %}"
