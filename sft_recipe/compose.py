@@ -25,6 +25,9 @@ OLDER_NAMES = {
     "actor_rollout_ref.actor.optim": "optim",
 }
 
+# In conf/: ${either:${lora.enabled},a,b} is a where LoRA is enabled, else b.
+OmegaConf.register_new_resolver("either", lambda chosen, one, other: one if chosen else other, replace=True)
+
 
 def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str = "config") -> Config:
     """Compose and check the tree.

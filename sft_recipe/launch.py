@@ -41,7 +41,7 @@ FLAGS = (
     Flag("max_length", "data.max_length", "2048", "longest example, tokens"),
     Flag("batch_size", "data.train_batch_size", "4", "examples per optimiser step, over all ranks"),
     Flag("micro_batch_size", "data.micro_batch_size_per_gpu", "1", "times MAX_LENGTH: tokens held in memory at once"),
-    Flag("learning_rate", "optim.lr", "2e-5", "peak learning rate", "lr"),
+    Flag("learning_rate", "optim.lr", "2e-5", "peak; with LoRA 2e-4 unless set", "lr"),
     Flag("num_epochs", "trainer.total_epochs", "3", "passes over the training data", "epochs"),
     Flag("warmup_ratio", "optim.lr_warmup_steps_ratio", "0.1", "share of all steps"),
     Flag("weight_decay", "optim.weight_decay", "0.01", "decoupled, as in AdamW"),
