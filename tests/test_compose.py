@@ -68,7 +68,22 @@ def test_every_ready_choice_composes_to_what_its_file_says(group, choice):
     said.pop("defaults", None)
     if group == "model":
         said["fallback"] = None
+    said = {key: value for key, value in said.items() if "${" not in str(value)}
     assert {key: config[group][key] for key in said} == said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        ([], 2e-5),
+        (["lora.enabled=true"], 2e-4),
+        (["lora=r16", "optim=linear"], 2e-4),
+        (["lora=r16", "optim.lr=2e-5"], 2e-5),
+        (["optim.lr=3e-6"], 3e-6),
+    ],
+)
+def test_lora_starts_from_ten_times_the_rate_unless_one_is_named(overrides, rate):
+    assert load_config(overrides).optim.lr == rate
 
 
 def test_choices_of_different_groups_go_together():

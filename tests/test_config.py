@@ -14,8 +14,8 @@ from sft_recipe.errors import ConfigError
 HOME = Path(__file__).resolve().parent.parent
 GROUPS = ["model", "data", "optim", "fsdp", "lora"]
 GROUP_FILES = sorted(HOME.glob("conf/*/*.yaml"))
-# Keys without a default in the code: conf/ alone names a model, what stands in for it, and data.
-ONLY_IN_CONF = {"model.path", "model.fallback", "data.train_files"}
+# Keys whose default stands in conf/ alone: a model, what stands in for it, data, and a rate that depends on LoRA.
+ONLY_IN_CONF = {"model.path", "model.fallback", "data.train_files", "optim.lr"}
 
 
 def tree(**values):
