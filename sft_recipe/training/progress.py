@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sft_recipe.config import Config, nearest
@@ -41,9 +41,13 @@ class RunLog:
         _keep_rows(self.path, first_step)
         self.file = self.path.open("a")
         self.tracking = _tracking(config)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+        left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
         self.bar = Progress(
-            TextColumn("{task.description}"), *columns, TextColumn("left"), TimeRemainingColumn(), console=self.console
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            left,
+            TextColumn("{task.fields[state]}"),
+            console=self.console,
         )
         self.task = self.bar.add_task("Training", total=total_steps, completed=first_step, state="")
         self.total = total_steps
