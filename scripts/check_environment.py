@@ -6,8 +6,10 @@ usage: check_environment.py PYPROJECT EMBEDDED_REQUIREMENT [EXTRA]
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from pip._vendor.packaging.requirements import Requirement
-
+try:
+    from packaging.requirements import Requirement
+except ModuleNotFoundError:
+    from pip._vendor.packaging.requirements import Requirement
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10

@@ -26,7 +26,11 @@ OLDER_NAMES = {
 }
 
 # In conf/: ${either:${lora.enabled},a,b} is a where LoRA is enabled, else b.
-OmegaConf.register_new_resolver("either", lambda chosen, one, other: one if chosen else other, replace=True)
+OmegaConf.register_new_resolver(
+    "either",
+    lambda yes, one, other: one if str(yes).lower() in ("true", "1", "yes", "on", "y", "t") else other,
+    replace=True,
+)
 
 
 def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str = "config") -> Config:

@@ -117,6 +117,8 @@ class FsdpConfig(_Group):
         wrong = [key for key in megatron_only if getattr(self, key) > 1]
         if wrong and self.strategy != "megatron":
             raise ValueError(f"{wrong[0]} is for strategy=megatron; {self.strategy} has no such parallelism")
+        if self.fsdp_size == 0 or self.fsdp_size < -1:
+            raise ValueError(f"fsdp_size is {self.fsdp_size}; it is a number of ranks, or -1 for all")
         if self.offload_policy and self.strategy != "fsdp2":
             raise ValueError("offload_policy is for strategy=fsdp2; use param_offload and optimizer_offload")
         if self.ulysses_sequence_parallel_size > 1 and self.strategy == "megatron":

@@ -3,6 +3,8 @@
 Needs nothing but the standard library until a configuration is composed, so that --help works before the set-up.
 """
 
+from __future__ import annotations
+
 import difflib
 import os
 import re

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sft_recipe.compose import load_config, parse_config_args, to_yaml
 from sft_recipe.config import Config
-from sft_recipe.errors import ConfigError, RecipeError, is_debugging
+from sft_recipe.errors import ConfigError, RecipeError, TrainingError, is_debugging
 
 
 def main(args: list[str]) -> int:
@@ -57,37 +57,44 @@ def run(args: list[str]) -> int:
 
     import torch
 
+    from sft_recipe.training.agree import check_agreement
     from sft_recipe.training.prepare import leave_meeting_place
     from sft_recipe.training.progress import banner
     from sft_recipe.training.shape import model_shape
     from sft_recipe.training.trainer import SFTTrainer
 
     try:
+        check_agreement(config, prepared.identity(config), resume, output_dir)
         shape = model_shape(config, prepared.model, device)
         trainer = SFTTrainer(config, prepared, device, resume)
         if is_first:
-            banner(
-                config,
-                prepared,
-                device,
-                shape,
-                trainer.steps_per_epoch,
-                trainer.total_steps,
-                trainer.resume_global_step,
-            )
+            steps = trainer.steps_per_epoch, trainer.total_steps, trainer.resume_global_step
+            banner(config, prepared, device, shape, *steps)
         code = trainer.fit()
         torch.distributed.barrier()
+    except torch.OutOfMemoryError:
+        raise TrainingError(_memory_advice(config)) from None
     finally:
-        torch.distributed.destroy_process_group()
+        # After an error on one of several ranks the others may never come; leaving the process is what frees them.
+        if sys.exc_info()[0] is None or config.trainer.world_size == 1:
+            torch.distributed.destroy_process_group()
     if local_rank == 0:
         leave_meeting_place()
     return code
 
 
+def _memory_advice(config: Config) -> str:
+    return (
+        f"out of GPU memory. In this order: MICRO_BATCH_SIZE=1 (now {config.data.micro_batch_size_per_gpu}), a smaller "
+        f"MAX_LENGTH (now {config.data.max_length}), --use_lora, more GPUs (N_GPUS), fsdp=fsdp_offload. A checkpoint "
+        "saved before is whole: --resume_from auto goes on from it."
+    )
+
+
 def _with_launched_ranks(config: Config) -> Config:
     """Under torchrun its numbers count, whoever called it; alone, this process is the only rank."""
     trainer = config.trainer
-    if "WORLD_SIZE" in os.environ:
+    if all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
         local, world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ["WORLD_SIZE"])
         changes = {"n_gpus_per_node": local, "nnodes": max(1, world // local)}
         return config.model_copy(update={"trainer": trainer.model_copy(update=changes)})
@@ -142,4 +149,7 @@ if __name__ == "__main__":
     # Until training begins, and listens to signals itself, there is nothing to save.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: os._exit(128 + number))
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    if code:
+        os._exit(code)  # other ranks may hang in a collective with this one, and would keep it from leaving in order

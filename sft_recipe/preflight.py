@@ -54,10 +54,16 @@ def is_installed(name: str) -> bool:
 
 
 def _check_batches(config: Config) -> None:
-    ranks, sequence_ranks = config.trainer.world_size, config.fsdp.ulysses_sequence_parallel_size
-    if ranks % sequence_ranks:
-        raise ConfigError(f"fsdp.ulysses_sequence_parallel_size={sequence_ranks} does not divide the {ranks} ranks")
-    if config.data.train_batch_size < ranks // sequence_ranks:
+    fsdp, world = config.fsdp, config.trainer.world_size
+    sharing = fsdp.ulysses_sequence_parallel_size
+    if fsdp.strategy == "megatron":
+        sharing = fsdp.tensor_model_parallel_size * fsdp.pipeline_model_parallel_size * fsdp.context_parallel_size
+    if world % sharing:
+        raise ConfigError(f"{world} ranks cannot be grouped by {sharing}, the product of the parallel sizes of fsdp.*")
+    if fsdp.fsdp_size > 0 and fsdp.fsdp_size < world and world % fsdp.fsdp_size:
+        raise ConfigError(f"fsdp.fsdp_size={fsdp.fsdp_size} does not divide the {world} ranks")
+    ranks = world // sharing
+    if config.data.train_batch_size < ranks:
         raise ConfigError(
             f"BATCH_SIZE={config.data.train_batch_size} is smaller than the number of ranks ({ranks}): some would have "
             f"nothing to train; set BATCH_SIZE to {ranks} or more"

@@ -24,10 +24,19 @@ def run_here(*args: str) -> int:
 
 def run_ranks(ranks: int, *runs: list[str]) -> subprocess.CompletedProcess:
     """Several runs one after the other under one torchrun, which saves the imports of all but the first."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += ["-m", "tests.runs", json.dumps([[_free_port(), arguments] for arguments in runs])]
-    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
+    return torchrun(ranks, "-m", "tests.runs", json.dumps([[_free_port(), arguments] for arguments in runs]))
+
+
+def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess:
+    """A program under torchrun, as a user starts it without the launcher."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
 
 
 def _free_port() -> int:

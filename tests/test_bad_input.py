@@ -117,7 +117,7 @@ def test_what_truncation_drops_is_said(run, capfd, model, tmp_path):
         (["fsdp=megatron"], ["megatron", "not installed", "GPU"]),
         (["trainer.logger=[console,mlflow]"], ["mlflow", "pip install"]),
         (["trainer.logger=[wandbb]"], ["wandbb"]),
-        (["fsdp.ulysses_sequence_parallel_size=2"], ["ulysses"]),
+        (["fsdp.ulysses_sequence_parallel_size=2"], ["1 ranks", "parallel sizes"]),
         (["model.tokenizer_path={tokenizer}"], ["tokenizer", "512 embeddings"]),
         (["trainer.resume_from={nothing}"], ["nothing"]),
         (["trainer.output_dir={file}/out"], ["cannot be written"]),

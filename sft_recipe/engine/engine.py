@@ -38,6 +38,10 @@ class SFTEngine(FSDPEngineWithLMHead):
     The loss of a step is the mean over all supervised tokens of the global batch, however it is split.
     """
 
+    def is_mp_src_rank_with_outputs(self) -> bool:
+        """Every rank has the loss, also where several share a sequence."""
+        return True
+
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False
     ) -> dict:

@@ -114,26 +114,25 @@ class Checkpoints:
         Raises CheckpointError where it cannot be written, such as on a full disk; what was saved before stays.
         """
         final, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
-        is_first = dist.get_rank() == 0
+
+        def commit() -> None:
+            (partial / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
+            _write_manifest(partial)
+            partial.rename(final)
+            _sync_folder(self.folder)
+            self._retire(final)
+
         try:
-            if is_first:
+            _together(lambda: _empty(partial), only_first=True)
+            _together(lambda: write(partial))
+            _together(commit, only_first=True)
+        except _Failed as failure:
+            if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            dist.barrier()
-            write(partial)
-            if is_first:
-                (partial / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
-                _write_manifest(partial)
-                partial.rename(final)
-                _sync_folder(self.folder)
-                self._retire(final)
-        except (OSError, SafetensorError, CheckpointException) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"step {step} cannot be saved to {self.folder}: {_cause(error)}. What was saved before is whole; "
+                f"step {step} cannot be saved to {self.folder}: {failure}. What was saved before is whole; "
                 "go on from it with --resume_from auto when there is room."
             ) from None
-        dist.barrier()
         return final
 
     def _retire(self, newest: Path) -> None:
@@ -143,11 +142,36 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
 
 
-def _cause(error: BaseException) -> str:
+class _Failed(Exception):
+    """What went wrong on some rank, in its own words."""
+
+
+def _together(act: Callable[[], None], only_first: bool = False) -> None:
+    """Run `act` on all ranks, or on rank 0 while the others wait; what fails on one raises _Failed on all."""
+    problem = None
+    try:
+        if not only_first or dist.get_rank() == 0:
+            act()
+    except (OSError, SafetensorError) as error:
+        problem = str(error) or type(error).__name__
+    except CheckpointException as error:
+        problem = first_failure(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found:
+            raise _Failed(found)
+
+
+def first_failure(error: CheckpointException) -> str:
     """torch's checkpointing wraps what happened on each rank; the first of these says it."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    cause = str(next(iter(error.failures.values()))[0]).strip()
+    return cause.splitlines()[-1] if cause else str(error)
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _step(checkpoint: Path) -> int:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from tensordict import TensorDict
-from verl.utils import tensordict_utils as tu
 
 from sft_recipe.data.cache import Examples
 
@@ -25,14 +24,18 @@ def evaluate(
     budget: int,
     ranks: int,
     make_batch: Callable[[Examples, np.ndarray], TensorDict],
-    infer: Callable[[TensorDict], TensorDict],
+    infer: Callable[[TensorDict], dict],
+    progress: Callable[[int, int], None],
 ) -> Validation:
-    """Run all examples, in chunks that do not depend on the batch size; the last one may be small, none is dropped."""
+    """Run all examples, in chunks that do not depend on the batch size; the last one may be small, none is dropped.
+
+    `infer` gives a batch's metrics; `progress` is told how many examples are done, of how many.
+    """
     total, tokens = 0.0, 0
     for numbers in _chunks(examples.lengths, budget * ranks * MICRO_BATCHES_AT_ONCE):
-        output = infer(make_batch(examples, numbers))
+        progress(int(numbers[0]), len(examples))
         supervised = sum(int(examples[i][1].sum()) for i in numbers)
-        total += tu.get(output, "metrics")["loss"] * supervised
+        total += infer(make_batch(examples, numbers))["loss"] * supervised
         tokens += supervised
     return Validation(total / tokens, tokens)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft_recipe.config import Config
@@ -49,7 +48,11 @@ class Prepared:
         lora = config.lora
         return {
             "model": f"{self.model.name} ({_model_digest(self.model.folder)})",
-            "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, on {lora.target_modules}" if lora.enabled else "off",
+            "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, on {lora.target_modules}, not on {lora.exclude_modules}"
+            if lora.enabled
+            else "off",
+            "model.override_config": config.model.override_config,
+            "optim.optimizer": config.optim.optimizer,
             "data": self.train.store.fingerprint,
             "examples": len(self.train),
             "data.train_batch_size": config.data.train_batch_size,
@@ -172,9 +175,11 @@ def leave_meeting_place() -> None:
 
 def _meeting_place() -> Path:
     """A folder that the ranks of one run on one machine share: they have the same parent process, and only they."""
-    parent = psutil.Process(os.getppid())
+    parent = os.getppid()
+    # In clock ticks since the machine started: exact, whatever the wall clock does.
+    began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    name = f"sft_recipe-{os.getuid()}-{parent.pid}-{parent.create_time():.2f}-{attempt}"
+    name = f"sft_recipe-{os.getuid()}-{parent}-{began}-{attempt}"
     if "WORLD_SIZE" not in os.environ:
         name += f"-{os.getpid()}"
     folder = Path(tempfile.gettempdir()) / name

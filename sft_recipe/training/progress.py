@@ -62,10 +62,19 @@ class RunLog:
             if self.console.is_terminal:
                 self.bar.stop()
             self.file.close()
+            if self.tracking:
+                self.tracking.finish()
 
     def say(self, text: str) -> None:
         if self.enabled:
             self.console.print(text, soft_wrap=True, markup=False)
+
+    def validating(self, done: int, total: int) -> None:
+        """Validation has come so far; without a terminal its beginning is told."""
+        if self.enabled and self.console.is_terminal:
+            self.bar.update(self.task, state=f"validating, {done:,} of {total:,} examples")
+        elif done == 0:
+            self.say(f"validating {total:,} examples")
 
     def conclude(self, model: Path) -> None:
         """What came of the whole run, earlier parts of a resumed one included, and where the model is."""

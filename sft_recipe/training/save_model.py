@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sft_recipe.config import Config
 from sft_recipe.training.prepare import Prepared
+from sft_recipe.training.state import trainable_names
 
 ADAPTER = "lora_adapter"
 MODEL = "huggingface"
@@ -36,14 +38,12 @@ class ModelSaver:
 
     def save(self, module: torch.nn.Module, folder: Path) -> None:
         """Collective: every rank takes part in gathering, rank 0 writes."""
-        only_adapter = self.lora.enabled
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapter)
-        state = get_model_state_dict(module, options=options)
+        state = _adapters(module) if self.lora.enabled else _whole(module)
         if torch.distributed.get_rank() != 0:
             return
         disable_progress_bar()
         target = folder / MODEL
-        if only_adapter:
+        if self.lora.enabled:
             adapter = folder / ADAPTER if self.lora.merge else target
             self._save_adapter(module, state, adapter)
             if self.lora.merge:
@@ -108,3 +108,19 @@ class ModelSaver:
         settings = json.loads(path.read_text())
         settings["dtype"] = str(self.dtype).removeprefix("torch.")
         path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All weights, gathered in the memory of rank 0."""
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _adapters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The trained weights alone; gathered one by one, so that the frozen ones stay where they are."""
+    trained = trainable_names(module)
+    state = get_model_state_dict(module)
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+        for name, value in state.items()
+        if name in trained
+    }

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from verl.workers.engine import BaseEngine
 
 from sft_recipe.engine.engine import SFTEngine
+from sft_recipe.errors import CheckpointError
+from sft_recipe.training.checkpoint import first_failure
 
 
 class FsdpState:
@@ -24,7 +26,8 @@ class FsdpState:
 
     def __init__(self, engine: SFTEngine, is_lora: bool):
         self.engine = engine
-        self.options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=is_lora)
+        self.is_lora = is_lora
+        self.options = StateDictOptions(flatten_optimizer_state_dict=True)
 
     def write(self, folder: Path) -> None:
         """Each rank writes its own shards into `folder`."""
@@ -36,25 +39,49 @@ class FsdpState:
         """Restore what any number of ranks wrote."""
         with self.engine.resident(), _no_warnings():
             model, optim = self._state_dicts()
-            # The tensors are loaded in place; tied weights, stored once, are the same memory under a second name.
-            dcp.load(self._to_store(model, optim), storage_reader=HuggingFaceStorageReader(str(folder)))
+            try:  # in place
+                dcp.load(self._to_store(model, optim), storage_reader=HuggingFaceStorageReader(str(folder)))
+            except CheckpointException as error:
+                raise CheckpointError(f"{folder} cannot be loaded: {first_failure(error)}") from None
+            take_tied(model, self._tied())
             set_state_dict(
                 self.engine.module,
                 self.engine.optimizer,
                 model_state_dict=model,
                 optim_state_dict=optim,
-                options=replace(self.options, strict=not self.options.ignore_frozen_params),
+                options=replace(self.options, strict=not self.is_lora),
             )
 
     def _state_dicts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return get_state_dict(self.engine.module, self.engine.optimizer, options=self.options)
+        model, optim = get_state_dict(self.engine.module, self.engine.optimizer, options=self.options)
+        if self.is_lora:
+            trained = trainable_names(self.engine.module)
+            model = {key: value for key, value in model.items() if key in trained}
+        return model, optim
 
     def _to_store(self, model: dict[str, Any], optim: dict[str, Any]) -> dict[str, torch.Tensor]:
         """All tensors, each once, under one flat dictionary; the optimiser's settings stand in the configuration."""
-        inner: Any = getattr(self.engine.module, "_fsdp_wrapped_module", self.engine.module)
-        tied = getattr(inner, "all_tied_weights_keys", None) or {}
+        tied = self._tied()
         named = {f"model.{key}": value for key, value in model.items() if key not in tied}
         return named | {f"optim.{key}": value for key, value in optim.items() if isinstance(value, torch.Tensor)}
+
+    def _tied(self) -> dict[str, str]:
+        """Names of tied weights and of the weight that each is: {"lm_head.weight": "model.embed_tokens.weight"}."""
+        inner: Any = getattr(self.engine.module, "_fsdp_wrapped_module", self.engine.module)
+        return getattr(inner, "all_tied_weights_keys", None) or {}
+
+
+def take_tied(model: dict[str, Any], tied: dict[str, str]) -> None:
+    """Give tied weights, which are stored once, what was loaded: FSDP1 hands out a copy under each name."""
+    for name, source in tied.items():
+        if name in model and source in model:
+            model[name] = model[source]
+
+
+def trainable_names(module: torch.nn.Module) -> set[str]:
+    """Parameters that are trained, under the names that state dictionaries give them."""
+    names = (name for name, parameter in module.named_parameters() if parameter.requires_grad)
+    return {name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "") for name in names}
 
 
 class MegatronState:

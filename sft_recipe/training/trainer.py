@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +50,7 @@ class SFTTrainer(VerlSFTTrainer):
         self.steps_per_epoch = steps_per_epoch(len(prepared.train), config.data.train_batch_size)
         self.total_steps = config.trainer.total_training_steps or config.trainer.total_epochs * self.steps_per_epoch
         self.stop_signal = 0
+        self.is_over = False
         # verl reads no more of its own configuration than this in the parts that are kept.
         view = SimpleNamespace(trainer=SimpleNamespace(device=device))
         torch.manual_seed(config.trainer.seed)
@@ -62,7 +63,7 @@ class SFTTrainer(VerlSFTTrainer):
         Raises TrainingError after ten steps in a row whose gradients were not finite.
         """
         config = self.recipe
-        first = step = self.resume_global_step
+        first = self.resume_global_step
         log = RunLog(config, first, self.total_steps, enabled=dist.get_rank() == 0)
         self._listen_to_signals()
         bad_in_a_row = 0
@@ -77,7 +78,7 @@ class SFTTrainer(VerlSFTTrainer):
                 if bad_in_a_row:
                     log.say(f"step {step}: the gradient is not finite; this step changed nothing")
                 if self._is_due(config.trainer.test_freq, step, is_last) and self.prepared.validation:
-                    row |= self._validate(self.prepared.validation)
+                    row |= self._validate(self.prepared.validation, log.validating)
                 log.step(row)
                 if bad_in_a_row == BAD_STEPS_IN_A_ROW:
                     raise TrainingError(_advice(step, config))
@@ -90,9 +91,8 @@ class SFTTrainer(VerlSFTTrainer):
                 if stopping and not is_last:
                     log.say(f"Stopped at step {step} of {self.total_steps}. Go on with --resume_from auto.")
                     return STOPPED
-        except torch.OutOfMemoryError:
-            raise TrainingError(_memory_advice(step, config)) from None
         finally:
+            self.is_over = True
             log.stop()
         return 0
 
@@ -149,7 +149,7 @@ class SFTTrainer(VerlSFTTrainer):
             self.engine.set_step(step - 1)
         learning_rate = self.engine.optimizer.param_groups[0]["lr"]
         batch = self._make_batch(self.prepared.train, numbers)
-        metrics = tu.get(self.training_client.train_batch(batch), "metrics")
+        metrics = self._metrics(self.training_client.train_batch(batch))
         self.skipped_steps += not math.isfinite(metrics["grad_norm"])
         tokens = int(self.prepared.train.lengths[numbers].sum())
         seconds = time.perf_counter() - started
@@ -168,9 +168,21 @@ class SFTTrainer(VerlSFTTrainer):
             "perf/memory_gb": metrics["perf/max_memory_allocated_gb"],
         }
 
-    def _validate(self, examples: Examples) -> dict[str, Any]:
+    def _metrics(self, output: TensorDict | None) -> dict[str, Any]:
+        """Of a batch; Megatron has them on one rank of those that share a model only."""
+        if self.is_ours:
+            return tu.get(output, "metrics")
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, output and tu.get(output, "metrics"))
+        return next(found for found in everywhere if found)
+
+    def _validate(self, examples: Examples, progress: Callable[[int, int], None]) -> dict[str, Any]:
         budget, ranks = self.recipe.data.token_budget, self._data_ranks
-        result = evaluate(examples, budget, ranks, self._make_batch, self.training_client.infer_batch)
+
+        def infer(batch: TensorDict) -> dict[str, Any]:
+            return self._metrics(self.training_client.infer_batch(batch))
+
+        result = evaluate(examples, budget, ranks, self._make_batch, infer, progress)
         return {"val/loss": result.loss, "val/tokens": result.tokens}
 
     def _make_batch(self, examples: Examples, numbers: np.ndarray) -> TensorDict:
@@ -228,7 +240,7 @@ class SFTTrainer(VerlSFTTrainer):
 
     def _listen_to_signals(self) -> None:
         def remember(number: int, _frame: Any) -> None:
-            if self.stop_signal:
+            if self.stop_signal and not self.is_over:  # afterwards it is torchrun, ending the ranks of a stopped run
                 os._exit(128 + number)
             self.stop_signal = number
 
@@ -262,14 +274,6 @@ def _meta_info(config: Config, pad_token_id: int | None) -> dict[str, Any]:
         "pad_mode": DatasetPadMode.NO_PADDING,
         "pad_token_id": pad_token_id or 0,
     }
-
-
-def _memory_advice(step: int, config: Config) -> str:
-    return (
-        f"out of GPU memory in step {step}. In this order: MICRO_BATCH_SIZE=1 (now "
-        f"{config.data.micro_batch_size_per_gpu}), a smaller MAX_LENGTH (now {config.data.max_length}), --use_lora, "
-        "more GPUs (N_GPUS), fsdp=fsdp_offload. What was saved is whole: go on with --resume_from auto."
-    )
 
 
 def _advice(step: int, config: Config) -> str:
