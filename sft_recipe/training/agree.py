@@ -18,7 +18,7 @@ OWN = {
 
 
 def check_agreement(config: Config, identity: dict[str, Any], resume: Path | None, output_dir: Path) -> None:
-    """Collective. Raises ConfigError for machines started differently, CheckpointError for a folder they do not share."""
+    """Collective. Raises ConfigError for machines started differently, CheckpointError for a folder not shared."""
     ours = {
         f"{group}.{key}": value for group, keys in config.model_dump(mode="json").items() for key, value in keys.items()
     }
