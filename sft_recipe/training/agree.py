@@ -11,7 +11,15 @@ from sft_recipe.errors import CheckpointError, ConfigError
 
 # What may differ between machines: who they are, and where their copies of the same things lie.
 OWN = {
-    "trainer": {"node_rank", "output_dir", "resume_from"},
+    "trainer": {
+        "n_gpus_per_node",
+        "nnodes",
+        "node_rank",
+        "master_addr",
+        "master_port",
+        "output_dir",
+        "resume_from",
+    },
     "data": {"train_files", "val_files", "cache_dir", "num_workers"},
     "model": {"path", "tokenizer_path", "fallback"},
 }
