@@ -174,6 +174,11 @@ class TrainerConfig(_Group):
         return self
 
     @property
+    def run_folder(self) -> Path:
+        """`output_dir`, with ~ as the home folder."""
+        return Path(self.output_dir).expanduser()
+
+    @property
     def world_size(self) -> int:
         """Processes on all machines."""
         return self.n_gpus_per_node * self.nnodes

@@ -5,7 +5,6 @@ import signal
 import socket
 import sys
 import warnings
-from pathlib import Path
 
 from sft_recipe.compose import load_config, parse_config_args, to_yaml
 from sft_recipe.config import Config
@@ -42,7 +41,7 @@ def run(args: list[str]) -> int:
     device = preflight.choose_device(config)
     preflight.check(config, device)
     check_loggers(config)
-    output_dir = preflight.writable_folder(Path(config.trainer.output_dir).expanduser())
+    output_dir = preflight.writable_folder(config.trainer.run_folder)
     checkpoints = output_dir / "checkpoints"
     resume = find_checkpoint(config.trainer.resume_from, checkpoints) if config.trainer.resume_from else None
     check_room_for_run(checkpoints, resume)

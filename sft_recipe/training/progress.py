@@ -37,7 +37,7 @@ class RunLog:
         if not enabled:
             return
         self.console = console()
-        self.path = Path(config.trainer.output_dir).expanduser() / "metrics.jsonl"
+        self.path = config.trainer.run_folder / "metrics.jsonl"
         _keep_rows(self.path, first_step)
         self.file = self.path.open("a")
         self.tracking = _tracking(config)
@@ -223,10 +223,10 @@ def _tracking(config: Config) -> Any:
     from verl.utils.tracking import Tracking
 
     if "tensorboard" in backends:
-        os.environ.setdefault("TENSORBOARD_DIR", str(Path(trainer.output_dir) / "tensorboard"))
+        os.environ.setdefault("TENSORBOARD_DIR", str(trainer.run_folder / "tensorboard"))
     return Tracking(
         project_name=trainer.wandb_project or trainer.project_name,
-        experiment_name=trainer.experiment_name or Path(trainer.output_dir).absolute().name,
+        experiment_name=trainer.experiment_name or trainer.run_folder.absolute().name,
         default_backend=backends,
         config=config.model_dump(mode="json"),
     )

@@ -118,7 +118,7 @@ class SFTTrainer(VerlSFTTrainer):
 
     def _build_ckpt_handler(self) -> None:
         config = self.recipe
-        folder = Path(config.trainer.output_dir).expanduser() / "checkpoints"
+        folder = config.trainer.run_folder / "checkpoints"
         self.checkpoints = Checkpoints(folder, config.trainer.max_ckpt_to_keep)
         self.is_ours = isinstance(self.engine, SFTEngine)  # or verl's Megatron engine, with a schedule of its own
         self.state = FsdpState(self.engine, config.lora.enabled) if self.is_ours else MegatronState(self.engine)

@@ -110,6 +110,13 @@ def test_verls_loggers_are_fed(work, tmp_path, logger):
     assert any((tmp_path / "tensorboard").rglob("events.*"))
 
 
+def test_a_home_folder_is_the_same_place_for_everything(work, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_here(*arguments(work, "'~/run'", "trainer.logger=[tensorboard]")) == 0
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    assert there == {"checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
+
+
 def test_wandb_is_logged_to_where_a_project_is_named(work, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
