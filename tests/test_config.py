@@ -280,3 +280,11 @@ def test_text_keys_are_those_that_take_names_and_paths():
 def test_the_default_config_survives_yaml():
     dumped = build_config(tree()).model_dump(mode="json")
     assert Config.model_validate(yaml.safe_load(yaml.safe_dump(dumped))) == build_config(tree())
+
+
+def test_the_flags_that_hints_know_are_the_launchers():
+    from sft_recipe.config import FLAG_NAMES
+    from sft_recipe.launch import FLAGS
+
+    launchers = {name: flag.key for flag in FLAGS for name in (flag.name, flag.short) if name}
+    assert FLAG_NAMES.items() <= launchers.items()
