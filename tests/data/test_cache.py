@@ -11,14 +11,15 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from sft_recipe.data import cache
-from sft_recipe.data.cache import Examples, StoreOptions, TokenStore, open_store
+from sft_recipe.data import cache, encode
+from sft_recipe.data.cache import Examples, TokenStore, open_store
+from sft_recipe.data.encode import StoreOptions
 from sft_recipe.data.formats import read_conversations
 from sft_recipe.data.render import Renderer
 from sft_recipe.errors import DataError, ModelError
 from tests import tiny
 
-FILES = ["store.json", "offsets.npy", "supervised.npy", "input_ids.bin", "loss_mask.bin"]
+FILES = ["store.json", "offsets.npy", "supervised.npy", "digests.npy", "input_ids.bin", "loss_mask.bin"]
 RECORDS = [
     {"prompt": "Hello there", "response": "I am fine, thank you."},
     {"prompt": "你好", "response": "很好，谢谢。"},
@@ -337,8 +338,8 @@ def test_a_store_whose_parts_are_of_two_stores_is_damaged(data, tokenizer, cache
 
 
 def test_a_bad_record_late_in_a_file_leaves_no_folder(tokenizer, cache_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "CHUNK", 1)
-    monkeypatch.setattr(cache, "IN_PROCESS", 2)
+    monkeypatch.setattr(encode, "CHUNK", 1)
+    monkeypatch.setattr(encode, "IN_PROCESS", 2)
     bad = write(tmp_path / "bad.json", [*RECORDS, {"prompt": "Hi", "response": ""}])
     with pytest.raises(DataError, match="bad.json, record 5.*response"):
         build(bad, tokenizer, cache_dir)
@@ -482,17 +483,17 @@ def many(tmp_path) -> Path:
 
 @pytest.fixture
 def pools(monkeypatch) -> list[int]:
-    """Processes pay from ten records on; the list holds the number of workers of each pool that was started."""
-    monkeypatch.setattr(cache, "CHUNK", 3)
-    monkeypatch.setattr(cache, "IN_PROCESS", 10)
+    """Processes pay from nine records on; the list holds the number of workers of each pool that was started."""
+    monkeypatch.setattr(encode, "CHUNK", 3)
+    monkeypatch.setattr(encode, "IN_PROCESS", 3)
     started: list[int] = []
-    pool = cache.ProcessPoolExecutor
+    pool = encode.ProcessPoolExecutor
 
     def counting(workers, *args):
         started.append(workers)
         return pool(workers, *args)
 
-    monkeypatch.setattr(cache, "ProcessPoolExecutor", counting)
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", counting)
     return started
 
 
@@ -512,7 +513,6 @@ def test_few_records_start_no_processes(data, tokenizer, cache_dir, pools):
 
 
 def test_what_a_worker_raises_is_told_as_if_there_were_none(many, cache_dir, pools, monkeypatch):
-    monkeypatch.setattr(cache, "get_context", lambda _: get_context("fork"))  # spares the workers their imports
     refusing = "{% if '41' in messages[0]['content'] %}{{ raise_exception('no 41') }}{% endif %}" + tiny.CHATML
     with pytest.raises(DataError, match="many.json, record 42.*no 41"):
         build(many, tiny.build_tokenizer(refusing), cache_dir, workers=2)
