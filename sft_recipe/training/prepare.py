@@ -87,7 +87,9 @@ def speaks_for_machine() -> bool:
     return True
 
 
-def load_tokenizer(config: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    config: ModelConfig, folder: Path, say: Callable[[str], None] = lambda text: None
+) -> PreTrainedTokenizerBase:
     """The tokenizer with the chat template that is trained, and saved: the one named, else its own, else plain ChatML.
 
     Raises ModelError where the folder holds no tokenizer that transformers can read, or the template cannot be read.
@@ -103,7 +105,8 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> PreTrainedTokenizerBase
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise ModelError(f"model.chat_template: {path.absolute()} cannot be read: {reason}") from None
-    ensure_chat_template(tokenizer)
+    if ensure_chat_template(tokenizer):
+        say(f"{config.path} has no chat template: a plain ChatML one is used, and saved with the trained model.")
     return tokenizer
 
 
@@ -131,7 +134,7 @@ def _make(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     if model.notice:
         say(model.notice)
     tokenizer_folder = resolve_tokenizer(config.model, model, cache_dir)
-    tokenizer = load_tokenizer(config.model, tokenizer_folder)
+    tokenizer = load_tokenizer(config.model, tokenizer_folder, say)
     _check_vocabulary(tokenizer, model)
     options = store_options(data)
     stores, shares = {}, {}
