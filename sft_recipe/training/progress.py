@@ -116,7 +116,7 @@ def banner(
     """The essentials of a run, before its first step."""
     from sft_recipe.engine.verl_config import compute_dtype, uses_gradient_checkpointing
 
-    data, train, lora = config.data, prepared.train, config.lora
+    data, lora = config.data, config.lora
     checkpointing = "on" if uses_gradient_checkpointing(config, device) else "off"
     dtype = compute_dtype(config.fsdp, device)
     share = f"{shape.trainable:,} trainable of {shape.total:,} ({100 * shape.trainable / shape.total:.2f}%)"
