@@ -16,7 +16,7 @@ from uuid import uuid4
 import numpy as np
 import transformers
 
-from sft_recipe.data.containers import Rejected, suffix_of
+from sft_recipe.data.containers import suffix_of
 from sft_recipe.data.encode import Part, Report, StoreOptions, encode_files
 from sft_recipe.data.formats import Columns
 from sft_recipe.data.render import Renderer
@@ -240,8 +240,10 @@ class _Rejects:
         self.looked_on = 0
 
     def take(self, part: Part) -> None:
+        if self.skip and part.rejected:
+            with self.path.open("ab") as file:
+                file.writelines(rejected.as_line() for rejected in part.rejected)
         if self.skip:
-            self._write(part.rejected)
             return
         self.errors += [rejected.error for rejected in part.rejected]
         self.looked_on += part.report.records if self.errors else 0
@@ -254,18 +256,10 @@ class _Rejects:
             return
         lines = [str(self.errors[0])]
         if others := self.errors[1 : OTHERS + 1]:
-            more = " and more" if len(self.errors) > OTHERS + 1 else ""
-            lines += [f"So are {len(others)} others{more}:", *(f"  - {error}" for error in others)]
+            more = "more than " if len(self.errors) > OTHERS + 1 else ""
+            lines += [f"Nor can {more}{len(others)} other records be used:", *(f"  - {error}" for error in others)]
         lines.append("data.on_bad_record=skip leaves such records out, counts them and writes them down.")
         raise DataError("\n".join(lines), self.errors[0].kind)
-
-    def _write(self, rejected: list[Rejected]) -> None:
-        if not rejected:
-            return
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            for item in rejected:
-                row = {"reason": str(item.error), "kind": item.error.kind, "record": item.record}
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def _replace(partial_folder: Path, folder: Path) -> None:

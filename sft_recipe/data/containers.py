@@ -27,6 +27,11 @@ class Rejected:
     error: DataError
     record: Any
 
+    def as_line(self) -> bytes:
+        """A line of rejected.jsonl."""
+        row = {"reason": str(self.error), "kind": self.error.kind, "record": self.record}
+        return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
+
 
 Records = Iterator[tuple[str, Any]]  # (place in the file, record or Rejected)
 
