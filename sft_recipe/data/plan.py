@@ -19,6 +19,8 @@ FIND_SLOT = re.compile("\ufdd0([a-z0-9.]+)\ufdd1")
 CLOSING_TAG = re.compile(r"\s*</\w+>\s*")
 OPENED_THOUGHT = re.compile(r"\s*(<\w+>\s*(</\w+>\s*)?)?")
 
+LEAVE_OUT = "leave it out of the data, or give a template that shows it (model.chat_template)"
+
 Place = tuple[int, int]  # the number of a literal, and an offset in it
 
 
@@ -196,9 +198,9 @@ def _check_shown(template: Template, shape: Shape, text: str, slots: list[str]) 
             what = "reasoning"
         elif what == "content" and _depends_on(template, shape, index, text):
             raise Problem(f"changes messages[{index}].content ({message['role']})")
-        raise NotShown(f"does not show messages[{index}].{what} ({message['role']})")
+        raise NotShown(f"does not show messages[{index}].{what} ({message['role']}); {LEAVE_OUT}")
     if shape.tools and template.render(shape.messages)[0] == text:
-        raise NotShown("does not show tools")
+        raise NotShown(f"does not show tools; {LEAVE_OUT}")
 
 
 def _depends_on(template: Template, shape: Shape, index: int, text: str) -> bool:
@@ -313,12 +315,17 @@ def _split(rendered: str) -> tuple[list[str], list[str]]:
 
 
 def _places(slots: list[str], index: int) -> tuple[int, int]:
-    """The [first, last) of a message's slots; raises Problem if they are missing, repeated or apart."""
+    """The [first, last) of a message's slots; raises Problem if they are missing, repeated or apart.
+
+    The names of called tools may come again, where the tools answer.
+    """
     shown = [place for place, slot in enumerate(slots) if slot.startswith(f"{index}.")]
     if not shown:
         raise Problem(f"does not show messages[{index}] (assistant)")
-    first, last = shown[0], shown[-1] + 1
-    if len(set(slots[first:last])) != len(shown) or last - first != len(shown):
+    first = last = shown[0]
+    while last in shown and slots[last] not in slots[first:last]:
+        last += 1
+    if any(not slots[place].startswith(f"{index}.call") for place in shown if place >= last):
         raise Problem(f"shows messages[{index}] (assistant) more than once or in pieces")
     return first, last
 

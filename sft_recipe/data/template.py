@@ -1,5 +1,6 @@
 """A tokenizer's chat template: what it renders, and what it looks for in what people say."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -44,7 +45,9 @@ class Template:
             raise ModelError(f"{self.name}: no usable chat template: {error}") from error
         self.is_marked = GENERATION.search(self.text) is not None
         self.variables = {**tokenizer.special_tokens_map, **self._thinking(enable_thinking)}
-        self.reasoning_key = next((key for key in REASONING_KEYS if key in self.text), REASONING_KEYS[0])
+        named = re.findall(rf"(?:\.|\[?['\"])({'|'.join(REASONING_KEYS)})(?!\w)", self.text)
+        self.reasoning_key = next((key for key in REASONING_KEYS if key in named), REASONING_KEYS[0])
+        self.wants_text = False  # some templates want the arguments of calls as JSON, not as objects
         self.special_tokens = special_tokens(tokenizer)
         self.special = any_of(self.special_tokens)
         # What a template may look for in a text, such as '</think>', '/no_think', not names like 'role'.
@@ -67,6 +70,21 @@ class Template:
         `prompt` adds what leads to the assistant's next turn. Raises Problem where the template refuses.
         """
         try:
+            return self._render(messages, tools, prompt)
+        except Problem:
+            if self.wants_text or not any("tool_calls" in message for message in messages):
+                raise
+            self.wants_text = True
+            try:
+                return self._render(messages, tools, prompt)
+            except Problem:
+                self.wants_text = False
+            raise
+
+    def _render(self, messages: Messages, tools: Messages, prompt: bool) -> tuple[str, list[Span]]:
+        if self.wants_text:
+            messages = [_with_text_arguments(message) for message in messages]
+        try:
             texts, marks = render_jinja_template(
                 [messages],
                 tools=list(tools) or None,
@@ -80,6 +98,18 @@ class Template:
         except Exception as error:  # a template is a program: whatever it raises is about these messages
             raise Problem(f"refuses the conversation: {str(error).strip().rstrip('.')}") from error
         return texts[0], [(start, end) for start, end in marks[0] if start < end] if marks else []
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    texts = [json.dumps(function["arguments"], ensure_ascii=False) for function in functions]
+    calls = [
+        {**call, "function": {**function, "arguments": text}}
+        for call, function, text in zip(message["tool_calls"], functions, texts, strict=True)
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
