@@ -1,7 +1,7 @@
 """A preview as one self-contained HTML page: no network, no scripts, and nothing in the data can become markup."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
@@ -11,8 +11,20 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from sft_recipe.data.messages import Conversation
 from sft_recipe.data.preview import Example, Survey
-from sft_recipe.data.preview_text import counted, counts_line, cycles, printable, tokens_of, too_long, visible
+from sft_recipe.data.preview_text import (
+    Part,
+    Token,
+    counted,
+    counts_line,
+    cycles,
+    more_tokens,
+    printable,
+    tokens_of,
+    too_long,
+    visible,
+)
 from sft_recipe.data.render import Renderer
 
 BARS = 48  # at most, in the histogram of lengths
@@ -114,7 +126,7 @@ def share_histogram(shares: np.ndarray) -> Histogram:
     return Histogram(bars, 100, [(value, float(value)) for value in range(0, 100, 25)])
 
 
-def excerpt(conversation: Any) -> str:
+def excerpt(conversation: Conversation) -> str:
     """How a conversation begins: the first words of the user, then of the assistant."""
     said = {message.role: message.content for message in reversed(conversation.messages)}
     return " → ".join(_short(said[role]) for role in ("user", "assistant") if said.get(role, "").strip())
@@ -162,12 +174,12 @@ def _conversation(example: Example, survey: Survey, renderer: Renderer) -> dict[
         "warning": too_long(example, settings) if example.tokens > settings.max_length else "",
         "share": example.supervised / example.tokens,
         "is_tall": len(tokens) > TALL[0] or sum(token.text.count("\n") for token in tokens) > TALL[1],
-        "tokens": example.tokens,
-        "html": _markup(list(visible(tokens))),
+        "html": _markup(visible(tokens)),
+        "more": more_tokens(example, settings.max_length),
     }
 
 
-def _markup(shown: Sequence[Any]) -> Markup:
+def _markup(shown: Iterable[tuple[Token, list[Part]]]) -> Markup:
     """Runs of one kind around tokens around text; every text is escaped by Markup."""
     html = []
     for (is_supervised, is_special), run in groupby(shown, key=lambda item: item[0].kind):

@@ -97,6 +97,11 @@ def too_long(example: Example, settings: Settings) -> str:
     return f"longer than MAX_LENGTH {settings.max_length:,}: {becomes[settings.truncation]}"
 
 
+def more_tokens(example: Example, limit: int) -> str:
+    """How many tokens there are past the limit, up to which an example is shown; nothing if there are none."""
+    return counted(example.tokens - limit, "more token") if example.tokens > limit else ""
+
+
 def pattern(roles: list[str] | tuple[str, ...]) -> str:
     """Roles in few words: `system, (user, assistant) x 3`."""
     return ", ".join(f"({', '.join(cycle)}) x {times}" if times > 1 else cycle[0] for cycle, times in cycles(roles))
@@ -161,6 +166,8 @@ def print_preview(survey: Survey, renderer: Renderer, console: Console) -> None:
         title = Text(f"{number} of {len(survey.sample)}: {printable(example.conversation.source)}")
         console.rule(title, align="left", style="dim", characters="─" if in_colour else "-")
         text = text_of(tokens_of(example, renderer, settings.max_length), in_colour)
+        if more := more_tokens(example, settings.max_length):
+            text.append(f"✂ {more}", style="red")
         console.print(text, soft_wrap=True, end="" if text.plain.endswith("\n") else "\n")
         console.print(Text(counts_line(example, settings), style="bold"), soft_wrap=True)
     if survey.sample:

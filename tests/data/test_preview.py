@@ -260,9 +260,15 @@ def test_spaces_at_edges_are_marked_and_dots_of_the_data_are_not(renderer):
     assert "".join(marks).startswith("··⏎") and "".join(marks).endswith("··")
 
 
-def test_a_cut_conversation_is_shown_as_far_as_it_is_trained(renderer):
+def test_a_conversation_is_shown_as_far_as_max_length(renderer, tokenizer):
     example = example_of(renderer, "Hi", "Hello there, how are you today?")
-    assert sum(len(token.ids) for token in tokens_of(example, renderer, 7)) == 7
+    limit = example.tokens - 5
+    assert sum(len(token.ids) for token in tokens_of(example, renderer, limit)) == limit
+    out, result = StringIO(), survey([example.conversation], renderer, Settings(max_length=limit, truncation="right"))
+    print_preview(result, renderer, Console(file=out))
+    shown = tokenizer.decode(example.encoded.input_ids[:limit]).rpartition("\n")[2]
+    assert f"{OPEN}{shown}{CLOSE}✂ 5 more tokens\n" in out.getvalue()
+    assert "5 more tokens</b>" in page(result, renderer, "a", "tiny") and "5 tokens are cut" in out.getvalue()
 
 
 def test_nothing_in_the_data_acts_on_a_terminal(renderer):
