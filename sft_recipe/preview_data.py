@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sft_recipe.config import Config
+    from sft_recipe.data.files import Source
+    from sft_recipe.data.formats import Columns
     from sft_recipe.data.messages import Conversation
     from sft_recipe.data.preview import Survey
     from sft_recipe.data.render import Renderer
@@ -100,9 +102,10 @@ def _preview(config: Config, show: int, html: Path | None) -> None:
 
     from sft_recipe.data.preview_text import print_preview
     from sft_recipe.data.render import Renderer
+    from sft_recipe.training.prepare import store_options
 
     tokenizer, model = _load_tokenizer(config)
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, options=store_options(config.data).render)
     survey = _survey(config, renderer, show)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that knows no ⏎
     print_preview(survey, renderer, Console(highlight=False))
@@ -119,53 +122,64 @@ def _preview(config: Config, show: int, html: Path | None) -> None:
 
 def _load_tokenizer(config: Config) -> tuple[PreTrainedTokenizerBase, str]:
     """As training loads it, but without the model's weights; and the name of the model."""
-    from sft_recipe.data.render import ensure_chat_template
     from sft_recipe.models import resolve_model, resolve_tokenizer
     from sft_recipe.training.prepare import load_tokenizer
 
     model = resolve_model(config.model, config.cache_dir(), needs_weights=False)
     if model.notice:
         print(model.notice, file=sys.stderr)
-    folder = resolve_tokenizer(config.model, model, config.cache_dir())
-    tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
-    if ensure_chat_template(tokenizer):
-        print(f"{model.name} has no chat template: a plain ChatML one is used.", file=sys.stderr)
-    return tokenizer, model.name
+    return load_tokenizer(config.model, resolve_tokenizer(config.model, model, config.cache_dir())), model.name
 
 
-def _records(config: Config) -> Iterator[Conversation | DataError]:
+def _sources(config: Config) -> Iterator[tuple[Source, Iterator[Conversation | DataError]]]:
     """The training data as training reads it; a record that cannot be used comes as the error that says why."""
-    from sft_recipe.data.formats import read_conversations, resolve_files
+    from sft_recipe.data.files import resolve_files
+    from sft_recipe.data.formats import Columns
 
-    for path in resolve_files(config.data.train_files):
-        yield from read_conversations(path, config.data.format)
+    columns = Columns(config.data.columns)
+    for source in resolve_files(config.data.train_files, config.cache_dir()):
+        yield source, _records(source, config.data.format, columns)
+    columns.check_met()
+
+
+def _records(source: Source, format: str, columns: Columns) -> Iterator[Conversation | DataError]:
+    from sft_recipe.data.containers import Rejected
+    from sft_recipe.data.formats import read_data
+
+    for path in source.files:
+        for item in read_data(path, format, columns):
+            yield item.error if isinstance(item, Rejected) else item
 
 
 def _survey(config: Config, renderer: Renderer, show: int) -> Survey:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from sft_recipe.data.preview import Settings, survey
+    from sft_recipe.data.preview import Settings, Survey
 
     data, trainer = config.data, config.trainer
     settings = Settings(
         max_length=data.max_length,
         truncation=data.truncation,
+        on_bad_record=data.on_bad_record,
         batch_size=data.train_batch_size,
         token_budget=data.token_budget,
         ranks=trainer.world_size,
         seed=trainer.seed,
         shuffle=data.shuffle,
     )
+    survey = Survey(settings, show)
     console = Console(stderr=True)
     count = TextColumn("{task.completed:,} records")
     columns = (SpinnerColumn(), TextColumn("Reading and tokenising"), BarColumn(), count, TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
-        result = survey(_records(config), renderer, settings, show, lambda records: progress.advance(task, records))
-    if not result.records:
-        raise DataError(f"none of the {result.rejected} records can be used; the first: {result.reasons[0]}")
-    return result
+        for source, records in _sources(config):
+            survey.read(records, renderer, lambda count: progress.advance(task, count))
+            survey.end_source(source.name, source.wanted)
+    if not survey.records:
+        raise DataError(f"none of the {survey.rejected} records can be used; the first: {survey.reasons[0]}")
+    return survey
 
 
 def _excerpts(config: Config, survey: Survey) -> dict[str, str]:
@@ -174,7 +188,7 @@ def _excerpts(config: Config, survey: Survey) -> dict[str, str]:
 
     wanted = {group.places[0] for group in survey.duplicates()[1]}
     found: dict[str, str] = {}
-    records = iter(_records(config)) if wanted else iter(())
+    records = (record for _, records in _sources(config) for record in records) if wanted else iter(())
     while len(found) < len(wanted):
         record = next(records)
         if not isinstance(record, DataError) and record.source in wanted:

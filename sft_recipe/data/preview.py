@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sft_recipe.data.batches import plan_micro_batches, step_examples, steps_per_epoch
+from sft_recipe.data.batches import mixture, plan_micro_batches, step_examples, steps_per_epoch
 from sft_recipe.data.messages import Conversation
 from sft_recipe.data.render import Encoded, Renderer
 from sft_recipe.errors import DataError
@@ -29,6 +29,7 @@ class Settings:
 
     max_length: int = 2048
     truncation: str = "drop"
+    on_bad_record: str = "error"
     batch_size: int = 4
     token_budget: int = 2048
     ranks: int = 1
@@ -54,14 +55,27 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Share:
+    """How many of a source's examples an epoch holds."""
+
+    name: str
+    examples: int
+    wanted: int
+
+
+@dataclass(frozen=True)
 class Truncation:
-    """What `max_length` takes away, and what is left to train on (`lengths`, tokens per example, int64)."""
+    """What `max_length` takes away, and what is left to train on.
+
+    `lengths` are tokens per example, int64; `shares` count these examples by source.
+    """
 
     records: int
     tokens: int
     supervised: int
     without_target: int
     lengths: np.ndarray
+    shares: list[Share]
 
 
 @dataclass(frozen=True)
@@ -101,9 +115,35 @@ class Survey:
         self._places = _Places()
         self._sample, self._longest, self._emptiest = _Highest(self.show), _Highest(EXTREMES), _Highest(EXTREMES)
         self._random = random.Random(self.settings.seed)
+        self._sources: list[tuple[str, int, Callable[[int], int]]] = []
         self.patterns: Counter[tuple[str, ...]] = Counter()
-        self.rejected = 0
+        self.special_text = 0
+        self.kinds: Counter[str] = Counter()
         self.reasons: list[str] = []
+
+    def read(
+        self,
+        records: Iterable[Conversation | DataError],
+        renderer: Renderer,
+        advance: Callable[[int], None] = lambda records: None,
+    ) -> None:
+        """Render and count records; those that come as, or render to, a DataError are rejected.
+
+        `advance` is told how many more are done.
+        """
+        for chunk in _chunks(records):
+            encoded = iter(renderer.encode_batch([item for item in chunk if isinstance(item, Conversation)]))
+            for item in chunk:
+                outcome = item if isinstance(item, DataError) else next(encoded)
+                if isinstance(outcome, DataError):
+                    self.reject(outcome)
+                else:
+                    self.add(item, outcome)
+            advance(len(chunk))
+
+    def end_source(self, name: str, wanted: Callable[[int], int]) -> None:
+        """The records since the last end are a source; with n examples left, an epoch holds `wanted(n)` of it."""
+        self._sources.append((name, self.records, wanted))
 
     def add(self, conversation: Conversation, encoded: Encoded) -> None:
         """Count a record that can be trained on."""
@@ -114,6 +154,7 @@ class Survey:
         self._within.append(int(np.count_nonzero(mask[: self.settings.max_length])))
         self._digests.append(_digest(encoded.input_ids, mask))
         self._places.append(conversation.source)
+        self.special_text += encoded.has_special_text
         self.patterns[tuple(message.role for message in conversation.messages)] += 1
         # A random key makes the sample fair, seeded, and that of -n 5 a part of that of -n 10.
         self._sample.offer(self._random.random(), example)
@@ -122,13 +163,17 @@ class Survey:
 
     def reject(self, error: DataError) -> None:
         """Count a record that cannot be trained on."""
-        self.rejected += 1
+        self.kinds[error.kind] += 1
         if len(self.reasons) < REASONS:
             self.reasons.append(str(error))
 
     @property
     def records(self) -> int:
         return len(self._lengths)
+
+    @property
+    def rejected(self) -> int:
+        return self.kinds.total()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -179,11 +224,22 @@ class Survey:
             supervised=int((supervised - targets).sum()),
             without_target=int(((left > 0) & (targets == 0)).sum()),
             lengths=left[targets > 0],
+            shares=self._shares(targets > 0),
         )
+
+    def _shares(self, is_left: np.ndarray) -> list[Share]:
+        shares, begin = [], 0
+        for name, end, wanted in self._sources or [("", self.records, int)]:
+            examples = int(is_left[begin:end].sum())
+            shares.append(Share(name, examples, wanted(examples) if examples else 0))
+            begin = end
+        return shares
 
     def packing(self) -> Packing:
         """The first epoch's batches, as they are trained."""
-        lengths, settings = self.truncation().lengths, self.settings
+        left, settings = self.truncation(), self.settings
+        shares = [(share.examples, share.wanted) for share in left.shares if share.examples]
+        lengths = left.lengths[mixture(shares, settings.seed)] if shares else left.lengths
         steps = padded = micro_batches = 0
         for numbers in epoch_batches(len(lengths), settings):
             batch = lengths[numbers].tolist()
@@ -193,50 +249,10 @@ class Survey:
         return Packing(padded, int(lengths.sum()), steps, micro_batches, micro_batches * settings.token_budget)
 
 
-def survey(
-    records: Iterable[Conversation | DataError],
-    renderer: Renderer,
-    settings: Settings | None = None,
-    show: int = 5,
-    advance: Callable[[int], None] = lambda records: None,
-) -> Survey:
-    """Render and count all records; those that come as, or render to, a DataError are rejected.
-
-    `advance` is told how many more records are done.
-    """
-    result = Survey(settings or Settings(), show)
-    for chunk in _chunks(records):
-        conversations = [record for record in chunk if isinstance(record, Conversation)]
-        encoded = iter(_encode(renderer, conversations))
-        for record in chunk:
-            outcome = next(encoded) if isinstance(record, Conversation) else record
-            if isinstance(outcome, DataError):
-                result.reject(outcome)
-            else:
-                result.add(record, outcome)
-        advance(len(chunk))
-    return result
-
-
 def epoch_batches(examples: int, settings: Settings) -> Iterator[np.ndarray]:
     """Example numbers of each step of the first epoch."""
     for step in range(steps_per_epoch(examples, settings.batch_size)):
         yield step_examples(step, examples, settings.batch_size, settings.seed, settings.shuffle)
-
-
-def _encode(renderer: Renderer, conversations: list[Conversation]) -> list[Any]:
-    """Encoded or DataError of each."""
-    try:
-        return list(renderer.encode_batch(conversations))
-    except DataError:
-        return [_encode_one(renderer, conversation) for conversation in conversations]
-
-
-def _encode_one(renderer: Renderer, conversation: Conversation) -> Encoded | DataError:
-    try:
-        return renderer.encode(conversation)
-    except DataError as error:
-        return error
 
 
 def _chunks(records: Iterable[Any]) -> Iterator[list[Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from sft_recipe.data.preview import Example, Settings, Survey
+from sft_recipe.data.preview import Example, Settings, Share, Survey
 from sft_recipe.data.render import Renderer
 
 OPEN, CLOSE = "⟦", "⟧"  # rare in texts, unlike [[ ]]
@@ -145,9 +145,27 @@ def summary(survey: Survey) -> list[str]:
     ]
     if truncation.without_target:
         lines.append(f"{counted(truncation.without_target, 'record')} left out, with no supervised token left")
+    if mix := mixed(truncation.shares):
+        lines.append(f"an epoch holds {mix}")
+    if survey.special_text:
+        lines.append(f"{counted(survey.special_text, 'record')} with text that spells a special token; it stays text")
     if survey.rejected:
-        lines.append(f"{counted(survey.rejected, 'record')} rejected; the first: {printable(survey.reasons[0])}")
+        becomes = {"error": "which stops training", "skip": "left out"}[settings.on_bad_record]
+        lines.append(f"{counted(survey.rejected, 'record')} rejected ({kinds(survey)}), {becomes}; the first:")
+        lines.append(f"  {printable(survey.reasons[0])}")
     return lines
+
+
+def mixed(shares: list[Share]) -> str:
+    """`50 of 100 from a.json`: what an epoch holds of each source, where that is not simply all."""
+    if all(share.wanted == share.examples for share in shares):
+        return ""
+    return ", ".join(f"{share.wanted:,} of {share.examples:,} from {printable(share.name)}" for share in shares)
+
+
+def kinds(survey: Survey) -> str:
+    """Rejected records by kind: `3 empty, 1 roles`."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(survey.kinds.items()))
 
 
 def counted(number: int, what: str) -> str:

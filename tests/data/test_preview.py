@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_recipe.data import preview
 from sft_recipe.data.messages import Conversation, Message
-from sft_recipe.data.preview import Example, Repeated, Settings, Survey, survey
+from sft_recipe.data.preview import Example, Repeated, Settings, Share, Survey
 from sft_recipe.data.preview_page import length_histogram, page, share_histogram
 from sft_recipe.data.preview_text import CLOSE, OPEN, pattern, print_preview, summary, text_of, tokens_of, visible
 from sft_recipe.data.render import Encoded, Renderer
@@ -35,6 +35,13 @@ def surveyed(*masks: str, **settings) -> Survey:
         bits = [int(bit) for bit in mask]
         ids = [7] * len(bits) if number % 2 else [8] * len(bits)
         result.add(conversation("Hi", "Yes", source=f"a.json, record {number}"), Encoded(ids, bits))
+    return result
+
+
+def survey(records, renderer: Renderer, settings: Settings | None = None) -> Survey:
+    """A survey of records as they come from files."""
+    result = Survey(settings or Settings())
+    result.read(records, renderer)
     return result
 
 
@@ -97,6 +104,38 @@ def test_packing_follows_the_order_of_the_first_epoch():
     assert surveyed(*masks, batch_size=2, seed=3).packing().padded == padded
 
 
+def test_packing_mixes_the_sources_as_training_does():
+    """Twice the first source's 4 and 2 tokens (10 is too long), one of the second's two records."""
+    result = Survey(Settings(max_length=6, batch_size=1, token_budget=6))
+    for mask in ("0011", "0001111100", "01"):
+        result.add(conversation("Hi", "Yes"), Encoded([7] * len(mask), [int(bit) for bit in mask]))
+    result.end_source("a.json", lambda examples: 2 * examples)
+    for mask in ("011", "101"):
+        result.add(conversation("Hi", "Yes"), Encoded([7] * 3, [int(bit) for bit in mask]))
+    result.end_source("b.json", lambda examples: 1)
+    assert result.truncation().shares == [Share("a.json", 2, 4), Share("b.json", 2, 1)]
+    assert (result.packing().packed, result.packing().steps) == (4 + 4 + 2 + 2 + 3, 5)
+    assert "an epoch holds 4 of 2 from a.json, 1 of 2 from b.json" in summary(result)
+
+
+def test_a_source_of_which_nothing_is_left_does_no_harm():
+    result = Survey(Settings(max_length=2))
+    for mask in ("0011", "01"):
+        result.add(conversation("Hi", "Yes"), Encoded([7] * len(mask), [int(bit) for bit in mask]))
+        result.end_source("a.json", lambda examples: 5)
+    assert result.packing().packed == 10
+    nothing = surveyed("0011", max_length=2).packing()
+    assert (nothing.packed, nothing.steps, nothing.saved) == (0, 0, 0.0)
+
+
+def test_text_that_spells_a_special_token_is_counted_and_not_shown_as_one(renderer):
+    result = survey([conversation("Hi", "Yes"), conversation("<|im_end|>", "Say <|im_start|>user")], renderer)
+    tokens = tokens_of(result.sample[1], renderer, 10**6)
+    assert result.special_text == 1 and "1 record with text that spells a special token" in summary(result)[-1]
+    assert sum(token.is_special for token in tokens) == 4
+    assert "".join(token.text for token in tokens if token.is_supervised) == "Say <|im_start|>user<|im_end|>"
+
+
 def test_duplicates_are_counted_with_their_places():
     """Of five records 1, 3 and 5 are the same; 2 and 4 differ in ids, 6 in its mask alone."""
     result = surveyed("0011", "0011", "0011", "001", "0011", "0011", "0101")
@@ -137,13 +176,18 @@ def test_bad_records_are_rejected_with_their_reason_and_the_others_counted(token
         "{% for", "{% if 'bad' in messages[0].content %}{{ raise_exception('no') }}{% endif %}{% for", 1
     )
     talks = [conversation(text, "Yes", source=f"a, record {n}") for n, text in enumerate(["Hi", "bad", "Hello"], 1)]
-    records = [talks[0], DataError("a, record 9: broken."), *talks[1:]]
+    records = [talks[0], DataError("a, record 9: broken.", "malformed"), *talks[1:]]
     done = []
-    result = survey(records, Renderer(tokenizer, chat_template=refuses), advance=done.append)
+    result = Survey()
+    result.read(records, Renderer(tokenizer, chat_template=refuses), done.append)
     assert (result.records, result.rejected, sum(done)) == (2, 2, 4)
     assert result.reasons[0] == "a, record 9: broken." and result.reasons[1].startswith("a, record 2: ")
     assert [example.conversation.source for example in result.sample] == ["a, record 1", "a, record 3"]
-    assert "2 records rejected; the first: a, record 9" in summary(result)[-1]
+    lines = summary(result)[-2:]
+    assert lines == [
+        "2 records rejected (1 malformed, 1 template), which stops training; the first:",
+        "  a, record 9: broken.",
+    ]
 
 
 def test_chunks_change_nothing(renderer, monkeypatch):
