@@ -100,19 +100,21 @@ def _preview(config: Config, show: int, html: Path | None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from rich.console import Console
 
+    from sft_recipe.data.files import resolve_files
     from sft_recipe.data.preview_text import print_preview
     from sft_recipe.data.render import Renderer
     from sft_recipe.training.prepare import store_options
 
+    sources = resolve_files(config.data.train_files, config.cache_dir())
     tokenizer, model = _load_tokenizer(config)
     renderer = Renderer(tokenizer, options=store_options(config.data).render)
-    survey = _survey(config, renderer, show)
+    survey = _survey(config, sources, renderer, show)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that knows no ⏎
     print_preview(survey, renderer, Console(highlight=False))
     if html:
         from sft_recipe.data.preview_page import page
 
-        text = page(survey, renderer, _title(config), model, _excerpts(config, survey))
+        text = page(survey, renderer, _title(config), model, _excerpts(config, sources, survey))
         try:
             html.write_text(text, encoding="utf-8")
         except OSError as error:
@@ -131,13 +133,12 @@ def _load_tokenizer(config: Config) -> tuple[PreTrainedTokenizerBase, str]:
     return load_tokenizer(config.model, resolve_tokenizer(config.model, model, config.cache_dir())), model.name
 
 
-def _sources(config: Config) -> Iterator[tuple[Source, Iterator[Conversation | DataError]]]:
+def _read(config: Config, sources: list[Source]) -> Iterator[tuple[Source, Iterator[Conversation | DataError]]]:
     """The training data as training reads it; a record that cannot be used comes as the error that says why."""
-    from sft_recipe.data.files import resolve_files
     from sft_recipe.data.formats import Columns
 
     columns = Columns(config.data.columns)
-    for source in resolve_files(config.data.train_files, config.cache_dir()):
+    for source in sources:
         yield source, _records(source, config.data.format, columns)
     columns.check_met()
 
@@ -151,7 +152,7 @@ def _records(source: Source, format: str, columns: Columns) -> Iterator[Conversa
             yield item.error if isinstance(item, Rejected) else item
 
 
-def _survey(config: Config, renderer: Renderer, show: int) -> Survey:
+def _survey(config: Config, sources: list[Source], renderer: Renderer, show: int) -> Survey:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -174,7 +175,7 @@ def _survey(config: Config, renderer: Renderer, show: int) -> Survey:
     columns = (SpinnerColumn(), TextColumn("Reading and tokenising"), BarColumn(), count, TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
-        for source, records in _sources(config):
+        for source, records in _read(config, sources):
             survey.read(records, renderer, lambda count: progress.advance(task, count))
             survey.end_source(source.name, source.wanted)
     if not survey.records:
@@ -182,13 +183,13 @@ def _survey(config: Config, renderer: Renderer, show: int) -> Survey:
     return survey
 
 
-def _excerpts(config: Config, survey: Survey) -> dict[str, str]:
+def _excerpts(config: Config, sources: list[Source], survey: Survey) -> dict[str, str]:
     """How the most repeated conversations begin, from a second look into the files; only their places were kept."""
     from sft_recipe.data.preview_page import excerpt
 
     wanted = {group.places[0] for group in survey.duplicates()[1]}
     found: dict[str, str] = {}
-    records = (record for _, records in _sources(config) for record in records) if wanted else iter(())
+    records = (record for _, records in _read(config, sources) for record in records) if wanted else iter(())
     while len(found) < len(wanted):
         record = next(records)
         if not isinstance(record, DataError) and record.source in wanted:

@@ -102,7 +102,7 @@ def _encode(items: Items, renderer: Renderer, options: StoreOptions) -> Part:
             mask.append(np.asarray(kept.loss_mask, dtype=np.uint8))
     lengths = np.asarray([len(part) for part in ids], dtype=np.int64)
     supervised = np.asarray([part.sum() for part in mask], dtype=np.int64)
-    digests = np.asarray([_digest(*example) for example in zip(ids, mask, strict=True)], dtype=np.uint64)
+    digests = np.asarray([digest_of(*example) for example in zip(ids, mask, strict=True)], dtype=np.uint64)
     report.examples, report.tokens, report.supervised = len(ids), int(lengths.sum()), int(supervised.sum())
     return Part(_joined(ids), _joined(mask), lengths, supervised, digests, report, rejected)
 
@@ -111,7 +111,8 @@ def _joined(parts: list[np.ndarray]) -> bytes:
     return b"".join(part.tobytes() for part in parts)
 
 
-def _digest(ids: np.ndarray, mask: np.ndarray) -> int:
+def digest_of(ids: np.ndarray, mask: np.ndarray) -> int:
+    """Equal for equal examples; `ids` as int32, `mask` as uint8."""
     return int.from_bytes(hashlib.blake2b(ids.tobytes() + mask.tobytes(), digest_size=8).digest(), "little")
 
 

@@ -30,6 +30,15 @@ class Source:
         return self.count if self.count is not None else max(1, round(self.weight * examples))
 
 
+@dataclass(frozen=True)
+class Share:
+    """How many of a source's examples an epoch holds."""
+
+    name: str
+    examples: int
+    wanted: int
+
+
 def resolve_files(spec: str | Path | Sequence[str | Path], cache_dir: Path | None = None) -> list[Source]:
     """The sources that a path, a glob, a hub data set or a list of those names; what a glob matches comes sorted.
 

@@ -1,6 +1,5 @@
 """What training will see of the data: numbers that are exact over all records, and some conversations to look at."""
 
-import hashlib
 import heapq
 import random
 from array import array
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from sft_recipe.data.batches import mixture, plan_micro_batches, step_examples, steps_per_epoch
+from sft_recipe.data.encode import digest_of
+from sft_recipe.data.files import Share
 from sft_recipe.data.messages import Conversation
 from sft_recipe.data.render import Encoded, Renderer
 from sft_recipe.errors import DataError
@@ -52,15 +53,6 @@ class Example:
     @property
     def supervised(self) -> int:
         return int(np.count_nonzero(self.encoded.loss_mask))
-
-
-@dataclass(frozen=True)
-class Share:
-    """How many of a source's examples an epoch holds."""
-
-    name: str
-    examples: int
-    wanted: int
 
 
 @dataclass(frozen=True)
@@ -148,11 +140,11 @@ class Survey:
     def add(self, conversation: Conversation, encoded: Encoded) -> None:
         """Count a record that can be trained on."""
         example = Example(self.records, conversation, encoded)
-        mask = np.asarray(encoded.loss_mask)
+        ids, mask = np.asarray(encoded.input_ids, dtype=np.int32), np.asarray(encoded.loss_mask, dtype=np.uint8)
         self._lengths.append(example.tokens)
         self._supervised.append(example.supervised)
         self._within.append(int(np.count_nonzero(mask[: self.settings.max_length])))
-        self._digests.append(_digest(encoded.input_ids, mask))
+        self._digests.append(digest_of(ids, mask))
         self._places.append(conversation.source)
         self.special_text += encoded.has_special_text
         self.patterns[tuple(message.role for message in conversation.messages)] += 1
@@ -259,11 +251,6 @@ def _chunks(records: Iterable[Any]) -> Iterator[list[Any]]:
     records = iter(records)
     while chunk := list(islice(records, CHUNK)):
         yield chunk
-
-
-def _digest(ids: list[int], mask: np.ndarray) -> int:
-    data = np.asarray(ids, dtype=np.int32).tobytes() + (mask != 0).tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 class _Highest:

@@ -18,7 +18,7 @@ from sft_recipe.config import Config, DataConfig, ModelConfig
 from sft_recipe.data.batches import mixture, split_validation
 from sft_recipe.data.cache import REJECTED, Examples, TokenStore, open_store
 from sft_recipe.data.encode import StoreOptions
-from sft_recipe.data.files import Source, resolve_files
+from sft_recipe.data.files import Share, Source, resolve_files
 from sft_recipe.data.render import RenderOptions, ensure_chat_template
 from sft_recipe.errors import DataError, ModelError
 from sft_recipe.models import ResolvedModel, resolve_model, resolve_tokenizer
@@ -32,7 +32,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     validation: Examples | None
-    shares: list["Share"]
+    shares: list[Share]
 
     def stop_token_ids(self, sample: int = 1000) -> list[int]:
         """The special tokens that end the supervised turns of the data: where the trained model stops talking."""
@@ -114,15 +114,6 @@ def store_options(data: DataConfig) -> StoreOptions:
     """What the configuration asks of a store."""
     render = RenderOptions(data.train_on, data.train_on_reasoning, data.enable_thinking, data.allow_special_text)
     return StoreOptions(data.format, data.max_length, data.truncation, data.columns, data.on_bad_record, render)
-
-
-@dataclass(frozen=True)
-class Share:
-    """How many of a source's examples an epoch holds."""
-
-    name: str
-    examples: int
-    wanted: int
 
 
 def _make(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
