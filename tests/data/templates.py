@@ -142,7 +142,8 @@ PHI = (
 )
 # The prompt opens a thought; after the results of tools the model goes on without a header.
 DEEPSEEK = (
-    REST + "{{ bos_token + system }}{% for m in rest %}{% set said = m.content %}"
+    REST + "{{ bos_token + system }}{% for tool in tools or [] %}{{ '\n\n### ' + tool.function.name + '\n' }}"
+    "{{ tool | tojson }}{% endfor %}{% for m in rest %}{% set said = m.content %}"
     "{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
     "{% elif m.role == 'tool' %}"
     "{{ '<｜tool▁output▁begin｜>' + m.content + '<｜tool▁output▁end｜>' }}"
@@ -168,7 +169,8 @@ CALLS = (
 PYTHON_CALLS = CALLS.replace(
     "CALL",
     "{{ '\n' + call.function.name + '(' }}{% for key, value in call.function.arguments.items() %}"
-    "{{ key + '=' }}{% if value is string %}{{ \"'\" + value + \"'\" }}{% else %}{{ value }}{% endif %}"
+    "{{ key + '=' }}{% if value is string %}{{ \"'\" + value + \"'\" }}"
+    "{% elif value is iterable %}{{ value | tojson }}{% else %}{{ value }}{% endif %}"
     "{{ ', ' if not loop.last }}{% endfor %}{{ ')' }}",
 )
 PYTHON_LIST = CALLS.replace(

@@ -173,7 +173,7 @@ POOL += [
 ]
 POOL += ["{{ x }}", "{% if %}", "{# #}", "[INST]", "[/INST]", "<<SYS>>", "<b>x</b>", "<|", "|>", "<", "\r\n", "null"]
 POOL += ["You are a helpful assistant.", "\n", "   return", '{"name": "f", "arguments": {}}', "# Tools\n\n", "\x00"]
-POOL += ["\ufdd01.0\ufdd1", "\ufdd0", "1.0", "</tool_call>", "<tool_response>", "«", "Today: ", "\ue001", "\ufffd"]
+POOL += ["1.0", "</tool_call>", "<tool_response>", "«", "Today: ", "\ue001", "\ufffd"]
 THOUGHT_TAGS = ["</think>", "<think>", "<think>\nx\n</think>\n\n"]
 NAMES = ["f", "user", "get_weather", "a"]
 KEYS = ["a", "path", "naïve", "键", "two words", "items", "name", 'quo"te', "🙂"]
@@ -497,6 +497,13 @@ def test_thoughts_may_be_context(name, kind, data):
     places = begins(name, kind, encoded.input_ids, text)
     seen = set()
     for start, stop, answer, end in thoughts_of(name, text, turns, thoughts):
+        if stop == start and "</think>" in text[start:end]:
+            seen.update(
+                index
+                for index, place in enumerate(places)
+                if len(text[:start].encode()) <= place < len(text[:end].encode())
+            )
+            continue  # not opened: it may be a thought that a prompt opened, or mere text
         empty = not re.sub("</?think>", "", text[start:stop]).strip()  # the template's own: either way
         [(start, stop), (answer, end)] = in_bytes(text, [(start, stop), (answer, end)])
         for index, place in enumerate(places):
@@ -567,13 +574,13 @@ def test_short_texts_that_are_everywhere(name, kind, data):
 
 # The template, the turns, and the turn that the error names.
 REFUSED = {
-    "lower case": (CHATML.replace("m.content", "m.content | lower"), [U, A], 1),
+    "lower case": (CHATML.replace("m.content", "m.content | lower"), [("user", "hi"), A], 1),
     "lower case once": (
         CHATML.replace("m.content", "(m.content | lower if loop.last else m.content)"),
         [U, A, B, A],
         3,
     ),
-    "title case": (CHATML.replace("m.content", "m.content | title"), [U, ("assistant", "hello ann.")], 1),
+    "title case": (CHATML.replace("m.content", "m.content | title"), [("user", "Hi"), ("assistant", "hello ann.")], 1),
     "cut": (CHATML.replace("m.content", "m.content[:8]"), [("user", "Hi"), A], 1),
     "twice": (CHATML.replace("m.content", "m.content * (2 if m.role == 'assistant' else 1)"), [U, A], 1),
     "twice, far apart": (CHATML + "{% if messages[1] %}{{ messages[1].content }}{% endif %}", [U, A], 1),
@@ -617,6 +624,66 @@ def test_what_a_template_hides_or_changes_is_refused(case):
     assert "a.json, record 3" in str(error.value) and "template" in str(error.value)
     if turn is not None:
         assert f"messages[{turn}]" in str(error.value)
+
+
+JSON_RESULT = Message("tool", '{"rain": 3}', name="f")
+THINKS_OF_CALLS = ("assistant", '<think>\nI call {"name": "f", "arguments": {}} by <tool_call>\n</think>\n\nFour.')
+EVERYDAY = {
+    "a thought about tools, dropped later": ("qwen3", [U, THINKS_OF_CALLS, B, A]),
+    "a thought about tools, shown": ("qwen3", [U, A, B, THINKS_OF_CALLS]),
+    "results in JSON with a system turn": ("mistral", [("system", "Be brief."), U, ASKS, JSON_RESULT, A, B, A]),
+    "results in JSON with tools": ("mistral", [U, ASKS, JSON_RESULT, A, B, A]),
+    "results in JSON": ("gpt_oss", [U, ASKS, JSON_RESULT, A, B, A]),
+    "a user's line break": ("gpt_oss", [("user", "Hi\n"), A, B, A]),
+    "an assistant's line break": ("gpt_oss", [U, ("assistant", "Yes.\n"), B, A]),
+    "calls in several turns": ("gpt_oss", [U, ASKS, RESULT, A, B, ASKS, RESULT, A]),
+}
+
+
+@pytest.mark.parametrize("case", EVERYDAY)
+def test_what_people_have_is_not_refused(case):
+    name, turns = EVERYDAY[case]
+    conversation = chat(*turns, tools=(TOOL,) if "tools" in case else ())
+    encoded = renderer_of(name).encode(conversation)
+    assert encoded.input_ids == own_ids(TOKENIZERS[name, "bytes"], conversation)
+    assert encoded.loss_mask == truth(name, "bytes", encoded.input_ids, conversation)
+
+
+@pytest.mark.parametrize("thought", ["I answer by <tool_call>", "# Tools", "First <think>", "a <tool_call> b"])
+@pytest.mark.parametrize("name", ["chatml", "qwen3"])
+def test_a_thought_is_context_whatever_it_mentions(name, thought):
+    conversation = chat(U, ("assistant", f"<think>\n{thought}\n</think>\n\nFour."))
+    encoded = renderer_of(name, train_on_reasoning=False).encode(conversation)
+    trained = [number for number, flag in zip(encoded.input_ids, encoded.loss_mask, strict=True) if flag]
+    assert TOKENIZERS[name, "bytes"].decode(trained).lstrip() == "Four.<|im_end|>"
+
+
+def test_a_closing_tag_alone_is_no_thought():
+    conversation = chat(U, ("assistant", "Close it with </think> at the end."))
+    everything, answer = (renderer_of("chatml", train_on_reasoning=flag).encode(conversation) for flag in (True, False))
+    assert everything == answer
+
+
+# What the code itself writes in place of texts, or before special tokens.
+SLOTS = ["\ufdd0", "\ufdd01.0\ufdd1", "\ufdd01.text0\ufdd1", "\ufdd0tools.data0\ufdd1", "\ufdd1x\ufdd0", "\ufdd2"]
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "mistral", "python_list"])
+@examples(30)
+@given(st.data())
+def test_texts_that_the_code_itself_uses_are_harmless(name, data):
+    """Such texts may be refused, but they move no mask and become no token."""
+    conversation = data.draw(conversations(name, evil=True, rounds=2))
+    tokens = [token for token in STYLES[name].special if token != "<pad>"]
+    text = data.draw(st.one_of(st.sampled_from(SLOTS), st.sampled_from(tokens).map("\ufdd2{}".format)))
+    evil = with_text(conversation, text)
+    [encoded] = renderer_of(name).encode_batch([evil])
+    if isinstance(encoded, DataError):
+        return
+    specials = special_ids(TOKENIZERS[name, "bytes"])
+    harmless = own_ids(TOKENIZERS[name, "bytes"], with_text(conversation, "Qz"))
+    assert [number for number in encoded.input_ids if number in specials] == [n for n in harmless if n in specials]
+    assert encoded.loss_mask == truth(name, "bytes", encoded.input_ids, evil)
 
 
 def test_a_thought_that_the_prompt_opens_is_trained_from_there():
