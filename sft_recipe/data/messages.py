@@ -1,6 +1,7 @@
 """Message and Conversation: the one validated shape that every data format is turned into."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from sft_recipe.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
+# A thought written into the content itself, at its start.
+THOUGHT = re.compile(r"(\s*<think>)(.*?)(</think>)", re.DOTALL)
 KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
 KINDS |= {str: "text", list: "a list", dict: "an object"}
 
@@ -52,7 +55,7 @@ class Conversation:
     are equal when their messages and tools are.
 
     Raises DataError for an unknown role, content that is no text, an empty prompt or response, reasoning or tool
-    calls of anyone but the assistant, a system turn that is not the first, or no assistant turn.
+    calls of anyone but the assistant, a thought in two places, a system turn that is not the first, no assistant turn.
     """
 
     messages: tuple[Message, ...]
@@ -141,5 +144,8 @@ def _check_extras(message: Message, turn: str, source: str) -> None:
         what = "tool_calls" if message.tool_calls else "reasoning"
         raise located(source, f"{turn}role is {message.role}, which has no {what}; only an assistant has", "roles")
     check_text(message.reasoning, f"{turn}reasoning_content", source)
+    if message.reasoning and THOUGHT.match(message.content):
+        problem = f"{turn}content begins with a <think> beside {turn}reasoning_content; keep the thought in one place"
+        raise located(source, problem)
     if message.tool_calls:
         _check_json(message.tool_calls, f"{turn}tool_calls", source)

@@ -1,31 +1,37 @@
 """Where a chat template puts what: found once for all conversations of a shape, and checked against each."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import accumulate
 from os.path import commonprefix
 from typing import Any
 
 from sft_recipe.data.guard import Guard
-from sft_recipe.data.messages import Conversation
+from sft_recipe.data.messages import THOUGHT, Conversation
 from sft_recipe.data.template import Problem, Span, Template
 from sft_recipe.errors import ModelError
 
 # A slot stands for a text in a rendering: a name between two code points that Unicode gives to no character.
-# "3.thought0" is a thought of messages[3]; the others are text, call (the name of a called tool), and data, which
+# "3.thought0" is the thought of messages[3]; the others are text, call (the name of a called tool), and data, which
 # stands for text anywhere that spells a special token.
 SLOT = "\ufdd0{}\ufdd1"
+# What templates that look for </think> take for a thought: its opening may stand in the generation prompt.
+UNOPENED_THOUGHT = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)", re.DOTALL)
 FIND_SLOT = re.compile("\ufdd0([a-z0-9.]+)\ufdd1")
 CLOSING_TAG = re.compile(r"\s*</\w+>\s*")
 OPENED_THOUGHT = re.compile(r"\s*(<\w+>\s*(</\w+>\s*)?)?")
-
-LEAVE_OUT = "leave it out of the data, or give a template that shows it (model.chat_template)"
 
 Place = tuple[int, int]  # the number of a literal, and an offset in it
 
 
 class NotShown(Problem):
     """The template leaves out something that was said."""
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"does not show {what}; leave it out of the data, or give a template that shows it (model.chat_template)"
+        )
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Shape:
 
     What a template may look at stays: white space at the edges, and the strings that it looks for.
 
-    "<think>hm</think>\\n\\nHi"  ->  "<think>[1.thought2]</think>\\n\\n[1.text4]", {"1.thought2": "hm", "1.text4": "Hi"}
+    "<think>hm</think>\\n\\nHi"  ->  "<think>[1.thought0]</think>\\n\\n[1.text1]", {"1.thought0": "hm", "1.text1": "Hi"}
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -57,21 +63,23 @@ class Shaper:
     def __init__(self, template: Template, guards_special: bool):
         self.template = template
         self.special = template.special if guards_special else re.compile("(?!)")
+        self.thought = UNOPENED_THOUGHT if "</think>" in template.text else THOUGHT
 
-    def shape(self, conversation: Conversation, keep_others: bool) -> Shape:
-        """With `keep_others` what others say stays, for templates that look at it or change it."""
+    def shape(self, conversation: Conversation, kept: Collection[str] = ()) -> Shape:
+        """What those of the `kept` roles say stays, for templates that look at it or change it."""
         shape = Shape()
         for index, message in enumerate(conversation.messages):
-            is_assistant = message.role == "assistant"
             turn = message.as_dict()
             slots = _Slots(shape.said, f"{index}.")
             if message.reasoning:
                 turn.pop("reasoning_content")
                 turn[self.template.reasoning_key] = slots.around(message.reasoning, "thought")
-            if is_assistant or not keep_others:
-                turn["content"] = self._content(message.content, slots)
-            else:
+            if message.role in kept:
                 turn["content"] = self._data(message.content, slots)
+            else:
+                thinks = message.role == "assistant" and not message.reasoning
+                thought = self.thought.match(message.content) if thinks else None
+                turn["content"] = self._content(message.content, thought, slots)
             if message.tool_calls:
                 turn["tool_calls"] = [self._call(call, slots) for call in message.tool_calls]
             for name in ("name", "tool_call_id"):
@@ -87,14 +95,17 @@ class Shaper:
         """Whether anything that is said spells a special token that it must not become."""
         return any(self.special.search(text) for text in shape.said.values())
 
-    def _content(self, content: str, slots: "_Slots") -> str:
+    def _content(self, content: str, thought: re.Match[str] | None, slots: "_Slots") -> str:
+        before = ""
+        if thought:
+            opening, text, closing = thought.groups()
+            before, content = opening + slots.around(text, "thought") + closing, content[thought.end() :]
         pieces = self.template.looked_for.split(content)  # at odd places stands what is looked for
         if len(pieces) > 1 and not "".join(pieces[::2]).strip():
             pieces = [content]  # all of it happens to be text that the template has too
         for number in range(0, len(pieces), 2):
-            is_thought = pieces[number + 1 : number + 2] == ["</think>"]
-            pieces[number] = slots.around(pieces[number], "thought" if is_thought else "text")
-        return "".join(pieces)
+            pieces[number] = slots.around(pieces[number], "text")
+        return before + "".join(pieces)
 
     def _call(self, call: dict[str, Any], slots: "_Slots") -> dict[str, Any]:
         function = call["function"]
@@ -105,6 +116,8 @@ class Shaper:
     def _data(self, value: Any, slots: "_Slots") -> Any:
         """A value of JSON as it is, apart from text that spells a special token."""
         if isinstance(value, str):
+            if "\ufdd0" in value:
+                raise Problem("is given text with the code point U+FDD0, which is no character")
             return self.special.sub(lambda found: slots.around(found[0], "data"), value)
         if isinstance(value, dict):
             return {self._data(key, slots): self._data(item, slots) for key, item in value.items()}
@@ -145,11 +158,14 @@ class Plan:
     "U: [0.text0]\\nA: [1.text0]</s>"
 
     literals  ["U: ", "\\nA: ", "</s>"]    slots  ["0.text0", "1.text0"]    turns  [Turn(1, (1, 4), (2, 4))]
+
+    `hides_thought`: the template leaves out a thought of the last turn.
     """
 
     literals: list[str]
     slots: list[str]
     turns: list[Turn]
+    hides_thought: bool = False
 
     def fill(self, said: dict[str, str], guard: Guard | None = None) -> tuple[str, list[int]]:
         """The text with the slots filled, and where in it each literal begins; special tokens under guard's names."""
@@ -175,48 +191,72 @@ def make_plan(template: Template, shape: Shape) -> Plan:
     """
     text, marks = template.render(shape.messages, shape.tools)
     literals, slots = _split(text)
-    _check_shown(template, shape, text, slots)
+    hidden = _check_shown(template, shape, text, slots)
     if template.is_marked:
-        return Plan(literals, slots, _marked_turns(marks, literals, slots))
-    assistants = [index for index, message in enumerate(shape.messages) if message["role"] == "assistant"]
-    return Plan(literals, slots, [_turn(template, shape, index, literals, slots) for index in assistants])
+        turns = _marked_turns(template, marks, literals, slots)
+    else:
+        assistants = [index for index, message in enumerate(shape.messages) if message["role"] == "assistant"]
+        turns = [_turn(template, shape, index, literals, slots) for index in assistants]
+    return Plan(literals, slots, turns, hidden)
 
 
-def _check_shown(template: Template, shape: Shape, text: str, slots: list[str]) -> None:
-    """All that is said must stand somewhere, but for thoughts before the last turn, which templates drop."""
+def _check_shown(template: Template, shape: Shape, text: str, slots: list[str]) -> bool:
+    """All that is said must stand somewhere, but for thoughts before the last turn, which templates drop.
+
+    A thought within the content may be left out in the last turn too; True where it is.
+    """
     last = max(index for index, message in enumerate(shape.messages) if message["role"] == "assistant")
+    hidden = False
     for name in [name for name in shape.said if name not in slots]:
         prefix, _, kind = name.partition(".")
         if kind.startswith("data"):
             continue
         index = int(prefix)
         message = shape.messages[index]
-        what = "tool_calls" if kind.startswith("call") else "content"
         if kind.startswith("thought"):
-            if template.reasoning_key not in message or index < last:
-                continue
-            what = "reasoning"
-        elif what == "content" and _depends_on(template, shape, index, text):
+            if template.reasoning_key in message and index == last:
+                raise NotShown(f"messages[{index}].reasoning ({message['role']})")
+            hidden = hidden or index == last
+            continue
+        what = "tool_calls" if kind.startswith("call") else "content"
+        if what == "content" and _depends_on(template, shape, index, text):
             raise Problem(f"changes messages[{index}].content ({message['role']})")
-        raise NotShown(f"does not show messages[{index}].{what} ({message['role']}); {LEAVE_OUT}")
-    if shape.tools and template.render(shape.messages)[0] == text:
-        raise NotShown(f"does not show tools; {LEAVE_OUT}")
+        raise NotShown(f"messages[{index}].{what} ({message['role']})")
+    if shape.tools and template.render(shape.messages, shape.tools[:-1])[0] == text:
+        raise NotShown("all tools" if len(shape.tools) > 1 else "tools")
+    for index, message in enumerate(shape.messages):
+        emptied = _without_arguments(message)
+        if emptied != message and _with(template, shape, index, emptied) == text:
+            raise NotShown(f"the arguments of messages[{index}].tool_calls")
+    return hidden
+
+
+def _without_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    calls = [{**call, "function": {**call["function"], "arguments": {}}} for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
 
 
 def _depends_on(template: Template, shape: Shape, index: int, text: str) -> bool:
     """Whether the rendering is another one when this message says something else."""
-    other = {**shape.messages[index], "content": 2 * shape.messages[index]["content"]}
-    return template.render([*shape.messages[:index], other, *shape.messages[index + 1 :]], shape.tools)[0] != text
+    message = shape.messages[index]
+    return _with(template, shape, index, {**message, "content": SLOT.format("other") + message["content"]}) != text
 
 
-def _marked_turns(marks: list[Span], literals: list[str], slots: list[str]) -> list[Turn]:
+def _with(template: Template, shape: Shape, index: int, message: dict[str, Any]) -> str:
+    """The rendering with another message at this place."""
+    return template.render([*shape.messages[:index], message, *shape.messages[index + 1 :]], shape.tools)[0]
+
+
+def _marked_turns(template: Template, marks: list[Span], literals: list[str], slots: list[str]) -> list[Turn]:
     """What is marked; marks around nothing that is said, such as a turn's end, belong to the turn before."""
     turns: list[Turn] = []
     for mark in marks:
         begin, end = (_place(position, literals, slots) for position in mark)
         inside = {slot.partition(".")[0] for slot in slots[begin[0] : end[0]]}
         message = int(inside.pop()) if len(inside) == 1 else turns[-1].message if turns and not inside else None
-        turns.append(Turn(message, begin, end, _answer(message, literals, slots)))
+        turns.append(Turn(message, begin, end, _answer(template, message, literals, slots)))
     return turns
 
 
@@ -239,20 +279,26 @@ def _turn(template: Template, shape: Shape, index: int, literals: list[str], slo
         raise Problem(f"does not show messages[{index}] (assistant) after its generation prompt")
     start = _shared(prompt[-1], literals[first])
     end = _end(template, shape, index, literals, slots, last)
-    return Turn(index, (first, start), (last, end), _answer(index, literals, slots))
+    return Turn(index, (first, start), (last, end), _answer(template, index, literals, slots))
 
 
-def _answer(index: int | None, literals: list[str], slots: list[str]) -> Place | None:
-    """Where the answer begins after the thoughts of a message: behind their closing tag, and white space."""
+def _answer(template: Template, index: int | None, literals: list[str], slots: list[str]) -> Place | None:
+    """Where the answer begins after the thought of a message: behind the tag or special token that closes it."""
     thoughts = [place for place, slot in enumerate(slots) if slot.startswith(f"{index}.thought")]
     if not thoughts:
         return None
     after = thoughts[-1] + 1
-    closing = CLOSING_TAG.match(literals[after])
+    literal = literals[after]
+    closing = CLOSING_TAG.match(literal) or template.special.match(literal, _indent(literal))
     if closing:
         return after, closing.end()
     goes_on = slots[after : after + 1] and slots[after].startswith(f"{index}.text")
-    return after, len(literals[after]) if goes_on else 0
+    return after, len(literal) if goes_on else 0
+
+
+def _indent(text: str) -> int:
+    """The length of the white space at its start."""
+    return len(text) - len(text.lstrip())
 
 
 def _end(template: Template, shape: Shape, index: int, literals: list[str], slots: list[str], last: int) -> int:
@@ -279,9 +325,9 @@ def _end(template: Template, shape: Shape, index: int, literals: list[str], slot
     both = [end for end in ends if end <= shared]
     if both or is_last:
         return (both or ends)[-1]
-    common = _common_end(template, shape, literals, slots)
-    if common and follows.startswith(common) and template.special.match(alone):
-        return len(common)
+    common, indent = _common_end(template, shape, literals, slots), _indent(follows)
+    if common and follows.startswith(common, indent) and template.special.match(alone, _indent(alone)):
+        return indent + len(common)
     raise Problem(f"ends messages[{index}] (assistant) with {alone!r} only when it is the last")
 
 
@@ -298,11 +344,12 @@ def _common_end(template: Template, shape: Shape, literals: list[str], slots: li
     """
     whole = "".join(literals).removeprefix(template.variables.get("bos_token") or "")
     begins = template.special.search(whole)
-    users = [f"{index}." for index, message in enumerate(shape.messages) if message["role"] == "user"]
+    says = [slot.partition(".")[0] for slot in slots]
+    users = {str(index) for index, message in enumerate(shape.messages) if message["role"] == "user"}
     follow = [
-        template.special.match(literals[place + 1])
-        for place, slot in enumerate(slots)
-        if slot.startswith(tuple(users)) and literals[place + 1].strip()
+        template.special.match(literals[place + 1], _indent(literals[place + 1]))
+        for place, speaker in enumerate(says)
+        if speaker in users and says[place + 1 : place + 2] != [speaker]
     ]
     tokens = {found[0] if found else "" for found in follow}
     return tokens.pop() if len(tokens) == 1 and begins and begins[0] not in tokens else ""

@@ -15,6 +15,8 @@ from sft_recipe.data.tokens import TextTokenizer, Tokens
 from sft_recipe.errors import DataError, ModelError
 
 MAX_PLANS = 1024
+# Whose words a shape keeps, the fewest first: some templates write what tools say as JSON, or look at what others say.
+KEPT: tuple[tuple[str, ...], ...] = ((), ("tool",), ("tool", "user", "system"))
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ class Encoded:
     <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Yes <|im_end|> \\n
          0        0   0  0      0      0       0           0     0   1      1      0
 
-    `has_special_text`: the data spells a special token somewhere, and was kept from becoming one.
+    `has_special_text`: the data spells a special token somewhere, and was kept from becoming one. `hides_thought`: the
+    template leaves out the thought of the last turn.
     """
 
     input_ids: list[int]
     loss_mask: list[int]
     has_special_text: bool = False
+    hides_thought: bool = False
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -140,9 +144,9 @@ class Renderer:
         if self.template.is_marked and not marks:
             raise Problem("marks no token with {% generation %}")
         wanted = self._wanted(conversation)
-        problem = "changes what the turns say"
-        for keep_others in (False, True):
-            shape = self.shaper.shape(conversation, keep_others)
+        problem = ""
+        for kept in KEPT:
+            shape = self.shaper.shape(conversation, kept)
             try:
                 plan, begins = self._plan(shape, text)
                 if plan:
@@ -153,9 +157,12 @@ class Renderer:
                 problem = str(error)
         if self.template.is_marked and wanted is None and not self.shaper.has_special_text(shape):
             return _Drawn(text, marks)  # taken at its word
+        changed = next((name for name, said in self.shaper.shape(conversation).said.items() if said not in text), "")
+        if changed:
+            problem = f"changes what messages[{changed.partition('.')[0]}] says"
         raise Problem(
-            f"{problem}, so that what to train on cannot be located with certainty; put {{% generation %}} "
-            "marks around the assistant's part of the template, or use another one"
+            f"{problem or 'changes what the turns say'}, so that what to train on cannot be located with certainty; "
+            "put {% generation %} marks around the assistant's part of the template, or use another one"
         )
 
     def _dicts(self, conversation: Conversation) -> list[dict[str, Any]]:
@@ -191,12 +198,12 @@ class Renderer:
         if self.template.is_marked and marks != [plan.span(turn, begins) for turn in plan.turns]:
             raise Problem("marks something else with {% generation %} when other things are said")
         turns = plan.turns if wanted is None else self._chosen(plan.turns, wanted)
-        if not self.shaper.has_special_text(shape):
-            return _Drawn(text, [plan.span(turn, begins) for turn in turns])
+        own = [token for literal in plan.literals for token in self.template.special.findall(literal)]
+        if self.options.allow_special_text or len(own) == len(self.template.special.findall(text)):
+            return _Drawn(text, [plan.span(turn, begins) for turn in turns], None, plan.hides_thought)
         guarded, begins = plan.fill(shape.said, self.guard)
-        tokens = [token for literal in plan.literals for token in self.template.special.findall(literal)]
         spans = [plan.span(turn, begins, self.guard) for turn in turns]
-        return _Drawn(guarded, spans, [self.core.token_to_id(token) for token in tokens])
+        return _Drawn(guarded, spans, [self.core.token_to_id(token) for token in own], plan.hides_thought)
 
     def _chosen(self, turns: list[Turn], wanted: set[int]) -> list[Turn]:
         """The turns of these messages, without their thoughts where these are not learnt."""
@@ -226,7 +233,7 @@ class Renderer:
                 self._check_meaning(ids[first:last], tokens.shown(first, last))
             mask[first:last] = [1] * (last - first)
         mask[0] = 0
-        return Encoded(ids, mask, drawn.is_guarded)
+        return Encoded(ids, mask, drawn.is_guarded, drawn.hides_thought)
 
     def _check_meaning(self, turn: list[int], shown: str | None) -> None:
         """What a turn's tokens decode to must be what stands there, as far as that is not known already."""
@@ -247,6 +254,7 @@ class _Drawn:
     text: str
     spans: list[Span]
     specials: list[int] | None = None
+    hides_thought: bool = False
 
     @property
     def is_guarded(self) -> bool:

@@ -51,7 +51,7 @@ class Template:
         self.special_tokens = special_tokens(tokenizer)
         self.special = any_of(self.special_tokens)
         # What a template may look for in a text, such as '</think>', '/no_think', not names like 'role'.
-        literals.update([*TAG.findall(self.text), "<think>", "</think>"])
+        literals.update(TAG.findall(self.text))
         looked_for = [text for text in literals if len(text) > 2 and not text.isidentifier()]
         self.looked_for = any_of(text for text in looked_for if not self.special.search(text))
 

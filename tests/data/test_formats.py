@@ -268,6 +268,10 @@ def test_reading_is_lazy_but_the_file_is_checked_at_once(tmp_path):
             "messages[0].role is user, which has no tool_calls",
         ),
         ({"messages": [{**DICTS[1], "reasoning_content": "hm"}, DICTS[2]]}, "role is user, which has no reasoning"),
+        (
+            {"messages": [{"role": "assistant", "content": "<think>a</think>b", "reasoning": "a"}]},
+            "messages[0].content begins with a <think> beside messages[0].reasoning_content",
+        ),
         ({"messages": [{**DICTS[2], "reasoning": 3}]}, "messages[0].reasoning_content is a number"),
         ({"messages": [{**DICTS[2], "weight": 0.5}]}, "messages[0].weight is 0.5; expected 1"),
         ({"messages": [{**DICTS[2], "weight": "1"}]}, "messages[0].weight is text; expected 1"),

@@ -273,6 +273,11 @@ class Parts:
 parts = cache(Parts)
 
 
+def assistant(content, thought, calls=()):
+    """A turn with its thought in one place: two are refused."""
+    return Message("assistant", content, "" if content.lstrip().startswith("<think>") else thought, calls)
+
+
 @st.composite
 def conversations(draw, name, evil=False, thoughts=True, rounds=3):
     """What a style can show, in an order of roles that all accept."""
@@ -284,13 +289,13 @@ def conversations(draw, name, evil=False, thoughts=True, rounds=3):
         turns.append(Message("user", draw(said.text)))
         while style.calls and draw(FEW):
             calls = draw(said.calls)
-            turns.append(Message("assistant", draw(said.said_before_calls), draw(said.thought), calls))
+            turns.append(assistant(draw(said.said_before_calls), draw(said.thought), calls))
             if number == 0 and draw(FEW):
                 return chat(*turns, tools=tools)  # the call is what to learn
             for call in calls:
                 about = {"name": call["function"]["name"], "tool_call_id": call.get("id", "")}
                 turns.append(Message("tool", draw(said.text), **about))
-        turns.append(Message("assistant", draw(said.answer), draw(said.thought)))
+        turns.append(assistant(draw(said.answer), draw(said.thought)))
     if not style.thinks and draw(FEW):
         turns.append(Message("user", draw(said.text)))  # unanswered
     return chat(*turns, tools=tools)
@@ -577,7 +582,7 @@ REFUSED = {
     "lower case": (CHATML.replace("m.content", "m.content | lower"), [("user", "hi"), A], 1),
     "lower case once": (
         CHATML.replace("m.content", "(m.content | lower if loop.last else m.content)"),
-        [U, A, B, A],
+        [U, A, B, ("assistant", "Other Words.")],
         3,
     ),
     "title case": (CHATML.replace("m.content", "m.content | title"), [("user", "Hi"), ("assistant", "hello ann.")], 1),
@@ -652,6 +657,8 @@ def test_what_people_have_is_not_refused(case):
 @pytest.mark.parametrize("thought", ["I answer by <tool_call>", "# Tools", "First <think>", "a <tool_call> b"])
 @pytest.mark.parametrize("name", ["chatml", "qwen3"])
 def test_a_thought_is_context_whatever_it_mentions(name, thought):
+    if name == "qwen3" and "<think>" in thought:
+        pytest.skip("that template takes the text after the last <think> alone, which is refused")
     conversation = chat(U, ("assistant", f"<think>\n{thought}\n</think>\n\nFour."))
     encoded = renderer_of(name, train_on_reasoning=False).encode(conversation)
     trained = [number for number, flag in zip(encoded.input_ids, encoded.loss_mask, strict=True) if flag]

@@ -494,7 +494,7 @@ TURN += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %
 NO_GUESSING = {
     "refuses the conversation: Conversation roles must alternate": LLAMA2.replace("== 0)", "== 1)"),
     "refuses the conversation: System role not supported": GEMMA_STRICT,
-    "changes messages[2].content (assistant)": TURN.replace("BODY", "{{ m.content | upper }}"),
+    "changes what messages[0] says": TURN.replace("BODY", "{{ m.content | upper }}"),
     "does not show messages[2]": TURN.replace("BODY", "{{ m.content if loop.last or m.role != 'assistant' }}"),
     "does not show messages[0].content (system)": TURN.replace("BODY", "{{ m.content if m.role != 'system' }}"),
     "messages[2] (assistant) more than once": TURN.replace("BODY", "{{ m.content + m.content }}"),
