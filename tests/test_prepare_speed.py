@@ -113,6 +113,21 @@ def test_the_tables_hold_ratios_by_pairs_growth_and_differences():
     assert counts.rows[-1] == ["20", "verl", "10", "1,000", "520 (+20)"]
 
 
+def test_a_system_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def measured(python, runner, corpus, tokenizer, cache, *options, environment):
+        if runner == "run_verl.py":
+            raise RunFailed("no such thing")
+        (cache / "lengths.npy").touch()
+        return run_of(1, 100).first
+
+    monkeypatch.setattr(prepare_speed, "measure", measured)
+    bench = prepare_speed.Bench(tmp_path)
+    bench.pythons |= {"trl": "python", "verl": "python"}
+    runs = bench.measure_systems(SYSTEMS, [10], repeats=2)
+    assert {name: len(own) for (_, name), own in runs.items()} == {system.name: 2 for system in SYSTEMS[:-1]}
+    assert bench.failures == {"verl": "no such thing"} and "verl failed: no such thing" in capsys.readouterr().out
+
+
 def test_the_written_section_names_no_folder_of_this_machine_and_hides_no_failure(tmp_path):
     options = Namespace(sizes=[10], peers=["trl"], data=[tmp_path / "a.json", Path("../b.json")], repeats=1)
     text = prepare_speed.section([], {"verl": f"no file {tmp_path}/c"}, options)
