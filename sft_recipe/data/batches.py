@@ -1,8 +1,10 @@
 """Pure planning: which examples a step trains, on which rank, in which micro-batch; arithmetic on lengths, no state."""
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from functools import lru_cache
+from heapq import heappop, heappush, heapreplace
 
 import numpy as np
 
@@ -80,40 +82,49 @@ def plan_micro_batches(lengths: Sequence[int], ranks: int, budget: int) -> list[
     if len(lengths) and max(lengths) > budget:
         raise ValueError(f"an example of {max(lengths)} tokens does not fit a micro-batch of {budget}")
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        rank = load.index(min(load))
+    loads = [(0, rank) for rank in range(ranks)]  # a heap: the least loaded rank first, the lowest of equals
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # equals keep their order
+        load, rank = loads[0]
         shares[rank].append(index)
-        load[rank] += lengths[index]
+        heapreplace(loads, (load + lengths[index], rank))
     packed = [_pack(share, lengths, budget) for share in shares]
     count = max(1, max(len(bins) for bins in packed))
     return [_split_until(bins, count, lengths) for bins in packed]
 
 
 def _pack(share: list[int], lengths: Sequence[int], budget: int) -> list[MicroBatch]:
-    """First-fit decreasing; `share` comes longest first."""
+    """Best-fit decreasing: each to the bin that it fills most; `share` comes longest first."""
     bins: list[MicroBatch] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, bin), in order, so that the bin is found by bisection
     for index in share:
-        place = next((i for i, left in enumerate(room) if left >= lengths[index]), None)
-        if place is None:
-            bins.append([index])
-            room.append(budget - lengths[index])
+        place = bisect_left(rooms, (lengths[index], 0))
+        if place < len(rooms):
+            room, number = rooms.pop(place)
         else:
-            bins[place].append(index)
-            room[place] -= lengths[index]
+            room, number = budget, len(bins)
+            bins.append([])
+        bins[number].append(index)
+        insort(rooms, (room - lengths[index], number))
     return bins
 
 
 def _split_until(bins: list[MicroBatch], count: int, lengths: Sequence[int]) -> list[MicroBatch]:
     """Halve the fullest micro-batch until there are `count`; what cannot be halved is filled up with empty ones."""
-    bins = [list(members) for members in bins]
-    while len(bins) < count:
-        divisible = [members for members in bins if len(members) > 1]
-        if not divisible:
-            bins += [[] for _ in range(count - len(bins))]
-            break
-        fullest = max(divisible, key=lambda members: sum(lengths[i] for i in members))
-        bins.append(fullest[1::2])
-        fullest[:] = fullest[0::2]
-    return bins
+    if len(bins) == count:
+        return bins
+    bins = list(bins)
+    fullest: list[tuple[int, int]] = []  # a heap of (minus tokens, bin): the fullest first, of those with two or more
+
+    def offer(number: int) -> None:
+        if len(bins[number]) > 1:
+            heappush(fullest, (-sum(lengths[index] for index in bins[number]), number))
+
+    for number in range(len(bins)):
+        offer(number)
+    while fullest and len(bins) < count:
+        _, number = heappop(fullest)
+        bins[number], half = bins[number][0::2], bins[number][1::2]
+        bins.append(half)
+        offer(number)
+        offer(len(bins) - 1)
+    return bins + [[] for _ in range(count - len(bins))]

@@ -1,0 +1,101 @@
+"""Run one command as a process of its own and see how long it takes and how much memory its tree of processes holds."""
+
+import json
+import os
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HERE = Path(__file__).resolve().parent
+SAMPLE_SECONDS = 0.2  # a sample takes milliseconds of a core that the measured may need
+
+
+class RunFailed(Exception):
+    """A runner that did not come to its end; the message is the last that it said."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`seconds` from begin to ready, `start_seconds` before that (imports), `peak` bytes up to ready, what was told."""
+
+    seconds: float
+    start_seconds: float
+    peak: int
+    facts: dict[str, Any]
+
+
+def measure(python: str, runner: str, *arguments: object, environment: dict[str, str]) -> Measured:
+    """Run `runner` (a file beside this one) and read what it tells. Raises RunFailed."""
+    command = [python, str(HERE / runner), *map(str, arguments)]
+    started = time.monotonic()
+    with subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        ready = threading.Event()
+        memory = _Peak(process.pid, ready)
+        complaints = _Tail(process.stderr)
+        at: dict[str, float] = {}
+        facts: dict[str, Any] = {}
+        for line in process.stdout or ():
+            told = _told(line)
+            if told:
+                at[told.pop("event")] = told.pop("at")
+                facts |= told
+            if "ready" in at:
+                ready.set()
+        ready.set()
+        code = process.wait()
+        memory.join()
+        complaints.join()
+    if code or "ready" not in at:
+        raise RunFailed(complaints.last or f"exit code {code}")
+    return Measured(at["ready"] - at["begin"], at["begin"] - started, memory.bytes, facts)
+
+
+def _told(line: str) -> dict[str, Any]:
+    """What clock.tell wrote; nothing for lines that someone else printed."""
+    if not line.startswith('{"event"'):
+        return {}
+    return json.loads(line)
+
+
+class _Peak(threading.Thread):
+    """The most that a process and its descendants hold together: the sum of resident sizes, sampled."""
+
+    def __init__(self, pid: int, stop: threading.Event):
+        super().__init__(daemon=True)
+        self.process, self.stop, self.bytes = psutil.Process(pid), stop, 0
+        self.start()
+
+    def run(self) -> None:
+        while not self.stop.wait(SAMPLE_SECONDS):
+            try:
+                tree = [self.process, *self.process.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                return
+            self.bytes = max(self.bytes, sum(map(_resident, tree)))
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.Error:  # it ended meanwhile
+        return 0
+
+
+class _Tail(threading.Thread):
+    """Reads a stream to its end, so that nobody blocks on it, and keeps the last line that says something."""
+
+    def __init__(self, stream: Any):
+        super().__init__(daemon=True)
+        self.stream, self.last = stream, ""
+        self.start()
+
+    def run(self) -> None:
+        for line in self.stream:
+            self.last = line.strip() or self.last
