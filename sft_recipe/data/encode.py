@@ -49,6 +49,7 @@ class Report:
     longest: int = 0
     without_target: int = 0
     special_text: int = 0
+    hidden_thoughts: int = 0
     tokens: int = 0
     supervised: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
@@ -57,7 +58,8 @@ class Report:
 
     def add(self, part: "Report") -> None:
         """Count what is in a part of the records as well."""
-        for name in ("records", "examples", "too_long", "without_target", "special_text", "tokens", "supervised"):
+        counts = ("records", "examples", "too_long", "without_target", "special_text", "hidden_thoughts")
+        for name in (*counts, "tokens", "supervised"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
         self.longest = max(self.longest, part.longest)
         for kind, count in part.rejected.items():
@@ -121,6 +123,7 @@ def _admit(source: str, example: Encoded, options: StoreOptions, report: Report)
     length = len(example.input_ids)
     report.longest = max(report.longest, length)
     report.special_text += example.has_special_text
+    report.hidden_thoughts += example.hides_thought
     if length > options.max_length:
         report.too_long += 1
         if options.truncation == "error":

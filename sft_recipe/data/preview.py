@@ -109,7 +109,7 @@ class Survey:
         self._random = random.Random(self.settings.seed)
         self._sources: list[tuple[str, int, Callable[[int], int]]] = []
         self.patterns: Counter[tuple[str, ...]] = Counter()
-        self.special_text = 0
+        self.special_text = self.hidden_thoughts = 0
         self.kinds: Counter[str] = Counter()
         self.reasons: list[str] = []
 
@@ -147,6 +147,7 @@ class Survey:
         self._digests.append(digest_of(ids, mask))
         self._places.append(conversation.source)
         self.special_text += encoded.has_special_text
+        self.hidden_thoughts += encoded.hides_thought
         self.patterns[tuple(message.role for message in conversation.messages)] += 1
         # A random key makes the sample fair, seeded, and that of -n 5 a part of that of -n 10.
         self._sample.offer(self._random.random(), example)

@@ -149,6 +149,10 @@ def summary(survey: Survey) -> list[str]:
         lines.append(f"an epoch holds {mix}")
     if survey.special_text:
         lines.append(f"{counted(survey.special_text, 'record')} with text that spells a special token; it stays text")
+    if survey.hidden_thoughts:
+        lines.append(
+            f"{counted(survey.hidden_thoughts, 'record')} with a thought in the last turn that the template hides"
+        )
     if survey.rejected:
         becomes = {"error": "which stops training", "skip": "left out"}[settings.on_bad_record]
         lines.append(f"{counted(survey.rejected, 'record')} rejected ({kinds(survey)}), {becomes}; the first:")

@@ -198,6 +198,12 @@ def _tell_losses(store: TokenStore, part: str, data: DataConfig, rejected: Path,
     if report.special_text:
         held = f"{report.special_text:,} of {report.records:,} records"
         say(f"{part}: {held} spell a special token in their text; it stays text (data.allow_special_text).")
+    if report.hidden_thoughts:
+        say(
+            f"{part}: the chat template does not show the thinking (up to </think>) in the last turn of "
+            f"{report.hidden_thoughts:,} of {report.records:,} records, so that it is not learnt; model.chat_template "
+            "can give one that does."
+        )
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ResolvedModel) -> None:

@@ -676,6 +676,13 @@ def test_special_text_is_counted(tokenizer, cache_dir, tmp_path):
     assert build(write(tmp_path / "a.json", records), tokenizer, cache_dir).report.special_text == 1
 
 
+def test_thoughts_that_the_template_hides_are_counted(cache_dir, tmp_path):
+    forgetful = tiny.CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    records = [*RECORDS, {"prompt": "Hi", "response": "<think>hm</think>Hello."}]
+    store = build(write(tmp_path / "a.json", records), tiny.build_tokenizer(forgetful), cache_dir)
+    assert (store.report.hidden_thoughts, store.report.examples) == (1, 5)
+
+
 def test_parts_of_a_store_have_fingerprints_of_their_own(data, tokenizer, cache_dir):
     store = build(data, tokenizer, cache_dir)
     parts = [Examples(store, np.array(numbers)).fingerprint for numbers in ([0, 1, 2, 3], [0, 1, 2], [0, 0, 1, 2, 3])]
