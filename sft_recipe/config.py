@@ -153,6 +153,10 @@ class TrainerConfig(_Group):
     save_freq: Every = AFTER_EACH_EPOCH
     test_freq: Every = AFTER_EACH_EPOCH
     max_ckpt_to_keep: int | None = Field(2, ge=1)
+    async_save: bool = False
+    max_time: float | None = Field(None, gt=0)
+    auto_restart: int = Field(0, ge=0)
+    hang_timeout: float | None = Field(1800, gt=0)
     logger: list[str] = ["console"]
     project_name: str = "sft_recipe"
     experiment_name: str | None = None

@@ -1,28 +1,43 @@
 """The program of every rank: compose -> typed config -> preflight -> prepare -> fit."""
 
+from __future__ import annotations
+
+import ctypes
 import os
 import signal
 import socket
 import sys
 import warnings
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from sft_recipe.compose import load_config, parse_config_args, to_yaml
 from sft_recipe.config import Config
 from sft_recipe.errors import ConfigError, RecipeError, TrainingError, is_debugging
+from sft_recipe.training.meeting import leave_meeting_place, record_end, recorded_end, speaks_for_machine
+
+if TYPE_CHECKING:
+    from sft_recipe.training.watch import Watch
+
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def main(args: list[str]) -> int:
     """Run one rank. Returns the exit code: 0 done, 2 an error that the message explains, 75 stopped and saved."""
+    if (ended := recorded_end()) is not None:
+        return ended
     try:
-        return run(args)
+        code = run(args)
     except RecipeError as error:
+        code = error.exit_code
         if is_debugging():
+            record_end(code)
             raise
-        from sft_recipe.training.prepare import speaks_for_machine
-
         if speaks_for_machine():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+    if code:
+        record_end(code)
+    return code
 
 
 def run(args: list[str]) -> int:
@@ -30,11 +45,21 @@ def run(args: list[str]) -> int:
     config_args = [text for text in args if text.startswith("-")]
     config = load_config([text for text in args if text not in config_args], **parse_config_args(config_args))
     config = _with_launched_ranks(config)
+    _quieten(int(os.environ["LOCAL_RANK"]))
+
+    from sft_recipe.training.watch import Watch
+
+    watch = Watch(int(os.environ["RANK"]), config.trainer.world_size, config.trainer.hang_timeout)
+    with watch.ending_all(), ExitStack() as held:
+        return _run(config, watch, held)
+
+
+def _run(config: Config, watch: Watch, held: ExitStack) -> int:
     is_first, local_rank = os.environ["RANK"] == "0", int(os.environ["LOCAL_RANK"])
-    _quieten(local_rank)
 
     from sft_recipe import preflight
     from sft_recipe.training.checkpoint import check_identity, check_room_for_run, find_checkpoint
+    from sft_recipe.training.lock import FolderLock
     from sft_recipe.training.prepare import prepare
     from sft_recipe.training.progress import check_loggers, notice
 
@@ -42,30 +67,33 @@ def run(args: list[str]) -> int:
     preflight.check(config, device)
     check_loggers(config)
     output_dir = preflight.writable_folder(config.trainer.run_folder)
-    checkpoints = output_dir / "checkpoints"
-    resume = find_checkpoint(config.trainer.resume_from, checkpoints) if config.trainer.resume_from else None
-    check_room_for_run(checkpoints, resume)
+    checkpoints, resume = output_dir / "checkpoints", None
+    if is_first:  # the folder is shared: one of all ranks looks into it, and the others hear of it below
+        held.callback(FolderLock(output_dir).release)
+        resume = find_checkpoint(config.trainer.resume_from, checkpoints, _is_restart(), notice)
+        check_room_for_run(checkpoints, resume)
+    watch.at("preparing model and data", limited=False)
     prepared = prepare(config, local_rank, say=notice)
-    if resume:
-        check_identity(resume, prepared.identity(config))
-    elif config.trainer.resume_from and is_first:
-        notice(f"--resume_from auto found no checkpoint in {checkpoints}: training starts from the beginning.")
     if is_first:
         (output_dir / "config.yaml").write_text(to_yaml(config))
+    watch.at("waiting for the other ranks", limited=False)
     _join_process_group(device)
 
     import torch
 
-    from sft_recipe.training.agree import check_agreement
-    from sft_recipe.training.prepare import leave_meeting_place
+    from sft_recipe.training.agree import check_agreement, share_checkpoint
     from sft_recipe.training.progress import banner
     from sft_recipe.training.shape import model_shape
     from sft_recipe.training.trainer import SFTTrainer
 
     try:
-        check_agreement(config, prepared.identity(config), resume, output_dir)
+        check_agreement(config, prepared.identity(config), output_dir)
+        resume = share_checkpoint(resume, checkpoints)
+        if resume:
+            check_identity(resume, prepared.identity(config))
+        watch.at("loading the model", limited=False)
         shape = model_shape(config, prepared.model, device)
-        trainer = SFTTrainer(config, prepared, device, resume)
+        trainer = SFTTrainer(config, prepared, device, resume, watch)
         if is_first:
             steps = trainer.steps_per_epoch, trainer.total_steps, trainer.resume_global_step
             banner(config, prepared, device, shape, *steps)
@@ -80,6 +108,21 @@ def run(args: list[str]) -> int:
     if local_rank == 0:
         leave_meeting_place()
     return code
+
+
+def _is_restart() -> bool:
+    """Whether torchrun started the ranks again after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _die_with_launcher() -> None:
+    """Ask Linux for SIGKILL when torchrun ends, however that happens: ranks without it would train on unseen."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it ended before it was asked for
+        os._exit(128 + signal.SIGKILL)
 
 
 def _memory_advice(config: Config) -> str:
@@ -135,9 +178,10 @@ def _join_process_group(device: str) -> None:
 
     if device == "cpu":
         from sft_recipe.engine.platform_cpu import use_cpu
+        from sft_recipe.training.watch import COLLECTIVE_TIMEOUT
 
         use_cpu()
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
     else:
         from verl.utils.distributed import initialize_global_process_group
 
@@ -145,9 +189,11 @@ def _join_process_group(device: str) -> None:
 
 
 if __name__ == "__main__":
+    _die_with_launcher()
     # Until training begins, and listens to signals itself, there is nothing to save.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: os._exit(128 + number))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     code = main(sys.argv[1:])
     sys.stdout.flush()
     if code:
