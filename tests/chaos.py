@@ -15,23 +15,22 @@ from tests.warm import Warm
 LONGEST = 6.0  # seconds after which a kill by the clock comes at the latest
 
 
-def kill_group() -> None:
-    """All ranks of this run, without a word."""
-    os.killpg(0, signal.SIGKILL)
+def strike(rank: int, phase: str, on_rank: int, call: int, sends: int = signal.SIGKILL, times: int = 1) -> None:
+    """A setup for Warm.run: a signal where `on_rank` comes to `phase` for the `call`-th time (from 1).
 
-
-def kill_at(rank: int, phase: str, on_rank: int, call: int) -> None:
-    """A setup for Warm.run: SIGKILL for all ranks where `on_rank` comes to `phase` for the `call`-th time (from 1)."""
+    SIGKILL is for all ranks at once, another one for that rank alone.
+    """
     calls = 0
 
-    def die() -> None:
+    def act() -> None:
         nonlocal calls
         calls += 1
         if calls == call:
-            kill_group()
+            for _ in range(times):
+                os.kill(0 if sends == signal.SIGKILL else os.getpid(), sends)
 
-    if rank == (on_rank if phase not in FIRST_RANK_ONLY else 0):
-        PHASES[phase](die)
+    if rank == (0 if phase in FIRST_RANK_ONLY else on_rank):
+        PHASES[phase](act)
 
 
 def _wrap(owner: Any, name: str, before: Callable[..., None] = lambda *_: None, after: Any = lambda *_: None) -> None:
@@ -198,7 +197,7 @@ def plan(seed: int) -> Iterator[dict[str, Any]]:
 
 def _kill(dice: random.Random, phase: str, calls: int) -> dict[str, Any]:
     call = 1 if phase in ONCE else dice.randint(1, calls)
-    return {"setup": ("tests.chaos:kill_at", {"phase": phase, "on_rank": dice.randrange(2), "call": call})}
+    return {"setup": ("tests.chaos:strike", {"phase": phase, "on_rank": dice.randrange(2), "call": call})}
 
 
 def survive(

@@ -22,6 +22,7 @@ from typing import Any
 
 from tests.runs import ROOT
 
+SECONDS_TO_END_OTHERS = 20  # after one rank has failed; torchrun gives them 30
 PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
 
 
@@ -137,6 +138,9 @@ def _start_ranks(arguments: list[str], ranks: int, setup: Any, environment: dict
     while left:
         process, status = os.wait()
         codes[left.pop(process)] = os.waitstatus_to_exitcode(status)
+        if any(codes) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
+            signal.signal(signal.SIGALRM, lambda *_: [os.kill(rank, signal.SIGKILL) for rank in left])
+            signal.alarm(SECONDS_TO_END_OTHERS)
     (scratch / "codes").write_text(json.dumps(codes))
     return 0
 

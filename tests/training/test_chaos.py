@@ -1,14 +1,12 @@
 """A run that is killed again and again ends as one that never stopped, bit for bit."""
 
-import json
-
 import pytest
 
 from tests import tiny
 from tests.chaos import PHASES, survive
-from tests.warm import Warm
+from tests.training.small_run import arguments, checkpoints
 
-KILLS = 15  # of each shape
+KILLS = 14  # of each shape
 SHAPES = {
     "full": ["fsdp.strategy=fsdp2"],
     "lora-beside-training": ["fsdp.strategy=fsdp", "lora.enabled=true", "lora.merge=true", "trainer.async_save=true"],
@@ -16,34 +14,8 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module")
-def warm():
-    with Warm() as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny.build_model(tmp_path_factory.mktemp("chaos") / "model", attention_dropout=0.1)
-
-
-def arguments(model, folder, *extra):
-    """Two epochs of five steps, a checkpoint after every other one, validation at an epoch's end."""
-    records = [{"prompt": f"What is {i} and {i}?", "response": f"It is {2 * i}. " * (1 + i % 5)} for i in range(22)]
-    folder.mkdir()
-    (folder / "train.json").write_text(json.dumps(records[:18]))
-    (folder / "val.json").write_text(json.dumps(records[18:]))
-    return [
-        f"model.path={model}",
-        f"data.train_files={folder}/train.json",
-        f"data.val_files={folder}/val.json",
-        f"data.cache_dir={folder}/cache",
-        f"trainer.output_dir={folder}/out",
-        "trainer.device=cpu",
-        "trainer.total_epochs=2",
-        "trainer.save_freq=2",
-        "optim.lr=1e-2",
-        *extra,
-    ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -56,5 +28,4 @@ def test_killed_in_every_phase_a_run_ends_as_one_that_never_stopped(warm, model,
     survived = survive(warm, run, whole / "out", killed / "out", seed=len(shape), limit=KILLS)
     assert not survived.differences
     assert survived.count == KILLS and survived.kills.keys() >= PHASES.keys()
-    left = [path.name for path in (killed / "out/checkpoints").iterdir()]
-    assert all(name.startswith("step_") for name in left), left
+    assert all(name.startswith("step_") for name in checkpoints(killed))
