@@ -37,6 +37,8 @@ def main(args: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
     if code:
         record_end(code)
+    elif os.environ["LOCAL_RANK"] == "0":
+        leave_meeting_place()
     return code
 
 
@@ -105,8 +107,6 @@ def _run(config: Config, watch: Watch, held: ExitStack) -> int:
         # After an error on one of several ranks the others may never come; leaving the process is what frees them.
         if sys.exc_info()[0] is None or config.trainer.world_size == 1:
             torch.distributed.destroy_process_group()
-    if local_rank == 0:
-        leave_meeting_place()
     return code
 
 
@@ -173,19 +173,26 @@ def _quieten(local_rank: int) -> None:
 
 
 def _join_process_group(device: str) -> None:
-    """verl's platform is settled by the first import of its engine, so this comes before that."""
+    """As verl would, over a store that a restart does not confuse; verl's worker takes the group that it finds."""
     import torch
 
-    if device == "cpu":
+    from sft_recipe.training.watch import COLLECTIVE_TIMEOUT, open_store
+
+    if device == "cpu":  # verl's platform is settled by the first import of its engine, so this comes before that
         from sft_recipe.engine.platform_cpu import use_cpu
-        from sft_recipe.training.watch import COLLECTIVE_TIMEOUT
 
         use_cpu()
-        torch.distributed.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
     else:
-        from verl.utils.distributed import initialize_global_process_group
-
-        initialize_global_process_group()
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store = open_store("process group")
+    store.set_timeout(COLLECTIVE_TIMEOUT)  # machines may prepare their data for hours
+    torch.distributed.init_process_group(
+        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=COLLECTIVE_TIMEOUT,
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from sft_recipe.errors import RecipeError, is_debugging
 from sft_recipe.training.meeting import speaks_for_machine
@@ -21,6 +21,7 @@ BEAT = 2.0  # seconds between a rank's signs of life
 SILENCE = 40.0  # seconds after which a rank that was heard of counts as dead
 FIRST_SILENCE = 300.0  # seconds that a rank may take to be heard of at all: its machine may import slowly
 COLLECTIVE_TIMEOUT = timedelta(hours=10)  # a watched run ends long before
+END = "end"  # the key of what ended the run
 LOST = 1  # exit code of a rank that stops because of another one
 
 
@@ -41,7 +42,7 @@ class Watch:
         self._since = time.monotonic()
         self._is_limited = False
         self._over = threading.Event()
-        self._store = _connect(rank) if world_size > 1 else None
+        self._store = open_store("watch")
         self._heard = {other: _Heard() for other in ([0] if rank else range(1, world_size)) if other != rank}
         threading.Thread(target=self._live, name="watch", daemon=True).start()
 
@@ -76,8 +77,8 @@ class Watch:
         """Leave with the reason of the rank that ended the run, where it left one."""
         self._over.set()
         with suppress(RuntimeError):
-            if self._store is not None and self._store.check([self._key("end")]):
-                self._obey(json.loads(self._store.get(self._key("end"))))
+            if end := self._read(END):
+                self._obey(end)
         _leave(f"rank {self.rank} stops, since another rank died without a word ({_first_line(error)})", LOST)
 
     def _live(self) -> None:
@@ -90,16 +91,13 @@ class Watch:
 
     def _beat(self) -> None:
         ours = self._state()
-        if self._store is None:
-            self._judge_progress({0: ours})
-            return
-        self._store.set(self._key(self.rank), json.dumps(ours))
-        if self._store.check([self._key("end")]):
-            self._obey(json.loads(self._store.get(self._key("end"))))
+        self._store.set(str(self.rank), json.dumps(ours))
+        if end := self._read(END):
+            self._obey(end)
         states = {self.rank: ours}
         for other, heard in self._heard.items():
-            if self._store.check([self._key(other)]):
-                heard.take(json.loads(self._store.get(self._key(other))))
+            if state := self._read(str(other)):
+                heard.take(state)
                 states[other] = heard.state
             if heard.silence() > (SILENCE if heard.state else FIRST_SILENCE):
                 where = f" on {heard.state['host']}, last {heard.state['phase']}," if heard.state else ""
@@ -120,11 +118,9 @@ class Watch:
         self._end(f"{reason}; trainer.hang_timeout={limit:g}", LOST, hanging=behind)
 
     def _end(self, reason: str, code: int, hanging: int | None = None, teller: str | None = None) -> None:
+        """The first end that is written is the run's."""
         end = {"reason": reason, "code": code, "hanging": hanging, "teller": teller}
-        if self._store is not None:
-            self._store.compare_set(self._key("end"), "", json.dumps(end))
-        elif hanging is not None:
-            self._obey(end)
+        self._store.compare_set(END, "", json.dumps(end))
 
     def _obey(self, end: dict[str, Any]) -> NoReturn:
         if end["hanging"] == self.rank:
@@ -143,8 +139,8 @@ class Watch:
             "seconds": seconds,
         }
 
-    def _key(self, name: int | str) -> str:
-        return f"sft_recipe/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+    def _read(self, key: str) -> dict[str, Any]:
+        return json.loads(self._store.get(key)) if self._store.check([key]) else {}
 
 
 class _Heard:
@@ -162,17 +158,21 @@ class _Heard:
         return time.monotonic() - self.when
 
 
-def _connect(rank: int) -> TCPStore:
-    """torchrun's store where it has one, else that of rank 0, which the process group will share."""
+def open_store(purpose: str) -> Store:
+    """A connection of its own to torchrun's store, or to that of rank 0 where it has none.
+
+    Keys are this attempt's: the store of a run that torchrun restarts remembers the ranks that died.
+    """
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not is_torchruns,
+        is_master=os.environ["RANK"] == "0" and not is_torchruns,
         wait_for_workers=False,
         multi_tenant=True,
         timeout=timedelta(seconds=FIRST_SILENCE),
     )
+    return PrefixStore(f"sft_recipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{purpose}", store)
 
 
 def _leave(reason: str, code: int) -> NoReturn:
