@@ -40,6 +40,7 @@ class ModelConfig(_Group):
     trust_remote_code: bool = False
     enable_gradient_checkpointing: bool | Literal["auto"] = "auto"
     attn_implementation: str = "auto"
+    chat_template: str | None = None
     override_config: dict[str, Any] = {}
 
 
@@ -49,7 +50,23 @@ class DataConfig(_Group):
     train_files: str | list[str]
     val_files: str | list[str] | None = None
     val_ratio: float = Field(0.0, ge=0.0, lt=1.0)
-    format: Literal["auto", "prompt_response", "alpaca", "conversations", "messages"] = "auto"
+    format: Literal[
+        "auto",
+        "preference",
+        "messages",
+        "conversations",
+        "prompt_response",
+        "prompt_completion",
+        "query_response",
+        "alpaca",
+    ] = "auto"
+    columns: dict[str, str] = {}
+    on_bad_record: Literal["error", "skip"] = "error"
+    max_bad_ratio: float = Field(0.05, ge=0.0, le=1.0)
+    train_on: Literal["all", "last"] = "all"
+    train_on_reasoning: bool = True
+    enable_thinking: bool | None = None
+    allow_special_text: bool = False
     max_length: int = Field(2048, ge=2)
     truncation: Literal["drop", "right", "error"] = "drop"
     train_batch_size: int = Field(4, ge=1)

@@ -19,7 +19,17 @@ class ConfigError(RecipeError):
 
 
 class DataError(RecipeError):
-    """A data file or record that cannot be used; the message names file, record and field."""
+    """A data file or record that cannot be used; the message names file, record and field.
+
+    `kind` sorts bad records that are counted: malformed, fields, type, empty, roles, tools, template, length.
+    """
+
+    def __init__(self, message: str, kind: str = "fields"):
+        super().__init__(message, kind)  # both, so that it survives the way back from another process
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ModelError(RecipeError):

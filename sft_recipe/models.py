@@ -28,17 +28,17 @@ class ResolvedModel:
     notice: str | None = None
 
 
-def resolve_model(config: ModelConfig, cache_dir: Path) -> ResolvedModel:
-    """Find the model, download or convert it where needed.
+def resolve_model(config: ModelConfig, cache_dir: Path, needs_weights: bool = True) -> ResolvedModel:
+    """Find the model, download or convert it where needed; without weights where only its tokenizer is wanted.
 
     Raises ModelError: no such folder, file or hub model; a folder without a config or weights; no way to the hub.
     """
     try:
-        return ResolvedModel(_find(config.path, cache_dir, config.trust_remote_code), config.path)
+        return ResolvedModel(_find(config.path, cache_dir, config.trust_remote_code, needs_weights), config.path)
     except ModelError as error:
         if config.fallback is None:
             raise
-        folder = _find(config.fallback, cache_dir, config.trust_remote_code)
+        folder = _find(config.fallback, cache_dir, config.trust_remote_code, needs_weights)
         notice = (
             f"{config.path}, the default model, is not on this machine and the hub cannot be reached.\n"
             f"Training {config.fallback} instead. Name a model with --model to have exactly that one."

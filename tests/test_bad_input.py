@@ -153,3 +153,40 @@ def test_ranks_say_an_error_once(model, tmp_path):
     result = run_ranks(2, [*arguments, "trainer.device=cpu", "data.train_batch_size=1"])
     assert result.returncode != 0
     assert result.stderr.count("error: BATCH_SIZE=1 is smaller than the number of ranks (2)") == 1
+
+
+def test_bad_records_can_be_skipped_up_to_a_share(run, tmp_path, capfd):
+    records = [*GOOD * 5, {"prompt": "a", "response": ""}]
+    code, error = run(records)
+    assert code == 2 and "record 31" in error and "data.on_bad_record=skip" in error
+    code, error = run(records, "data.on_bad_record=skip")
+    assert code == 0, error
+    (row,) = (tmp_path / "out/rejected.jsonl").read_text().splitlines()
+    assert json.loads(row)["record"] == records[-1] and "record 31" in json.loads(row)["reason"]
+    code, error = run(records, "data.on_bad_record=skip", "data.max_bad_ratio=0.01", f"trainer.output_dir={tmp_path}/b")
+    assert code == 2 and "1 of 31 records" in error and "max_bad_ratio=0.01" in error
+    assert (tmp_path / "b/rejected.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["data.columns={respons: answer}"], ["respons", "response"]),
+        (["data.columns={response: answer}"], ["'answer'", "no record has"]),
+        (["data.enable_thinking=true"], ["enable_thinking", "no such switch"]),
+        (["model.chat_template={nothing}/t.jinja"], ["model.chat_template", "cannot be read"]),
+        (["data.train_on=first"], ["data.train_on", "all, last"]),
+        (["data.train_files={file}*0"], ["asks for nothing"]),
+    ],
+)
+def test_bad_choices_about_data(run, tmp_path, extra, said):
+    (tmp_path / "file").touch()
+    places = {"nothing": tmp_path / "nothing", "file": tmp_path / "file"}
+    code, error = run(
+        GOOD,
+        *(text.replace("{nothing}", str(places["nothing"])).replace("{file}", str(places["file"])) for text in extra),
+    )
+    assert code == 2, error
+    assert "Traceback" not in error
+    for part in said:
+        assert part in error

@@ -36,13 +36,35 @@ def epoch_order(examples: int, seed: int, epoch: int, shuffle: bool = True) -> n
     return order
 
 
-def split_validation(examples: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seeded split into training and validation example numbers, each in file order; both have at least one."""
-    held_out = min(max(1, round(examples * ratio)), examples - 1)
-    chosen = np.random.default_rng([seed, 2**31]).permutation(examples)[:held_out]
-    is_validation = np.zeros(examples, dtype=bool)
-    is_validation[chosen] = True
-    return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+def mixture(shares: Sequence[tuple[int, int]], seed: int) -> np.ndarray:
+    """Example numbers of an epoch, int64, of sources that stand one behind the other, in their order.
+
+        shares [(4, 2), (2, 5)]  ->  two of 0..3, and 4 4 4 5 5 or 4 4 5 5 5
+
+    Each share is (examples there are, examples wanted): all as often as it goes, the rest by lot, by the seed.
+    """
+    numbers: list[np.ndarray] = []
+    begin = 0
+    for place, (examples, wanted) in enumerate(shares):
+        times, rest = divmod(wanted, examples)
+        counts = np.full(examples, times)
+        counts[np.random.default_rng([seed, 2**31 + 1, place]).permutation(examples)[:rest]] += 1
+        numbers.append(begin + np.repeat(np.arange(examples), counts))
+        begin += examples
+    return np.concatenate(numbers)
+
+
+def split_validation(digests: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Seeded split into training and validation places, each in order; equal examples are on the same side.
+
+    Both have at least one example, but where all are equal: then nothing is held out.
+    """
+    _, group = np.unique(digests, return_inverse=True)
+    groups = int(group.max()) + 1
+    held_out = min(max(1, round(groups * ratio)), groups - 1)
+    is_chosen = np.zeros(groups, dtype=bool)
+    is_chosen[np.random.default_rng([seed, 2**31]).permutation(groups)[:held_out]] = True
+    return np.flatnonzero(~is_chosen[group]), np.flatnonzero(is_chosen[group])
 
 
 def plan_micro_batches(lengths: Sequence[int], ranks: int, budget: int) -> list[list[MicroBatch]]:

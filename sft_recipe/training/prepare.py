@@ -4,18 +4,19 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sft_recipe.config import Config
-from sft_recipe.data.batches import split_validation
-from sft_recipe.data.cache import Examples, StoreOptions, TokenStore, open_store
-from sft_recipe.data.formats import resolve_files
-from sft_recipe.data.render import ensure_chat_template
+from sft_recipe.config import Config, DataConfig, ModelConfig
+from sft_recipe.data.batches import mixture, split_validation
+from sft_recipe.data.cache import REJECTED, Examples, TokenStore, open_store
+from sft_recipe.data.encode import StoreOptions
+from sft_recipe.data.files import Share, Source, resolve_files
+from sft_recipe.data.render import RenderOptions, ensure_chat_template
 from sft_recipe.errors import DataError, ModelError
 from sft_recipe.models import ResolvedModel, resolve_model, resolve_tokenizer
 from sft_recipe.training.meeting import meeting_place
@@ -27,9 +28,9 @@ class Prepared:
 
     model: ResolvedModel
     tokenizer: PreTrainedTokenizerBase
-    has_own_template: bool
     train: Examples
     validation: Examples | None
+    shares: list[Share]
 
     def stop_token_ids(self, sample: int = 1000) -> list[int]:
         """The special tokens that end the supervised turns of the data: where the trained model stops talking."""
@@ -51,7 +52,7 @@ class Prepared:
             else "off",
             "model.override_config": config.model.override_config,
             "optim.optimizer": config.optim.optimizer,
-            "data": self.train.store.fingerprint,
+            "data": self.train.fingerprint,
             "examples": len(self.train),
             "data.train_batch_size": config.data.train_batch_size,
             "data.shuffle": config.data.shuffle,
@@ -73,68 +74,117 @@ def prepare(config: Config, local_rank: int, say: Callable[[str], None]) -> Prep
     return _open(config, places)
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Raises ModelError where the folder holds no tokenizer that transformers can read."""
+def load_tokenizer(
+    config: ModelConfig, folder: Path, say: Callable[[str], None] = lambda text: None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with the chat template that is trained, and saved: the one named, else its own, else plain ChatML.
+
+    Raises ModelError where the folder holds no tokenizer that transformers can read, or the template cannot be read.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{folder} holds no usable tokenizer: {str(error).splitlines()[0]}") from None
+    if config.chat_template:
+        path = Path(config.chat_template).expanduser()
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ModelError(f"model.chat_template: {path.absolute()} cannot be read: {reason}") from None
+    if ensure_chat_template(tokenizer):
+        say(f"{config.path} has no chat template: a plain ChatML one is used, and saved with the trained model.")
+    return tokenizer
+
+
+def store_options(data: DataConfig) -> StoreOptions:
+    """What the configuration asks of a store."""
+    render = RenderOptions(data.train_on, data.train_on_reasoning, data.enable_thinking, data.allow_special_text)
+    return StoreOptions(data.format, data.max_length, data.truncation, data.columns, data.on_bad_record, render)
 
 
 def _make(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     data, cache_dir = config.data, config.cache_dir()
-    train_files = resolve_files(data.train_files)
-    val_files = resolve_files(data.val_files) if data.val_files else []
+    sources = {"train": resolve_files(data.train_files, cache_dir)}
+    if data.val_files:
+        sources["validation"] = resolve_files(data.val_files, cache_dir)
     model = resolve_model(config.model, cache_dir)
     if model.notice:
         say(model.notice)
     tokenizer_folder = resolve_tokenizer(config.model, model, cache_dir)
-    tokenizer = load_tokenizer(tokenizer_folder, config.model.trust_remote_code)
-    has_own_template = not ensure_chat_template(tokenizer)
-    if not has_own_template:
-        say(f"{model.name} has no chat template: a plain ChatML one is used, and saved with the trained model.")
+    tokenizer = load_tokenizer(config.model, tokenizer_folder, say)
     _check_vocabulary(tokenizer, model)
-    options = StoreOptions(data.format, data.max_length, data.truncation)
-    stores = {}
-    for part, files in (("train", train_files), ("validation", val_files)):
-        if files:
-            store = open_store(files, tokenizer, options, cache_dir, data.num_workers, show_progress=True)
-            _tell_losses(store, part, options, say)
-            stores[part] = str(store.folder)
-    return {"model": [str(model.folder), model.name], "tokenizer": str(tokenizer_folder), "stores": stores}
+    options = store_options(data)
+    stores, shares = {}, {}
+    rejected = config.trainer.run_folder / REJECTED
+    rejected.unlink(missing_ok=True)
+    for part, of_part in sources.items():
+        files = [file for source in of_part for file in source.files]
+        store = open_store(files, tokenizer, options, cache_dir, data.num_workers, show_progress=True)
+        _tell_losses(store, part, data, rejected, say)
+        stores[part] = str(store.folder)
+        shares[part] = [asdict(share) for share in _shares(of_part, store)]
+    place = str(tokenizer_folder)
+    return {"model": [str(model.folder), model.name], "tokenizer": place, "stores": stores, "shares": shares}
+
+
+def _shares(sources: list[Source], store: TokenStore) -> list[Share]:
+    """Raises DataError for a source that has no example left."""
+    counts = iter(store.report.examples_of_files)
+    shares = []
+    for source in sources:
+        examples = sum(next(counts) for _ in source.files)
+        if not examples:
+            raise DataError(f"{source.name}: no example of it is left to train on; leave it out, or see the notices")
+        shares.append(Share(source.name, examples, source.wanted(examples)))
+    return shares
 
 
 def _open(config: Config, places: dict[str, Any]) -> Prepared:
     folder, name = places["model"]
-    tokenizer = load_tokenizer(Path(places["tokenizer"]), config.model.trust_remote_code)
-    has_own_template = not ensure_chat_template(tokenizer)
-    store = TokenStore.open(Path(places["stores"]["train"]))
-    train, validation = np.arange(len(store)), None
+    tokenizer = load_tokenizer(config.model, Path(places["tokenizer"]))
+    seed = config.trainer.seed
+    parts, shares = {}, {}
+    for part, store_folder in places["stores"].items():
+        store = TokenStore.open(Path(store_folder))
+        shares[part] = [Share(**share) for share in places["shares"][part]]
+        counts = [(share.examples, share.wanted) for share in shares[part]]
+        parts[part] = Examples(store, mixture(counts, seed))
+    train, validation = parts["train"], parts.get("validation")
     if config.data.val_ratio:
-        if len(store) < 2:
-            raise DataError("data.val_ratio needs at least two examples, one to train on and one to validate with")
-        train, held_out = split_validation(len(store), config.data.val_ratio, config.trainer.seed)
-        validation = Examples(store, held_out)
-    elif "validation" in places["stores"]:
-        other = TokenStore.open(Path(places["stores"]["validation"]))
-        validation = Examples(other, np.arange(len(other)))
-    return Prepared(ResolvedModel(Path(folder), name), tokenizer, has_own_template, Examples(store, train), validation)
+        kept, held_out = split_validation(train.store.digests[train.numbers], config.data.val_ratio, seed)
+        if not len(held_out):
+            raise DataError("data.val_ratio needs two different examples, one to train on and one to validate with")
+        held_out = np.unique(train.numbers[held_out])
+        train, validation = Examples(train.store, train.numbers[kept]), Examples(train.store, held_out)
+    return Prepared(ResolvedModel(Path(folder), name), tokenizer, train, validation, shares["train"])
 
 
-def _tell_losses(store: TokenStore, part: str, options: StoreOptions, say: Callable[[str], None]) -> None:
-    """Truncation never cuts silently."""
+def _tell_losses(store: TokenStore, part: str, data: DataConfig, rejected: Path, say: Callable[[str], None]) -> None:
+    """Nothing is cut, left out or changed in silence. Raises DataError where too many records are bad."""
     report = store.report
+    bad = sum(report.rejected.values())
+    if bad:
+        with rejected.open("ab") as file:
+            file.write((store.folder / REJECTED).read_bytes())
+        what = f"{part}: {bad:,} of {report.records:,} records cannot be used ({report.kinds}); see {rejected}"
+        if bad > data.max_bad_ratio * report.records:
+            raise DataError(f"{what}. That is more than data.max_bad_ratio={data.max_bad_ratio:g} of them.")
+        say(f"{what}.")
     if report.too_long:
-        what = {"drop": "left out", "right": "cut at their end"}[options.truncation]
+        what = {"drop": "left out", "right": "cut at their end"}[data.truncation]
         share = 100 * report.too_long / report.records
         say(
             f"{part}: {report.too_long} of {report.records} examples ({share:.1f}%) are longer than "
-            f"{options.max_length} tokens and {what} (data.truncation={options.truncation}); "
+            f"{data.max_length} tokens and {what} (data.truncation={data.truncation}); "
             f"the longest has {report.longest} tokens."
         )
     if report.without_target:
         left_out = f"{report.without_target} of {report.records} examples"
         say(f"{part}: {left_out} have no supervised token left and are left out.")
+    if report.special_text:
+        held = f"{report.special_text:,} of {report.records:,} records"
+        say(f"{part}: {held} spell a special token in their text; it stays text (data.allow_special_text).")
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ResolvedModel) -> None:

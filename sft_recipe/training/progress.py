@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.panel import Panel
@@ -128,13 +129,11 @@ def banner(
     """The essentials of a run, before its first step."""
     from sft_recipe.engine.verl_config import compute_dtype, uses_gradient_checkpointing
 
-    data, train, lora = config.data, prepared.train, config.lora
-    tokens = int(train.lengths.sum())
+    data, lora = config.data, config.lora
     checkpointing = "on" if uses_gradient_checkpointing(config, device) else "off"
     dtype = compute_dtype(config.fsdp, device)
     share = f"{shape.trainable:,} trainable of {shape.total:,} ({100 * shape.trainable / shape.total:.2f}%)"
     adapters = f", LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora.enabled else ""
-    supervised = f"{train.supervised:,} supervised ({100 * train.supervised / tokens:.0f}%)"
     validation = f"{len(prepared.validation):,} examples" if prepared.validation else "none"
     budget = f"micro-batches of up to {data.token_budget:,} tokens on each"
     rate = f"learning rate {config.optim.lr:g}, {config.optim.lr_scheduler_type}"
@@ -143,7 +142,7 @@ def banner(
         "strategy": f"{_strategy(config, device)}, {dtype}, gradient checkpointing {checkpointing}",
         "model": prepared.model.name,
         "parameters": share + adapters,
-        "data": f"{len(train):,} examples, {tokens:,} tokens, {supervised}",
+        **_data_rows(config, prepared),
         "validation": validation,
         "batches": f"{data.train_batch_size} examples a step over all ranks, {budget}",
         "steps": f"{steps:,} ({steps_per_epoch:,} an epoch), {rate}",
@@ -157,6 +156,27 @@ def banner(
     for name, value in rows.items():
         table.add_row(name, value)
     console().print(Panel(table, title="Supervised fine-tuning", title_align="left", expand=False))
+
+
+def _data_rows(config: Config, prepared: Prepared) -> dict[str, str]:
+    """What is trained on, what of it is learnt, and how long it is."""
+    train, data = prepared.train, config.data
+    tokens, lengths = int(train.lengths.sum()), np.sort(train.lengths)
+    share = 100 * train.supervised / tokens
+    middle, most = (int(lengths[int(part * (len(lengths) - 1))]) for part in (0.5, 0.95))
+    ends = " or ".join(prepared.tokenizer.convert_ids_to_tokens(prepared.stop_token_ids()))
+    repeated = len(train) - len(np.unique(train.store.digests[train.numbers]))
+    sources = ", ".join(f"{share.name} {share.wanted:,} of {share.examples:,}" for share in prepared.shares)
+    is_mixed = len(prepared.shares) > 1 or any(share.wanted != share.examples for share in prepared.shares)
+    turns = "the last assistant turn" if data.train_on == "last" else "all assistant turns"
+    without = "" if data.train_on_reasoning else ", without their reasoning"
+    ending = f"through {ends}" if ends else "without a special token at their end: the model will not learn to stop"
+    return {
+        "data": f"{len(train):,} examples, {tokens:,} tokens" + (f" ({sources})" if is_mixed else ""),
+        "learnt": f"{train.supervised:,} tokens ({share:.0f}%): {turns}{without}, {ending}",
+        "lengths": f"half up to {middle:,} tokens, 95% up to {most:,}, longest {lengths[-1]:,}"
+        + (f"; {repeated:,} examples repeat others" if repeated else ""),
+    }
 
 
 def _machine(config: Config, device: str) -> str:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sft_recipe.data.batches import (
     epoch_order,
+    mixture,
     plan_micro_batches,
     split_validation,
     step_examples,
@@ -189,7 +190,7 @@ def test_a_large_batch_is_planned_quickly(ranks, longest):
 @example(examples=2, ratio=0.001, seed=0)
 @example(examples=2, ratio=0.999, seed=0)
 def test_a_split_is_disjoint_complete_in_file_order_and_about_the_ratio(examples, ratio, seed):
-    train, validation = (part.tolist() for part in split_validation(examples, ratio, seed))
+    train, validation = (part.tolist() for part in split_validation(np.arange(examples), ratio, seed))
     assert train == sorted(train) and validation == sorted(validation)
     assert sorted(train + validation) == list(range(examples))
     assert train and validation
@@ -198,7 +199,7 @@ def test_a_split_is_disjoint_complete_in_file_order_and_about_the_ratio(examples
 
 def test_a_split_is_seeded():
     def held_out(seed):
-        return split_validation(1000, 0.1, seed)[1].tolist()
+        return split_validation(np.arange(1000), 0.1, seed)[1].tolist()
 
     assert held_out(42) == held_out(42) != held_out(43)
     assert held_out(42) != list(range(100)) and held_out(42) != list(range(900, 1000))
@@ -206,5 +207,37 @@ def test_a_split_is_seeded():
 
 def test_a_split_is_not_the_beginning_of_an_epochs_order():
     """What is held out must not hang together with what the first steps would have trained."""
-    held_out = set(split_validation(1000, 0.1, seed=42)[1].tolist())
+    held_out = set(split_validation(np.arange(1000), 0.1, seed=42)[1].tolist())
     assert all(held_out != set(epoch_order(1000, 42, epoch)[:100].tolist()) for epoch in range(20))
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=200), st.floats(0.01, 0.99), SEEDS)
+def test_equal_examples_are_on_the_same_side_of_a_split(digests, ratio, seed):
+    train, validation = split_validation(np.asarray(digests), ratio, seed)
+    assert sorted([*train, *validation]) == list(range(len(digests)))
+    sides = {digests[place] for place in train}, {digests[place] for place in validation}
+    assert not sides[0] & sides[1]
+    assert all(sides) or len(set(digests)) == 1
+
+
+# Mixtures
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 200)), min_size=1, max_size=4), SEEDS)
+def test_a_mixture_has_of_each_source_what_is_wanted_as_evenly_as_it_goes(shares, seed):
+    numbers = mixture(shares, seed)
+    assert numbers.tolist() == sorted(numbers.tolist()) == mixture(shares, seed).tolist()
+    begin = 0
+    for examples, wanted in shares:
+        counts = np.bincount(numbers, minlength=begin + examples)[begin : begin + examples]
+        assert counts.sum() == wanted
+        assert counts.max() - counts.min() <= 1
+        begin += examples
+    assert numbers.max() < begin
+
+
+def test_a_mixture_is_seeded_and_no_two_sources_draw_the_same_lot():
+    first, second = mixture([(1000, 100), (1000, 100)], 42).reshape(2, 100)
+    assert first.tolist() != (second - 1000).tolist()
+    assert mixture([(1000, 100)], 42).tolist() == first.tolist() != mixture([(1000, 100)], 43).tolist()
+    assert mixture([(5, 5), (3, 3)], 42).tolist() == list(range(8))

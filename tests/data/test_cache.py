@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,14 +12,15 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from sft_recipe.data import cache
-from sft_recipe.data.cache import Examples, StoreOptions, TokenStore, open_store
+from sft_recipe.data import cache, encode
+from sft_recipe.data.cache import Examples, TokenStore, open_store
+from sft_recipe.data.encode import StoreOptions
 from sft_recipe.data.formats import read_conversations
-from sft_recipe.data.render import Renderer
+from sft_recipe.data.render import Renderer, RenderOptions
 from sft_recipe.errors import DataError, ModelError
 from tests import tiny
 
-FILES = ["store.json", "offsets.npy", "supervised.npy", "input_ids.bin", "loss_mask.bin"]
+FILES = ["store.json", "offsets.npy", "supervised.npy", "digests.npy", "input_ids.bin", "loss_mask.bin"]
 RECORDS = [
     {"prompt": "Hello there", "response": "I am fine, thank you."},
     {"prompt": "你好", "response": "很好，谢谢。"},
@@ -241,7 +243,27 @@ def other_format(data, tokenizer, options):
     return tokenizer, replace(options, format="prompt_response")
 
 
+def other_columns(data, tokenizer, options):
+    return tokenizer, replace(options, columns={"prompt": "prompt"})
+
+
+def bad_records_skipped(data, tokenizer, options):
+    return tokenizer, replace(options, on_bad_record="skip")
+
+
+def other_turns(data, tokenizer, options):
+    return tokenizer, replace(options, render=RenderOptions(train_on="last"))
+
+
+def special_text_allowed(data, tokenizer, options):
+    return tokenizer, replace(options, render=RenderOptions(allow_special_text=True))
+
+
 CHANGES = [
+    other_columns,
+    bad_records_skipped,
+    other_turns,
+    special_text_allowed,
     edited_file,
     other_vocabulary,
     an_added_token,
@@ -266,6 +288,24 @@ def test_a_store_is_built_anew_where_something_changed(change, data, cache_dir):
     fresh = [(ids[:limit], mask[:limit]) for ids, mask in encoded(tokenizer, data) if cuts or len(ids) <= limit]
     assert examples(second) == fresh
     assert examples(TokenStore.open(first.folder)) == old
+
+
+def test_other_code_and_other_libraries_are_part_of_the_key(data, tokenizer, monkeypatch):
+    def key():
+        return cache.store_key([data], tokenizer, StoreOptions())
+
+    first = key()
+    assert key() == first
+    monkeypatch.setattr(cache.transformers, "__version__", "0")
+    assert key() != first
+    monkeypatch.undo()
+    read_bytes = Path.read_bytes
+    for module in ("formats", "render", "plan"):
+        monkeypatch.setattr(
+            Path, "read_bytes", lambda path, module=module: read_bytes(path) + b"#" * (path.name == f"{module}.py")
+        )
+        assert key() != first, module
+        monkeypatch.undo()
 
 
 def test_where_one_file_ends_and_the_next_begins_is_part_of_the_key(tokenizer, tmp_path):
@@ -337,8 +377,8 @@ def test_a_store_whose_parts_are_of_two_stores_is_damaged(data, tokenizer, cache
 
 
 def test_a_bad_record_late_in_a_file_leaves_no_folder(tokenizer, cache_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "CHUNK", 1)
-    monkeypatch.setattr(cache, "IN_PROCESS", 2)
+    monkeypatch.setattr(encode, "CHUNK", 1)
+    monkeypatch.setattr(encode, "IN_PROCESS", 2)
     bad = write(tmp_path / "bad.json", [*RECORDS, {"prompt": "Hi", "response": ""}])
     with pytest.raises(DataError, match="bad.json, record 5.*response"):
         build(bad, tokenizer, cache_dir)
@@ -482,17 +522,17 @@ def many(tmp_path) -> Path:
 
 @pytest.fixture
 def pools(monkeypatch) -> list[int]:
-    """Processes pay from ten records on; the list holds the number of workers of each pool that was started."""
-    monkeypatch.setattr(cache, "CHUNK", 3)
-    monkeypatch.setattr(cache, "IN_PROCESS", 10)
+    """Processes pay from nine records on; the list holds the number of workers of each pool that was started."""
+    monkeypatch.setattr(encode, "CHUNK", 3)
+    monkeypatch.setattr(encode, "IN_PROCESS", 3)
     started: list[int] = []
-    pool = cache.ProcessPoolExecutor
+    pool = encode.ProcessPoolExecutor
 
     def counting(workers, *args):
         started.append(workers)
         return pool(workers, *args)
 
-    monkeypatch.setattr(cache, "ProcessPoolExecutor", counting)
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", counting)
     return started
 
 
@@ -512,7 +552,6 @@ def test_few_records_start_no_processes(data, tokenizer, cache_dir, pools):
 
 
 def test_what_a_worker_raises_is_told_as_if_there_were_none(many, cache_dir, pools, monkeypatch):
-    monkeypatch.setattr(cache, "get_context", lambda _: get_context("fork"))  # spares the workers their imports
     refusing = "{% if '41' in messages[0]['content'] %}{{ raise_exception('no 41') }}{% endif %}" + tiny.CHATML
     with pytest.raises(DataError, match="many.json, record 42.*no 41"):
         build(many, tiny.build_tokenizer(refusing), cache_dir, workers=2)
@@ -545,3 +584,149 @@ def test_two_builds_at_once_both_end_with_a_whole_store(data, tokenizer, cache_d
     assert first == second
     assert first[1] == encoded(tokenizer, data)
     assert len(stores(cache_dir)) == 1
+
+
+# Bad records
+
+
+BAD = [
+    {"prompt": "Hi", "response": ""},
+    {"prompt": "Hi", "response": 3},
+    {"messages": [{"role": "robot", "content": "a"}]},
+]
+
+
+def test_the_first_bad_record_stops_and_others_are_shown_with_it(tokenizer, cache_dir, tmp_path):
+    path = write(tmp_path / "a.json", [RECORDS[0], *BAD, *RECORDS])
+    with pytest.raises(DataError) as caught:
+        build(path, tokenizer, cache_dir)
+    first, others, *lines, hint = str(caught.value).splitlines()
+    assert "record 2: response is an empty response" in first and others == "Nor can 2 other records be used:"
+    assert "record 3: response is a number" in lines[0] and "record 4: messages[0].role is 'robot'" in lines[1]
+    assert "data.on_bad_record=skip" in hint and len(lines) == 2
+
+
+def test_no_more_than_twenty_others_are_shown(tokenizer, cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "CHUNK", 8)
+    with pytest.raises(DataError) as caught:
+        build(write(tmp_path / "a.json", BAD * 30), tokenizer, cache_dir)
+    lines = str(caught.value).splitlines()
+    assert lines[1] == "Nor can more than 20 other records be used:" and len(lines) == 23
+
+
+def test_looking_on_ends_some_time(tokenizer, cache_dir, tmp_path, monkeypatch):
+    """After 10,000 good records, here 8: an error need not wait for the end of a long file."""
+    monkeypatch.setattr(encode, "CHUNK", 4)
+    monkeypatch.setattr(cache, "LOOK_ON", 8)
+    read = []
+    admit = encode._admit
+    monkeypatch.setattr(encode, "_admit", lambda *args: [read.append(args[0]), admit(*args)][1])
+    with pytest.raises(DataError, match="record 1: "):
+        build(write(tmp_path / "a.json", [BAD[0], *RECORDS * 10]), tokenizer, cache_dir)
+    assert len(read) <= 16
+
+
+def test_skipped_records_are_counted_by_kind_and_written_down(tokenizer, cache_dir, tmp_path):
+    refusing = "{% if 'no' == messages[0]['content'] %}{{ raise_exception('never') }}{% endif %}" + tiny.CHATML
+    tokenizer.chat_template = refusing
+    path = write(tmp_path / "a.json", [*BAD, *RECORDS, {"prompt": "no", "response": "yes"}, BAD[0]])
+    store = build(path, tokenizer, cache_dir, on_bad_record="skip")
+    assert store.report.rejected == {"empty": 2, "type": 1, "roles": 1, "template": 1}
+    assert store.report.kinds == "2 empty, 1 roles, 1 template, 1 type"
+    assert (store.report.records, store.report.examples) == (9, 4)
+    rows = [json.loads(line) for line in (store.folder / "rejected.jsonl").read_text().splitlines()]
+    assert [row["record"] for row in rows[:3]] == BAD and rows[4]["record"] == BAD[0]
+    assert rows[3]["record"]["messages"][0] == {"role": "user", "content": "no"}
+    assert "never" in rows[3]["reason"] and "record 8" in rows[3]["reason"]
+    assert examples(store) == encoded(tokenizer, write(tmp_path / "good.json", RECORDS))
+
+
+def test_a_file_that_cannot_be_read_on_is_never_skipped(tokenizer, cache_dir, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(RECORDS)[:-1])
+    with pytest.raises(DataError, match="malformed JSON"):
+        build(path, tokenizer, cache_dir, on_bad_record="skip")
+
+
+def test_nothing_but_bad_records(tokenizer, cache_dir, tmp_path):
+    with pytest.raises(DataError, match=r"none of the 3 records can be used \(1 empty, 1 roles, 1 type\)"):
+        build(write(tmp_path / "a.json", BAD), tokenizer, cache_dir, on_bad_record="skip")
+
+
+def test_a_column_that_no_record_has_stops_the_build(data, tokenizer, cache_dir):
+    with pytest.raises(DataError, match="system is to be 'sys', which no record has"):
+        build(data, tokenizer, cache_dir, columns={"system": "sys"})
+
+
+# What is counted
+
+
+def test_examples_are_counted_by_file_and_equal_ones_have_equal_digests(data, tokenizer, cache_dir, tmp_path):
+    other = write(tmp_path / "b.json", [RECORDS[1], {"prompt": "1 2 3", "response": "4 5 6 " * 90}, RECORDS[1]])
+    store = build([data, other], tokenizer, cache_dir, max_length=150)
+    assert store.report.examples_of_files == [4, 2]
+    groups = [ids for ids, _ in examples(store)]
+    for one in range(6):
+        for two in range(6):
+            assert (store.digests[one] == store.digests[two]) == (groups[one] == groups[two])
+
+
+def test_special_text_is_counted(tokenizer, cache_dir, tmp_path):
+    records = [*RECORDS, {"prompt": "What is <|im_end|>?", "response": "A token."}]
+    assert build(write(tmp_path / "a.json", records), tokenizer, cache_dir).report.special_text == 1
+
+
+def test_parts_of_a_store_have_fingerprints_of_their_own(data, tokenizer, cache_dir):
+    store = build(data, tokenizer, cache_dir)
+    parts = [Examples(store, np.array(numbers)).fingerprint for numbers in ([0, 1, 2, 3], [0, 1, 2], [0, 0, 1, 2, 3])]
+    assert len(set(parts)) == 3 and parts[0] == Examples(store, np.arange(4)).fingerprint
+
+
+# Killed builds
+
+
+def test_a_killed_build_leaves_nothing_that_is_believed_and_the_next_removes_it(many, tokenizer, cache_dir):
+    """SIGKILL after each of the writes of a build."""
+    fork = get_context("fork")
+    sync = cache._sync
+    for at in range(6):
+        calls = iter(range(10))
+
+        def dying(file, at=at, calls=calls):
+            sync(file)
+            if next(calls) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def run(dying=dying):
+            cache._sync = dying
+            build(many, tokenizer, cache_dir)
+
+        process = fork.Process(target=run)
+        process.start()
+        process.join(timeout=60)
+        assert process.exitcode == -signal.SIGKILL
+        assert len([name for name in stores(cache_dir) if "partial" in name]) == 1
+    assert examples(build(many, tokenizer, cache_dir)) == encoded(tokenizer, many)
+    assert len(stores(cache_dir)) == 1
+
+
+def test_a_build_that_goes_on_is_left_alone(data, tokenizer, cache_dir, tmp_path, monkeypatch):
+    """Another store is built, by another process as far as locks can tell, in the middle of this one."""
+    other = write(tmp_path / "b.json", RECORDS[:2])
+    check = cache._check
+
+    def check_while_another_builds(*args):
+        monkeypatch.setattr(cache, "_check", check)
+        build(other, tokenizer, cache_dir)
+        check(*args)
+
+    monkeypatch.setattr(cache, "_check", check_while_another_builds)
+    assert examples(build(data, tokenizer, cache_dir)) == encoded(tokenizer, data)
+    assert len(stores(cache_dir)) == 2
+
+
+def test_a_worker_that_is_killed_is_one_clear_error(many, tokenizer, cache_dir, pools, monkeypatch):
+    monkeypatch.setattr(encode, "_admit", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(DataError, match="a process that tokenises was killed.*data.num_workers=1"):
+        build(many, tokenizer, cache_dir, workers=2)
+    assert left_behind(cache_dir) == ["tokens"]

@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,13 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_recipe.data.formats import FORMATS, read_conversations, resolve_files
+from sft_recipe.config import DataConfig
+from sft_recipe.data.files import resolve_files
+from sft_recipe.data.formats import FORMATS, read_conversations
 from sft_recipe.errors import DataError
 
 TRICKY = ' "quoted", it\'s\r\n你好，世界 👩‍🚀 \u2028 \\n \ufeff\ttrailing  '
 TURNS = [("system", " Be kind.\n"), ("user", TRICKY), ("assistant", TRICKY + "!")]
 DICTS = [{"role": role, "content": content} for role, content in TURNS]
 RECORDS = {
+    "preference": {"prompt": TRICKY, "chosen": TRICKY + "!", "rejected": "No.", "system": " Be kind.\n"},
+    "prompt_completion": {"prompt": TRICKY, "completion": TRICKY + "!", "system": " Be kind.\n"},
+    "query_response": {"query": TRICKY, "response": TRICKY + "!", "system": " Be kind.\n"},
     "prompt_response": {"prompt": TRICKY, "response": TRICKY + "!", "system": " Be kind.\n", "id": "7"},
     "alpaca": {"instruction": TRICKY, "input": "", "output": TRICKY + "!", "system": " Be kind.\n"},
     "conversations": {"conversations": DICTS, "id": "7"},
@@ -61,6 +67,10 @@ def error_of(path, format="auto"):
     return str(caught.value)
 
 
+def paths_of(spec):
+    return [file for source in resolve_files(spec) for file in source.files]
+
+
 def files_error(spec):
     with pytest.raises(DataError) as caught:
         resolve_files(spec)
@@ -78,8 +88,8 @@ def test_every_format_in_every_container_keeps_every_byte(tmp_path, name, suffix
     assert turns_of(path, name if format == "own" else "auto") == [TURNS] * 3
 
 
-def test_the_named_formats_are_the_tables():
-    assert set(FORMATS) == set(RECORDS)
+def test_the_named_formats_are_those_of_the_configuration():
+    assert {"auto", *FORMATS} == set(get_args(DataConfig.model_fields["format"].annotation))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,7 @@ def test_formats_may_be_mixed_in_a_file(tmp_path, suffix):
     if suffix == ".parquet":  # from_pylist takes its columns from the first record only
         columns = {key: None for record in RECORDS.values() for key in record}
         write(path, [{**columns, **record} for record in [*RECORDS.values(), GOOD]])
-    assert turns_of(path) == [TURNS] * 4 + [[("user", "Hi"), ("assistant", "Hello.")]]
+    assert turns_of(path) == [TURNS] * len(RECORDS) + [[("user", "Hi"), ("assistant", "Hello.")]]
 
 
 def test_jsonl_skips_blank_lines_and_a_byte_order_mark_and_crlf(tmp_path):
@@ -212,7 +222,7 @@ def test_reading_is_lazy_but_the_file_is_checked_at_once(tmp_path):
     [
         ({"prompt": 5, "response": "b"}, "prompt is a number; expected text"),
         ({"prompt": "a", "response": None}, "response is null; expected text"),
-        ({"prompt": "a", "response": ["b"]}, "response is a list; expected text"),
+        ({"prompt": "a", "response": ["b"]}, "response[0] is text; expected an object with role and content"),
         ({"prompt": "a", "response": "\n "}, "response is an empty response"),
         ({"prompt": "", "response": "b"}, "prompt is an empty prompt"),
         ({"prompt": "a", "response": "b", "system": 3}, "system is a number; expected text"),
@@ -222,24 +232,62 @@ def test_reading_is_lazy_but_the_file_is_checked_at_once(tmp_path):
         ({"instruction": " ", "input": "", "output": "b"}, "instruction is an empty prompt"),
         ({"instruction": "a", "output": ""}, "output is an empty response"),
         ({"instruction": "a", "output": False}, "output is true or false; expected text"),
-        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "history is not supported"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "history[0] is no pair of texts"),
+        ({"instruction": "a", "output": "b", "history": {"c": "d"}}, "history is an object; expected a list of pairs"),
+        ({"instruction": "a", "output": "b", "history": [["c", 3]]}, "history[0][1] is a number; expected text"),
+        ({"messages": DICTS, "history": [["c", "d"]]}, "history stands beside a list of turns"),
+        ({"messages": DICTS, "functions": [{"name": "f"}]}, "functions is not read; write the schemas as tools"),
         ({"messages": []}, "messages is an empty list; expected a list of turns with role and content"),
         ({"messages": "Hello"}, "messages is text; expected a list of turns"),
         ({"messages": {"role": "user"}}, "messages is an object; expected a list of turns"),
         ({"messages": None}, "messages is null; expected a list of turns"),
         ({"conversations": ["Hello"]}, "conversations[0] is text; expected an object with role and content"),
         (
-            {"conversations": [DICTS[1], {"from": "gpt", "value": "b"}]},
-            "conversations[1].role is missing; expected role and content, found from, value",
+            {"conversations": [DICTS[1], {"from": "gpt", "text": "b"}]},
+            "conversations[1].value is missing; expected from and value, found from, text",
         ),
         ({"conversations": [{}]}, "conversations[0].role is missing; expected role and content, found none"),
         ({"conversations": [{"role": "user", "content": 1}]}, "conversations[0].content is a number"),
         ({"conversations": [DICTS[1], {"role": "bot", "content": "b"}]}, "conversations[1].role is 'bot'"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 1}]}, "[1].value is a number"),
+        ({"conversations": [{"from": "narrator", "value": "a"}]}, "conversations[0].role is 'narrator'"),
         ({"conversations": [DICTS[0], DICTS[0]]}, "conversations[1].role makes a second system turn"),
         ({"conversations": DICTS[:2]}, "conversations has no assistant turn"),
-        ({"messages": [{**DICTS[2], "tool_calls": [{}]}]}, "messages[0].tool_calls is not supported"),
-        ({"messages": [{**DICTS[2], "weight": 0}]}, "messages[0].weight is not supported"),
-        ({"messages": [{**DICTS[2], "train": False}]}, "messages[0].train is not supported"),
+        ({"messages": [{**DICTS[2], "tool_calls": [{}]}]}, "messages[0].tool_calls[0] is no call of a tool"),
+        ({"messages": [{**DICTS[2], "tool_calls": "f()"}]}, "messages[0].tool_calls[0] is no call of a tool"),
+        (
+            {"messages": [{**DICTS[2], "tool_calls": [{"function": {"name": "f", "arguments": "a=1"}}]}]},
+            "messages[0].tool_calls[0].arguments is no JSON object",
+        ),
+        (
+            {"messages": [{**DICTS[2], "tool_calls": [{"name": "f", "arguments": [1]}]}]},
+            "messages[0].tool_calls[0].arguments is a list; expected an object",
+        ),
+        (
+            {"messages": [{**DICTS[1], "tool_calls": [{"name": "f"}]}, DICTS[2]]},
+            "messages[0].role is user, which has no tool_calls",
+        ),
+        ({"messages": [{**DICTS[1], "reasoning_content": "hm"}, DICTS[2]]}, "role is user, which has no reasoning"),
+        ({"messages": [{**DICTS[2], "reasoning": 3}]}, "messages[0].reasoning_content is a number"),
+        ({"messages": [{**DICTS[2], "weight": 0.5}]}, "messages[0].weight is 0.5; expected 1"),
+        ({"messages": [{**DICTS[2], "weight": "1"}]}, "messages[0].weight is text; expected 1"),
+        ({"messages": [{**DICTS[2], "train": "no"}]}, "messages[0].train is text; expected true or false"),
+        ({"messages": [{**DICTS[2], "train": True, "weight": 0}]}, "contradict each other"),
+        ({"messages": [{**DICTS[1], "train": True}, DICTS[2]]}, "messages[0] asks to learn a turn of 'user'"),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}, DICTS[2]]}, "messages[0].content[0] is an object"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, DICTS[2]]},
+            "messages[0].content[0].type is 'image_url'; expected reasoning, text, tool_call or tool_result",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "reasoning"}]}]},
+            "messages[0].content[1] is a reasoning part after a later kind",
+        ),
+        ({"messages": [{"role": "assistant", "content": [{"type": "text", "text": 3}]}]}, "content[0].text is a num"),
+        ({"messages": DICTS, "tools": "search"}, "tools is text; expected a list of function schemas"),
+        ({"messages": DICTS, "tools": ["search"]}, "tools is a list; expected a list of function schemas"),
+        ({"chosen": "b", "rejected": "c"}, "chosen has no prompt beside it"),
+        ({"prompt": "a", "chosen": "", "rejected": "c"}, "chosen is an empty response"),
         ("Hello", "the record is text; expected an object"),
         ({}, "the fields (none) fit no format"),
         (
@@ -250,7 +298,7 @@ def test_reading_is_lazy_but_the_file_is_checked_at_once(tmp_path):
         ({"conversation_id": 1, "prompt": "a", "respons": "b"}, "(is 'respons' meant to be 'response'?)"),
         ({"prompt": "a", "responce": "b"}, "(is 'responce' meant to be 'response'?)"),
         ({"conversation": []}, "(is 'conversation' meant to be 'conversations'?)"),
-        ({"text": "a"}, "fit no format; expected messages (messages) or conversations (conversations) or "),
+        ({"text": "a"}, "the record is one text (text), in which nothing says what was asked"),
         ({"x" * 5000: "a"}, "(" + "x" * 40 + ") fit no format;"),
     ],
 )
@@ -265,7 +313,7 @@ def test_bad_record_is_named_by_file_place_and_field(tmp_path, record, expected,
 
 
 def test_the_formats_and_their_fields_are_listed(tmp_path):
-    message = error_of(write(tmp_path / "a.json", [{"text": "a"}]))
+    message = error_of(write(tmp_path / "a.json", [{"body": "a"}]))
     for name, format in FORMATS.items():
         assert f"{name} ({', '.join(format.fields)})" in message
 
@@ -280,7 +328,9 @@ def test_bad_record_in_csv_and_parquet(tmp_path):
 def test_a_named_format_is_required_of_every_record(tmp_path):
     path = write(tmp_path / "a.json", [RECORDS["alpaca"], GOOD])
     assert error_of(path, "alpaca").startswith(f"{path}, record 2: the fields (prompt, response) fit no format; ")
-    assert error_of(path, "alpaca").endswith("expected alpaca (instruction, output).")
+    assert error_of(path, "alpaca").endswith(
+        "expected alpaca (instruction, output); data.columns gives other names to columns."
+    )
     both = write(tmp_path / "b.json", [{**GOOD, "messages": DICTS}])
     assert turns_of(both, "messages") == turns_of(both) == [TURNS]
     assert turns_of(both, "prompt_response") == [[("user", "Hi"), ("assistant", "Hello.")]]
@@ -394,28 +444,28 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_file_glob_and_list(folder):
-    assert resolve_files("b.json") == resolve_files(Path("b.json")) == [Path("b.json")]
-    assert resolve_files("[ab].json") == [Path("a.json"), Path("b.json")]
-    assert resolve_files(["c.jsonl", Path("b.json"), "a.js*"]) == [
+    assert paths_of("b.json") == paths_of(Path("b.json")) == [Path("b.json")]
+    assert paths_of("[ab].json") == [Path("a.json"), Path("b.json")]
+    assert paths_of(["c.jsonl", Path("b.json"), "a.js*"]) == [
         Path("c.jsonl"),
         Path("b.json"),
         Path("a.json"),
     ]
-    assert resolve_files("x, y.json") == [Path("x, y.json")]
-    assert resolve_files("w[1].json") == [Path("w[1].json")]
-    assert resolve_files(str(folder / "?.json")) == [folder / "a.json", folder / "b.json"]
+    assert paths_of("x, y.json") == [Path("x, y.json")]
+    assert paths_of("w[1].json") == [Path("w[1].json")]
+    assert paths_of(str(folder / "?.json")) == [folder / "a.json", folder / "b.json"]
 
 
 def test_glob_is_sorted_whatever_order_the_disk_has(folder, monkeypatch):
     monkeypatch.setattr("glob.glob", lambda *args, **kwargs: ["b.json", "c.jsonl", "a.json"])
-    assert resolve_files("*.json*") == [Path("a.json"), Path("b.json"), Path("c.jsonl")]
+    assert paths_of("*.json*") == [Path("a.json"), Path("b.json"), Path("c.jsonl")]
 
 
 def test_home_and_recursive_globs(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    assert resolve_files("~/a.json") == [folder / "a.json"]
+    assert paths_of("~/a.json") == [folder / "a.json"]
     raw(folder / "sub.json" / "a.json", "[1]")
-    assert resolve_files("**/a.json") == [Path("a.json"), Path("sub.json/a.json")]
+    assert paths_of("**/a.json") == [Path("a.json"), Path("sub.json/a.json")]
 
 
 def test_missing_file_is_named_in_full_with_its_neighbours(folder):
@@ -439,7 +489,7 @@ def test_directory(folder):
     ("spec", "expected"),
     [
         ("empty.csv", "empty.csv: the file is empty"),
-        ("notes.txt", "notes.txt: unknown kind of file; expected one of .json, .jsonl, .parquet, .csv"),
+        ("notes.txt", "notes.txt: a text per line says neither what was asked nor what is to be learnt"),
         (["a.json", "./sub.json/../a.json"], "the file is given twice"),
         (["b.json", "?.json"], "b.json: the file is given twice"),
         ([], "No data file is given"),
@@ -463,7 +513,7 @@ def test_read_conversations_checks_the_file_too(folder):
     for name, expected in {
         "empty.csv": "is empty",
         "sub.json": "a directory",
-        "notes.txt": "unknown kind",
+        "notes.txt": "a text per line",
     }.items():
         with pytest.raises(DataError, match=expected):
             read_conversations(name)

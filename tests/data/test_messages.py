@@ -9,7 +9,7 @@ from sft_recipe.errors import DataError
 
 
 def build(*turns, source="data.json, record 12", fields=()):
-    return Conversation(tuple(Message(role, content) for role, content in turns), source, fields)
+    return Conversation(tuple(Message(role, content) for role, content in turns), source, fields=fields)
 
 
 def error_of(*turns, **kwargs):
@@ -57,8 +57,8 @@ def test_frozen_and_equal_wherever_it_came_from():
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
-        ([USER, ("bot", "x")], "messages[1].role is 'bot'; expected system, user or assistant"),
-        ([USER, (None, "x")], "messages[1].role is null; expected system, user or assistant"),
+        ([USER, ("bot", "x")], "messages[1].role is 'bot'; expected system, user, assistant or tool"),
+        ([USER, (None, "x")], "messages[1].role is null; expected system, user, assistant or tool"),
         ([USER, (["user"], "x")], "messages[1].role is a list"),
         ([USER, ("assistant", None)], "messages[1].content is null; expected text"),
         ([("user", 7), ANSWER], "messages[0].content is a number; expected text"),

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft_recipe.data.messages import Conversation, Message
-from sft_recipe.data.render import Renderer, ensure_chat_template
+from sft_recipe.data.render import Renderer, RenderOptions, ensure_chat_template
+from sft_recipe.data.tokens import OffsetTokens
 from sft_recipe.errors import DataError, ModelError
 from tests import tiny
 
@@ -204,7 +205,9 @@ STYLES = {
     "switch": Style(SWITCH, IM, "<|im_end|>", ["Hello.<|im_end|>", "Paris.<|im_end|>"]),
 }
 BUILT = {name: style.tokenizer() for name, style in STYLES.items()}
-RENDERERS = {name: Renderer(tokenizer) for name, tokenizer in BUILT.items()}
+# The oracle lets text become special tokens, so these do.
+AS_IS = RenderOptions(allow_special_text=True)
+RENDERERS = {name: Renderer(tokenizer, options=AS_IS) for name, tokenizer in BUILT.items()}
 each_style = pytest.mark.parametrize("name", STYLES)
 
 
@@ -491,8 +494,9 @@ TURN += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %
 NO_GUESSING = {
     "refuses the conversation: Conversation roles must alternate": LLAMA2.replace("== 0)", "== 1)"),
     "refuses the conversation: System role not supported": GEMMA_STRICT,
-    "changes what the turns say": TURN.replace("BODY", "{{ m.content | upper }}"),
-    "does not show messages[2]": TURN.replace("BODY", "{{ m.content if loop.last or m.role == 'user' }}"),
+    "changes messages[2].content (assistant)": TURN.replace("BODY", "{{ m.content | upper }}"),
+    "does not show messages[2]": TURN.replace("BODY", "{{ m.content if loop.last or m.role != 'assistant' }}"),
+    "does not show messages[0].content (system)": TURN.replace("BODY", "{{ m.content if m.role != 'system' }}"),
     "messages[2] (assistant) more than once": TURN.replace("BODY", "{{ m.content + m.content }}"),
     "leads to the assistant by": TURN.replace("BODY", "{{ m.content }}").replace("start|>assistant", "start|>bot"),
     "messages[2] (assistant) with '<|im_end|>' only when it is the last": (
@@ -518,8 +522,10 @@ def test_what_is_uncertain_is_refused(tokenizer, problem):
 
 def test_the_conversation_at_fault_is_named():
     bad = chat(("user", "a"), ("user", "b"), ("assistant", "c"), source="b.json, record 7")
-    with pytest.raises(DataError, match="^b.json, record 7: .*Conversation roles must alternate"):
-        RENDERERS["llama2"].encode_batch([CHAT, bad, CHAT])
+    good, error, also_good = RENDERERS["llama2"].encode_batch([CHAT, bad, CHAT])
+    assert isinstance(error, DataError) and error.kind == "template"
+    assert str(error).startswith("b.json, record 7: ") and "Conversation roles must alternate" in str(error)
+    assert good == also_good == RENDERERS["llama2"].encode(CHAT)
 
 
 def test_eos_at_the_very_end_is_enough_for_one_turn(tokenizer):
@@ -529,28 +535,31 @@ def test_eos_at_the_very_end_is_enough_for_one_turn(tokenizer):
     assert trained(tokenizer, encoded) == ["Yes\n<|im_end|>"]
 
 
-class Misplacing:
-    """A tokenizer whose offsets are wrong by one token."""
+class Misplaced:
+    """What a tokenizer says, with every token's place given to the one before it."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, encoding):
+        self.encoding, self.ids = encoding, encoding.ids
 
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
+    def __len__(self):
+        return len(self.ids)
 
-    def __call__(self, *args, **kwargs):
-        tokens = self.tokenizer(*args, **kwargs)
-        if "offset_mapping" in tokens:
-            tokens["offset_mapping"] = [row[1:] + row[-1:] for row in tokens["offset_mapping"]]
-        return tokens
+    def token_to_chars(self, token):
+        return self.encoding.token_to_chars(min(token + 1, len(self) - 1))
+
+    def char_to_token(self, char):
+        token = self.encoding.char_to_token(char)
+        return token and token - 1
 
 
 def test_tokens_that_mean_something_else_are_refused():
     eos_twice = "{% for m in messages %}{{ m.role + ':' + m.content + eos_token + eos_token }}{% endfor %}"
     eos_twice += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    tokenizer = Misplacing(tiny.build_tokenizer(eos_twice))
+    renderer = Renderer(tiny.build_tokenizer(eos_twice))
+    encode = renderer.core.encode
+    renderer.tokenize = lambda texts: [OffsetTokens(text, renderer.core, Misplaced(encode(text))) for text in texts]
     with pytest.raises(DataError, match="but the tokens there mean"):
-        Renderer(tokenizer).encode(CHAT)
+        renderer.encode(CHAT)
 
 
 def test_an_end_that_is_no_token_there_is_refused():
@@ -573,12 +582,12 @@ def test_templates_that_cannot_be_trained(template, problem):
         Renderer(tiny.build_tokenizer(template)).encode(CHAT)
 
 
-def test_a_slow_tokenizer_is_refused(tokenizer):
-    class Slow(Misplacing):
-        is_fast = False
+def test_a_slow_tokenizer_is_refused():
+    class Slow:
+        is_fast, name_or_path = False, ""
 
     with pytest.raises(ModelError, match="the slow tokenizer Slow"):
-        Renderer(Slow(tokenizer))
+        Renderer(Slow())
 
 
 @pytest.mark.parametrize(

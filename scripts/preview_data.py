@@ -1,0 +1,6 @@
+#!/usr/bin/env python3
+"""Shows what training will see of the data: scripts/preview_data.py [-n 5] [--html FILE] [FLAGS] [HYDRA OVERRIDES]"""
+
+from in_environment import run_module
+
+run_module("sft_recipe.preview_data", help_needs_environment=False)
