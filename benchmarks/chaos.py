@@ -20,10 +20,10 @@ from tests.training.small_run import arguments
 from tests.warm import Warm
 
 SHAPES = {
-    "full": [],
-    "full, async": ["trainer.async_save=true"],
-    "LoRA": ["lora.enabled=true"],
-    "LoRA merged, async": ["lora.enabled=true", "lora.merge=true", "trainer.async_save=true"],
+    "full": ["trainer.async_save=false"],
+    "full, async": [],
+    "LoRA": ["lora.enabled=true", "trainer.async_save=false"],
+    "LoRA merged, async": ["lora.enabled=true", "lora.merge=true"],
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sft_recipe.config import Config, DataConfig, ModelConfig
+from sft_recipe.config import Config, DataConfig, ModelConfig, without_secrets
 from sft_recipe.data.batches import mixture, split_validation
 from sft_recipe.data.cache import REJECTED, Examples, TokenStore, open_store
 from sft_recipe.data.encode import StoreOptions
@@ -50,7 +50,7 @@ class Prepared:
             "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, on {lora.target_modules}, not on {lora.exclude_modules}"
             if lora.enabled
             else "off",
-            "model.override_config": config.model.override_config,
+            "model.override_config": without_secrets(config.model.override_config),
             "optim.optimizer": config.optim.optimizer,
             "data": self.train.fingerprint,
             "examples": len(self.train),

@@ -307,5 +307,5 @@ def _tracking(config: Config) -> Any:
         project_name=trainer.wandb_project or trainer.project_name,
         experiment_name=trainer.experiment_name or trainer.run_folder.absolute().name,
         default_backend=backends,
-        config=config.model_dump(mode="json"),
+        config=config.public(),
     )

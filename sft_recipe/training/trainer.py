@@ -264,7 +264,7 @@ class SFTTrainer(VerlSFTTrainer):
             "unvalidated": unvalidated,
             "world_size": dist.get_world_size(),
             "identity": self.prepared.identity(self.recipe),
-            "config": fingerprint(self.recipe.model_dump(mode="json")),
+            "config": fingerprint(self.recipe.public()),
             "versions": {"sft_recipe": __version__}
             | {name: version(name) for name in ("torch", "verl", "transformers")},
         }

@@ -123,7 +123,7 @@ def test_a_checkpoint_taken_while_steps_go_on_is_that_of_its_step(model, tmp_pat
     from sft_recipe.training.trainer import SFTTrainer
 
     keep = ["trainer.max_ckpt_to_keep=null", "model.override_config={attention_dropout: 0.1}", *shape]
-    assert run_here(*arguments(model, tmp_path / "waiting", *keep)) == 0
+    assert run_here(*arguments(model, tmp_path / "waiting", *keep, "trainer.async_save=false")) == 0
     trained, real_step, real_run = [], SFTTrainer._train_step, _Job._run
     written_after = []
 
@@ -141,7 +141,7 @@ def test_a_checkpoint_taken_while_steps_go_on_is_that_of_its_step(model, tmp_pat
 
     monkeypatch.setattr(SFTTrainer, "_train_step", step)
     monkeypatch.setattr(_Job, "_run", run)
-    assert run_here(*arguments(model, tmp_path / "beside", *keep, "trainer.async_save=true")) == 0
+    assert run_here(*arguments(model, tmp_path / "beside", *keep)) == 0
     assert written_after[:4] >= [3, 5, 7, 9]
     assert checkpoints(tmp_path / "beside") == checkpoints(tmp_path / "waiting")
     for name in checkpoints(tmp_path / "waiting"):
@@ -155,13 +155,13 @@ def test_a_checkpoint_taken_while_steps_go_on_is_that_of_its_step(model, tmp_pat
 def test_too_little_memory_for_copies_means_waiting(model, tmp_path, monkeypatch, capfd):
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=0))
-    run = arguments(model, tmp_path, "trainer.async_save=true", "trainer.total_training_steps=2")
+    run = arguments(model, tmp_path, "trainer.total_training_steps=2")
     assert run_here(*run) == 0
     assert "too little memory" in capfd.readouterr().out
 
 
 def test_the_report_says_what_saves_cost(saved, model, tmp_path, capfd):
-    run = arguments(model, tmp_path, "trainer.total_training_steps=4")
+    run = arguments(model, tmp_path, "trainer.total_training_steps=4", "trainer.async_save=false")
     capfd.readouterr()
     assert run_here(*run) == 0
     assert "2 checkpoints took" in capfd.readouterr().out
@@ -179,3 +179,17 @@ def test_a_checkpoint_cannot_run_code(saved):
             path.read_text(encoding="utf-8")
             if path.suffix == ".json":
                 json.loads(path.read_text())
+
+
+def test_nothing_that_is_saved_holds_a_secret(model, tmp_path, monkeypatch):
+    from sft_recipe.compose import load_config
+
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    override = "model.override_config={note: 'read with ${oc.env:HF_TOKEN}'}"
+    assert run_here(*arguments(model, tmp_path, override, "trainer.total_training_steps=1")) == 0
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert written and not [
+        path for path in written if "huggingface" not in path.parts and b"verysecret" in path.read_bytes()
+    ]
+    again = load_config([], config_dir=tmp_path / "out")
+    assert again.model.override_config == {"note": "read with hf_verysecret"}

@@ -118,7 +118,7 @@ def test_a_run_folder_that_stays_away_is_an_error_and_not_an_empty_folder(monkey
         return real(self, number)
 
     monkeypatch.setattr(SFTTrainer, "_train_step", step)
-    assert run_here(*arguments(model, tmp_path)) == 2
+    assert run_here(*arguments(model, tmp_path, "trainer.async_save=false")) == 2
     assert "No such file or directory" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
