@@ -63,7 +63,7 @@ FLAGS = (
     Flag("master_addr", "trainer.master_addr", "localhost", "address of machine 0"),
     Flag("master_port", "trainer.master_port", "free", "its port; with several machines 29500 where not set"),
     Flag("output_dir", "trainer.output_dir", "./outputs", "run folder"),
-    Flag("resume_from", "trainer.resume_from", "none", "a checkpoint, or auto: the newest complete one"),
+    Flag("resume_from", "trainer.resume_from", "none", "a checkpoint, or auto: the newest whole one"),
     Flag("auto_restart", "trainer.auto_restart", "0", "restarts of a failed run, each from its newest checkpoint"),
     Flag("wandb_project", "trainer.wandb_project", "none", "set: log to wandb as well"),
 )

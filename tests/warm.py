@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.runs import ROOT
 
-SECONDS_TO_END_OTHERS = 20  # after one rank has failed; torchrun gives them 30
+SECONDS_TO_END_OTHERS = 10  # after one rank has failed; torchrun gives them 30
 PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
 
 

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -106,24 +106,25 @@ class Watch:
             self._judge_progress(states)
 
     def _judge_progress(self, states: dict[int, dict[str, Any]]) -> None:
-        """The rank that has come least far is the one that the others wait for."""
+        """The ranks that have come least far are those that the others wait for."""
         limit = self.hang_timeout
         if limit is None or all(state["seconds"] < limit for state in states.values()):
             return
-        behind = min(states, key=lambda rank: states[rank]["progress"])
-        state = states[behind]
-        others = {f"rank {rank} {other['phase']}" for rank, other in states.items() if rank != behind}
-        meanwhile = f" (meanwhile {', '.join(sorted(others)[:4])})" if others else ""
-        reason = f"rank {behind} on {state['host']} hangs: {state['phase']} for {state['seconds']:.0f} s{meanwhile}"
-        self._end(f"{reason}; trainer.hang_timeout={limit:g}", LOST, hanging=behind)
+        least = min(state["progress"] for state in states.values())
+        behind = [rank for rank, state in states.items() if state["progress"] == least]
+        state, more = states[behind[0]], f" (and {len(behind) - 1} more)" if len(behind) > 1 else ""
+        elsewhere = sorted({other["phase"] for rank, other in states.items() if rank not in behind})
+        meanwhile = f", while others are at {elsewhere[0]}" if elsewhere else ""
+        reason = f"rank {behind[0]} on {state['host']}{more} hangs: {state['phase']} for {state['seconds']:.0f} s"
+        self._end(f"{reason}{meanwhile}; trainer.hang_timeout={limit:g}", LOST, hanging=behind)
 
-    def _end(self, reason: str, code: int, hanging: int | None = None, teller: str | None = None) -> None:
+    def _end(self, reason: str, code: int, hanging: Sequence[int] = (), teller: str | None = None) -> None:
         """The first end that is written is the run's."""
         end = {"reason": reason, "code": code, "hanging": hanging, "teller": teller}
         self._store.compare_set(END, "", json.dumps(end))
 
     def _obey(self, end: dict[str, Any]) -> NoReturn:
-        if end["hanging"] == self.rank:
+        if self.rank in end["hanging"]:
             faulthandler.dump_traceback(all_threads=True)
         if end["teller"] == _machine():
             os._exit(end["code"])

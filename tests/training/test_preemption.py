@@ -101,13 +101,16 @@ def fall_silent(rank: int) -> None:
     [
         (die_alone, "rank 0 stops, since another rank died"),
         (fail_alone, "ArithmeticError: odd"),
-        (hang_alone, "hangs: step 1: reading its examples"),
+        (hang_alone, "rank 1 on"),
         (fall_silent, "has not been heard of for"),
     ],
 )
 def test_a_rank_that_ends_or_hangs_ends_the_others_with_the_reason(warm, model, tmp_path, setup, says):
-    run = arguments(model, tmp_path, "trainer.hang_timeout=5")
+    run = arguments(model, tmp_path, f"trainer.hang_timeout={5 if setup is hang_alone else 60}")
     end = warm.run(run, ranks=2, setup=(f"{__name__}:{setup.__name__}", {}))
     assert end.codes[0] == 1, end.said
     assert says in end.said, end.said
+    if setup is hang_alone:
+        assert "hangs: step 1: reading its examples for" in end.said and "in <lambda>" in end.said  # its stack
+        assert "while others are at step 1: computing" in end.said
     assert "Connection closed" not in end.said or setup is die_alone
