@@ -77,7 +77,7 @@ def _run(config: Config, watch: Watch, held: ExitStack) -> int:
     watch.at("preparing model and data", limited=False)
     prepared = prepare(config, local_rank, say=notice)
     if is_first:
-        (output_dir / "config.yaml").write_text(to_yaml(config))
+        preflight.write(output_dir / "config.yaml", to_yaml(config))
     watch.at("waiting for the other ranks", limited=False)
     _join_process_group(device)
 

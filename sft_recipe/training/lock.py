@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path):
-        """Raises CheckpointError that names host and process of the run which is there."""
-        self.path = folder / LOCK
-        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        """Raises CheckpointError: another run is there, whose host and process it names; a lock that is not ours."""
+        try:
+            self.file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"the run folder {folder} cannot be locked: {LOCK}: {error.strerror}") from None
         holder = self._read()
         try:
             # A process's lock, not an open file's: children that outlive this process do not inherit it.
@@ -46,12 +49,15 @@ class FolderLock:
         self._beats = 0
         self._over = threading.Event()
         self._write()
-        threading.Thread(target=self._live, name="folder lock", daemon=True).start()
+        self._life = threading.Thread(target=self._live, name="folder lock", daemon=True)
+        self._life.start()
 
     def release(self) -> None:
         """Leave the folder to others."""
         self._over.set()
-        os.ftruncate(self.file, 0)
+        self._life.join(BEAT)
+        with suppress(OSError):  # the folder may be gone
+            os.ftruncate(self.file, 0)
         os.close(self.file)
 
     def _live(self) -> None:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sft_recipe.config import Config, nearest
-from sft_recipe.errors import ConfigError, PreflightError
+from sft_recipe.errors import CheckpointError, ConfigError, PreflightError
 from sft_recipe.preflight import is_installed
 from sft_recipe.training.prepare import Prepared
 from sft_recipe.training.shape import Shape
@@ -36,12 +36,16 @@ class RunLog:
     """
 
     def __init__(self, config: Config, first_step: int, total_steps: int, enabled: bool):
-        """`first_step` is the number of steps whose rows are kept."""
+        """`first_step` is the number of steps whose rows are kept. Raises CheckpointError where they cannot be."""
         self.enabled = enabled
         if not enabled:
             return
         self.console = console()
-        self.rows = RowFile(config.trainer.run_folder / "metrics.jsonl", first_step)
+        path = config.trainer.run_folder / "metrics.jsonl"
+        try:
+            self.rows = RowFile(path, first_step)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
         self.tracking = _tracking(config)
         left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
         self.bar = Progress(

@@ -20,6 +20,7 @@ from sft_recipe.engine.engine import SFTEngine
 from sft_recipe.errors import CheckpointError
 from sft_recipe.training.checkpoint import first_failure
 
+LARGEST_FILE = 2 << 30  # bytes, unless one tensor has more
 WEIGHT = "model."  # begins the names of weights in a stored state
 
 
@@ -83,7 +84,7 @@ class FsdpState:
             self._save(self._to_store(*self._state_dicts()), folder)
 
     def _save(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
         with _no_warnings():
             dcp.save(tensors, storage_writer=writer, process_group=self.group)
 
@@ -105,6 +106,20 @@ class FsdpState:
         """Names of tied weights and of the weight that each is: {"lm_head.weight": "model.embed_tokens.weight"}."""
         inner: Any = getattr(self.engine.module, "_fsdp_wrapped_module", self.engine.module)
         return getattr(inner, "all_tied_weights_keys", None) or {}
+
+
+def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file that holds each tensor: the same on every rank, which has its parts in its own.
+
+    Each file is made in memory first, with Python's lock held: small ones let the other threads of the process live.
+    """
+    files, number, filled = {}, 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()  # over all ranks
+        if filled and filled + size > LARGEST_FILE:
+            number, filled = number + 1, 0
+        files[name], filled = number, filled + size
+    return files
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -152,6 +152,22 @@ def test_a_checkpoint_taken_while_steps_go_on_is_that_of_its_step(model, tmp_pat
             assert path.read_bytes() == (other / "huggingface" / path.name).read_bytes(), path.name
 
 
+def test_a_state_in_many_files_is_the_same_state(model, saved, tmp_path, monkeypatch):
+    from sft_recipe.training import state
+
+    monkeypatch.setattr(state, "LARGEST_FILE", 20_000)
+    run = arguments(model, tmp_path, "trainer.total_training_steps=4")
+    assert run_here(*run) == 0
+    assert len(list((tmp_path / "out/checkpoints/step_2/state").iterdir())) > 5
+    shutil.rmtree(tmp_path / "out/checkpoints/step_4")
+    assert run_here(*run, "trainer.resume_from=auto") == 0
+    whole, resumed = (
+        {name: value for (_, name), value in states(folder / "out/checkpoints/step_4").items()}
+        for folder in (saved, tmp_path)
+    )
+    assert whole.keys() == resumed.keys() and all(value.equal(resumed[name]) for name, value in whole.items())
+
+
 def test_too_little_memory_for_copies_means_waiting(model, tmp_path, monkeypatch, capfd):
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=0))

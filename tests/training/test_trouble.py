@@ -199,6 +199,15 @@ def test_a_folder_that_cannot_be_written(model, tmp_path, capfd):
     assert "cannot be written" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.partial", ".lock"])
+def test_a_disk_that_is_full_before_the_first_step(model, tmp_path, capfd, name):
+    """Here: a folder stands where a file should."""
+    (tmp_path / "out" / name).mkdir(parents=True)
+    assert run_here(*arguments(model, tmp_path)) == 2
+    error = capfd.readouterr().err
+    assert name.partition(".")[0] in error and "Traceback" not in error
+
+
 def test_the_lock_is_not_inherited(tmp_path):
     """A worker that outlives its run, as one of a killed run may, must not keep the folder."""
     mine = FolderLock(tmp_path)
