@@ -183,8 +183,8 @@ def make_plan(template: Template, shape: Shape) -> Plan:
 
 
 def _check_shown(template: Template, shape: Shape, text: str, slots: list[str]) -> None:
-    """All that is said must stand somewhere, but for thoughts before the last question, which templates drop."""
-    last_question = max((i for i, m in enumerate(shape.messages) if m["role"] == "user"), default=-1)
+    """All that is said must stand somewhere, but for thoughts before the last turn, which templates drop."""
+    last = max(index for index, message in enumerate(shape.messages) if message["role"] == "assistant")
     for name in [name for name in shape.said if name not in slots]:
         prefix, _, kind = name.partition(".")
         if kind.startswith("data"):
@@ -193,7 +193,7 @@ def _check_shown(template: Template, shape: Shape, text: str, slots: list[str]) 
         message = shape.messages[index]
         what = "tool_calls" if kind.startswith("call") else "content"
         if kind.startswith("thought"):
-            if template.reasoning_key not in message or index < last_question:
+            if template.reasoning_key not in message or index < last:
                 continue
             what = "reasoning"
         elif what == "content" and _depends_on(template, shape, index, text):

@@ -14,7 +14,7 @@ from sft_recipe.data.template import Problem, Span, Template, special_tokens
 from sft_recipe.data.tokens import TextTokenizer, Tokens
 from sft_recipe.errors import DataError, ModelError
 
-MAX_PLANS = 4096
+MAX_PLANS = 1024
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,9 @@ class Renderer:
         for keep_others in (False, True):
             shape = self.shaper.shape(conversation, keep_others)
             try:
-                if self._plan(shape, text):
-                    return self._drawn(self.plans[shape.key], shape, text, marks, wanted)
+                plan, begins = self._plan(shape, text)
+                if plan:
+                    return self._drawn(plan, begins, shape, text, marks, wanted)
             except NotShown:
                 raise
             except Problem as error:
@@ -172,19 +173,21 @@ class Renderer:
         wanted = {index for index in chosen if conversation.messages[index].train}
         return None if len(wanted) == len(turns) and self.options.train_on_reasoning else wanted
 
-    def _plan(self, shape: Shape, text: str) -> bool:
-        """Have a plan of this shape; False if it does not hold for the text."""
-        plan = self.plans.get(shape.key)
-        if plan and plan.fill(shape.said)[0] == text:
-            return True
-        # Not planned yet, or planned yesterday for a template that shows the date.
-        if len(self.plans) >= MAX_PLANS:
-            self.plans.clear()
-        plan = self.plans[shape.key] = make_plan(self.template, shape)
-        return plan.fill(shape.said)[0] == text
+    def _plan(self, shape: Shape, text: str) -> tuple[Plan | None, list[int]]:
+        """The plan of this shape, and where its literals begin in the text; none where it does not hold for it."""
+        key = shape.key
+        plan = self.plans.get(key)
+        filled, begins = plan.fill(shape.said) if plan else ("", [])
+        if plan is None or filled != text:  # not planned yet, or planned yesterday for a template that shows the date
+            if len(self.plans) >= MAX_PLANS:
+                self.plans.clear()
+            plan = self.plans[key] = make_plan(self.template, shape)
+            filled, begins = plan.fill(shape.said)
+        return (plan if filled == text else None), begins
 
-    def _drawn(self, plan: Plan, shape: Shape, text: str, marks: list[Span], wanted: set[int] | None) -> "_Drawn":
-        begins = plan.fill(shape.said)[1]
+    def _drawn(
+        self, plan: Plan, begins: list[int], shape: Shape, text: str, marks: list[Span], wanted: set[int] | None
+    ) -> "_Drawn":
         if self.template.is_marked and marks != [plan.span(turn, begins) for turn in plan.turns]:
             raise Problem("marks something else with {% generation %} when other things are said")
         turns = plan.turns if wanted is None else self._chosen(plan.turns, wanted)
