@@ -81,8 +81,8 @@ def parse_config_args(args: list[str]) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as a file that can be used as config.yaml again."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as a file that can be used as config.yaml again, in the same environment."""
+    return yaml.safe_dump(config.public(), sort_keys=False, allow_unicode=True)
 
 
 def _parse(overrides: list[str]) -> list[Override]:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args
@@ -25,6 +26,8 @@ FLAG_NAMES = {
     "merge_lora": "lora.merge",
 }
 Every = int | Literal["after_each_epoch"]
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)  # in a variable's name
+SHORTEST_SECRET = 8  # characters; shorter values (true, 0) would be found everywhere
 
 
 class _Group(BaseModel):
@@ -170,6 +173,10 @@ class TrainerConfig(_Group):
     save_freq: Every = AFTER_EACH_EPOCH
     test_freq: Every = AFTER_EACH_EPOCH
     max_ckpt_to_keep: int | None = Field(2, ge=1)
+    async_save: bool = True
+    max_time: float | None = Field(None, gt=0)
+    auto_restart: int = Field(0, ge=0)
+    hang_timeout: float | None = Field(1800, gt=0)
     logger: list[str] = ["console"]
     project_name: str = "sft_recipe"
     experiment_name: str | None = None
@@ -211,11 +218,28 @@ class Config(_Group):
     lora: LoraConfig
     trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig.model_validate({}))
 
+    def public(self) -> dict[str, Any]:
+        """The tree as others may see it, in files and loggers: no secret of the environment stands in it."""
+        return without_secrets(self.model_dump(mode="json"))
+
     def cache_dir(self) -> Path:
         """Where token stores and converted models are kept between runs."""
         if self.data.cache_dir:
             return Path(self.data.cache_dir).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft_recipe"
+
+
+def without_secrets(tree: Any) -> Any:
+    """A tree of plain values in which ${oc.env:NAME} stands for what variables with a secret's name hold."""
+    if isinstance(tree, dict):
+        return {key: without_secrets(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_secrets(value) for value in tree]
+    if isinstance(tree, str):
+        for name, value in os.environ.items():
+            if SECRET.search(name) and len(value) >= SHORTEST_SECRET:
+                tree = tree.replace(value, f"${{oc.env:{name}}}")
+    return tree
 
 
 def build_config(tree: dict[str, Any]) -> Config:

@@ -14,8 +14,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sft_recipe.errors import ConfigError, PreflightError, RecipeError, is_debugging
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,12 @@ FLAGS = (
     Flag("master_addr", "trainer.master_addr", "localhost", "address of machine 0"),
     Flag("master_port", "trainer.master_port", "free", "its port; with several machines 29500 where not set"),
     Flag("output_dir", "trainer.output_dir", "./outputs", "run folder"),
-    Flag("resume_from", "trainer.resume_from", "none", "a checkpoint, or auto: the newest complete one"),
+    Flag("resume_from", "trainer.resume_from", "none", "a checkpoint, or auto: the newest whole one"),
+    Flag("auto_restart", "trainer.auto_restart", "0", "restarts of a failed run, each from its newest checkpoint"),
     Flag("wandb_project", "trainer.wandb_project", "none", "set: log to wandb as well"),
 )
 DEFAULT_PORT = 29500
+SECONDS_TO_END_OTHERS = 10  # torchrun gives ranks 30 to end after one has failed; then it kills them
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ def torchrun_args(trainer, overrides: list[str], config_args: list[str]) -> list
         f"--nnodes={trainer.nnodes}",
         f"--nproc_per_node={trainer.n_gpus_per_node}",
         *place,
+        *([f"--max_restarts={trainer.auto_restart}"] if trainer.auto_restart else []),
         "-m",
         "sft_recipe.main_sft",
         *config_args,
@@ -207,20 +214,28 @@ def _torchrun(arguments: list[str]) -> int:
     try:
         run(options)
     except ChildFailedError as error:
-        return _exit_code([failure.exitcode for failure in error.failures.values()])
+        return _exit_code(error.failures)
     except (OSError, ValueError, RuntimeError) as error:
         raise PreflightError(f"torchrun could not start: {error}") from None
     return 0
 
 
-def _exit_code(codes: list[int]) -> int:
-    """A rank that was killed because another failed says nothing; the others' own code counts."""
-    own = [code for code in codes if code > 0]
-    if own:
-        return own[0]
-    number = -codes[0]
+def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
+    """What ended the run: a rank's own code where it has a meaning, else the signal that killed a rank.
+
+    Ranks that torchrun ends later, because another one failed, say nothing.
+    """
+    first = min(failure.timestamp for failure in failures.values())
+    early = [failure for failure in failures.values() if failure.timestamp < first + SECONDS_TO_END_OTHERS]
+    own = [failure.exitcode for failure in early if failure.exitcode > 1]
+    killed = [failure for failure in early if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
+    if own or not killed:
+        codes = own or [failure.exitcode for failure in early]
+        return next((code for code in codes if code > 0), 128 - codes[0])
+    number = -killed[0].exitcode
     hint = " (out of memory?)" if number == signal.SIGKILL else ""
-    print(f"error: a rank was killed by {signal.Signals(number).name}{hint}", file=sys.stderr)
+    rank, name = killed[0].local_rank, signal.Signals(number).name
+    print(f"error: rank {rank} of this machine was killed by {name}{hint}", file=sys.stderr)
     return 128 + number
 
 
@@ -231,10 +246,10 @@ def _forward_signals() -> None:
         ranks = psutil.Process().children()
         for rank in ranks:
             rank.send_signal(number)
-        if not ranks:
+        if not ranks and number != signal.SIGUSR1:
             sys.exit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, forward)
 
 

@@ -1,28 +1,45 @@
 """The program of every rank: compose -> typed config -> preflight -> prepare -> fit."""
 
+from __future__ import annotations
+
+import ctypes
 import os
 import signal
 import socket
 import sys
 import warnings
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from sft_recipe.compose import load_config, parse_config_args, to_yaml
 from sft_recipe.config import Config
 from sft_recipe.errors import ConfigError, RecipeError, TrainingError, is_debugging
+from sft_recipe.training.meeting import leave_meeting_place, record_end, recorded_end, speaks_for_machine
+
+if TYPE_CHECKING:
+    from sft_recipe.training.watch import Watch
+
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def main(args: list[str]) -> int:
     """Run one rank. Returns the exit code: 0 done, 2 an error that the message explains, 75 stopped and saved."""
+    if (ended := recorded_end()) is not None:
+        return ended
     try:
-        return run(args)
+        code = run(args)
     except RecipeError as error:
+        code = error.exit_code
         if is_debugging():
+            record_end(code)
             raise
-        from sft_recipe.training.prepare import speaks_for_machine
-
         if speaks_for_machine():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+    if code:
+        record_end(code)
+    elif os.environ["LOCAL_RANK"] == "0":
+        leave_meeting_place()
+    return code
 
 
 def run(args: list[str]) -> int:
@@ -30,11 +47,21 @@ def run(args: list[str]) -> int:
     config_args = [text for text in args if text.startswith("-")]
     config = load_config([text for text in args if text not in config_args], **parse_config_args(config_args))
     config = _with_launched_ranks(config)
+    _quieten(int(os.environ["LOCAL_RANK"]))
+
+    from sft_recipe.training.watch import Watch
+
+    watch = Watch(int(os.environ["RANK"]), config.trainer.world_size, config.trainer.hang_timeout)
+    with watch.ending_all(), ExitStack() as held:
+        return _run(config, watch, held)
+
+
+def _run(config: Config, watch: Watch, held: ExitStack) -> int:
     is_first, local_rank = os.environ["RANK"] == "0", int(os.environ["LOCAL_RANK"])
-    _quieten(local_rank)
 
     from sft_recipe import preflight
     from sft_recipe.training.checkpoint import check_identity, check_room_for_run, find_checkpoint
+    from sft_recipe.training.lock import FolderLock
     from sft_recipe.training.prepare import prepare
     from sft_recipe.training.progress import check_loggers, notice
 
@@ -42,30 +69,33 @@ def run(args: list[str]) -> int:
     preflight.check(config, device)
     check_loggers(config)
     output_dir = preflight.writable_folder(config.trainer.run_folder)
-    checkpoints = output_dir / "checkpoints"
-    resume = find_checkpoint(config.trainer.resume_from, checkpoints) if config.trainer.resume_from else None
-    check_room_for_run(checkpoints, resume)
+    checkpoints, resume = output_dir / "checkpoints", None
+    if is_first:  # the folder is shared: one of all ranks looks into it, and the others hear of it below
+        held.callback(FolderLock(output_dir).release)
+        resume = find_checkpoint(config.trainer.resume_from, checkpoints, _is_restart(), notice)
+        check_room_for_run(checkpoints, resume)
+    watch.at("preparing model and data", limited=False)
     prepared = prepare(config, local_rank, say=notice)
-    if resume:
-        check_identity(resume, prepared.identity(config))
-    elif config.trainer.resume_from and is_first:
-        notice(f"--resume_from auto found no checkpoint in {checkpoints}: training starts from the beginning.")
     if is_first:
-        (output_dir / "config.yaml").write_text(to_yaml(config))
+        preflight.write(output_dir / "config.yaml", to_yaml(config))
+    watch.at("waiting for the other ranks", limited=False)
     _join_process_group(device)
 
     import torch
 
-    from sft_recipe.training.agree import check_agreement
-    from sft_recipe.training.prepare import leave_meeting_place
+    from sft_recipe.training.agree import check_agreement, share_checkpoint
     from sft_recipe.training.progress import banner
     from sft_recipe.training.shape import model_shape
     from sft_recipe.training.trainer import SFTTrainer
 
     try:
-        check_agreement(config, prepared.identity(config), resume, output_dir)
+        check_agreement(config, prepared.identity(config), output_dir)
+        resume = share_checkpoint(resume, checkpoints)
+        if resume:
+            check_identity(resume, prepared.identity(config))
+        watch.at("loading the model", limited=False)
         shape = model_shape(config, prepared.model, device)
-        trainer = SFTTrainer(config, prepared, device, resume)
+        trainer = SFTTrainer(config, prepared, device, resume, watch)
         if is_first:
             steps = trainer.steps_per_epoch, trainer.total_steps, trainer.resume_global_step
             banner(config, prepared, device, shape, *steps)
@@ -77,9 +107,22 @@ def run(args: list[str]) -> int:
         # After an error on one of several ranks the others may never come; leaving the process is what frees them.
         if sys.exc_info()[0] is None or config.trainer.world_size == 1:
             torch.distributed.destroy_process_group()
-    if local_rank == 0:
-        leave_meeting_place()
     return code
+
+
+def _is_restart() -> bool:
+    """Whether torchrun started the ranks again after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _die_with_launcher() -> None:
+    """Ask Linux for SIGKILL when torchrun ends, however that happens: ranks without it would train on unseen."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it ended before it was asked for
+        os._exit(128 + signal.SIGKILL)
 
 
 def _memory_advice(config: Config) -> str:
@@ -130,24 +173,34 @@ def _quieten(local_rank: int) -> None:
 
 
 def _join_process_group(device: str) -> None:
-    """verl's platform is settled by the first import of its engine, so this comes before that."""
+    """As verl would, over a store that a restart does not confuse; verl's worker takes the group that it finds."""
     import torch
 
-    if device == "cpu":
+    from sft_recipe.training.watch import COLLECTIVE_TIMEOUT, open_store
+
+    if device == "cpu":  # verl's platform is settled by the first import of its engine, so this comes before that
         from sft_recipe.engine.platform_cpu import use_cpu
 
         use_cpu()
-        torch.distributed.init_process_group("gloo")
     else:
-        from verl.utils.distributed import initialize_global_process_group
-
-        initialize_global_process_group()
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store = open_store("process group")
+    store.set_timeout(COLLECTIVE_TIMEOUT)  # machines may prepare their data for hours
+    torch.distributed.init_process_group(
+        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=COLLECTIVE_TIMEOUT,
+    )
 
 
 if __name__ == "__main__":
+    _die_with_launcher()
     # Until training begins, and listens to signals itself, there is nothing to save.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: os._exit(128 + number))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     code = main(sys.argv[1:])
     sys.stdout.flush()
     if code:

@@ -45,6 +45,14 @@ def writable_folder(folder: Path) -> Path:
     return folder
 
 
+def write(path: Path, text: str) -> None:
+    """Raises CheckpointError where that cannot be done, such as on a full disk."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
 def is_installed(name: str) -> bool:
     """Whether a package, or a module in one, can be found; nothing is imported but what stands above it."""
     try:

@@ -79,10 +79,7 @@ def test_data_knows_neither_verl_nor_what_comes_after_it(module):
 
 @pytest.mark.parametrize("module", outside("sft_recipe.engine", "sft_recipe.training"))
 def test_only_engine_and_training_import_verl(module):
-    found = [item for item in imports(module) if item.is_of("verl")]
-    if module == "sft_recipe.main_sft":  # it starts the process group through verl, once all is prepared
-        found = [item for item in found if not (item.lazy and item.is_of("verl.utils.distributed"))]
-    assert not [item.name for item in found]
+    assert not offences(module, "verl")
 
 
 @pytest.mark.parametrize("module", outside("sft_recipe.main_sft"))

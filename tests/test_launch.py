@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -42,6 +43,7 @@ TABLE = [
     ("MASTER_PORT", None, "trainer.master_port", None, "29501", 29501),
     ("OUTPUT_DIR", None, "trainer.output_dir", "./outputs", "/runs/2024_01_02", "/runs/2024_01_02"),
     ("RESUME_FROM", None, "trainer.resume_from", None, "auto", "auto"),
+    ("AUTO_RESTART", None, "trainer.auto_restart", 0, "3", 3),
     ("WANDB_PROJECT", None, "trainer.wandb_project", None, "my_sft", "my_sft"),
 ]
 # Some values are good only together with others.
@@ -522,12 +524,19 @@ def test_what_is_not_the_users_fault_is_not_hidden(monkeypatch):
         ([1], 1, ""),
         ([-15, 2], 2, ""),
         ([-15, -15, 75], 75, ""),
-        ([-9], 137, "error: a rank was killed by SIGKILL (out of memory?)\n"),
-        ([-11, -15], 139, "error: a rank was killed by SIGSEGV\n"),
+        ([-9], 137, "error: rank 0 of this machine was killed by SIGKILL (out of memory?)\n"),
+        ([-15, -11], 139, "error: rank 1 of this machine was killed by SIGSEGV\n"),
+        ([1, -9], 137, "error: rank 1 of this machine was killed by SIGKILL (out of memory?)\n"),
+        ([1, (-9, 30)], 1, ""),  # by torchrun, since it did not end by itself after rank 0 had failed
+        ([-15, -15], 143, ""),
     ],
 )
 def test_the_exit_code_is_that_of_the_rank_that_failed_by_itself(capsys, codes, expected, says):
-    assert launch._exit_code(codes) == expected
+    failures = {}
+    for rank, code in enumerate(codes):
+        code, later = code if isinstance(code, tuple) else (code, 0)
+        failures[rank] = SimpleNamespace(local_rank=rank, exitcode=code, timestamp=1000 + later)
+    assert launch._exit_code(failures) == expected
     assert capsys.readouterr().err == says
 
 

@@ -25,7 +25,7 @@ OWN = {
 }
 
 
-def check_agreement(config: Config, identity: dict[str, Any], resume: Path | None, output_dir: Path) -> None:
+def check_agreement(config: Config, identity: dict[str, Any], output_dir: Path) -> None:
     """Collective. Raises ConfigError for machines started differently, CheckpointError for a folder not shared."""
     ours = {
         f"{group}.{key}": value for group, keys in config.model_dump(mode="json").items() for key, value in keys.items()
@@ -33,7 +33,7 @@ def check_agreement(config: Config, identity: dict[str, Any], resume: Path | Non
     ours = {
         key: value for key, value in ours.items() if key.partition(".")[2] not in OWN.get(key.partition(".")[0], ())
     }
-    ours |= identity | {"checkpoint to resume from": resume.name if resume else None}
+    ours |= identity
     everywhere: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everywhere, ours)
     first = everywhere[0]
@@ -46,6 +46,24 @@ def check_agreement(config: Config, identity: dict[str, Any], resume: Path | Non
         if differing:
             raise ConfigError("\n".join(["the machines of this run were started with different settings:", *differing]))
     _check_shared(output_dir)
+
+
+def share_checkpoint(found: Path | None, folder: Path) -> Path | None:
+    """Collective. What rank 0 found to resume from, where this rank sees it; `folder` is the run's checkpoints.
+
+    Raises CheckpointError on all ranks where one of them does not see it.
+    """
+    told = [(found.name, found.parent.resolve() == folder.resolve(), str(found)) if found else None]
+    dist.broadcast_object_list(told)
+    if told[0] is None:
+        return None
+    name, is_ours, path = told[0]
+    resume = folder / name if is_ours else Path(path)
+    seen: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(seen, resume.is_dir())
+    if not all(seen):
+        raise CheckpointError(f"rank {seen.index(False)} does not see {path}, which rank 0 resumes from")
+    return resume
 
 
 def _check_shared(output_dir: Path) -> None:

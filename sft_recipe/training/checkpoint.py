@@ -1,10 +1,10 @@
 """Checkpoints: written under another name and renamed when whole; found, checked, resumed from, and retired."""
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,53 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
 from sft_recipe.errors import CheckpointError
+from sft_recipe.training.manifest import (
+    MANIFEST,
+    fingerprints,
+    list_files,
+    problem_of,
+    read_manifest,
+    write_manifest,
+)
 
-TRAINER_STATE = "trainer_state.json"
-MANIFEST = "manifest.json"  # every file and its size; written last
+AUTO = "auto"
 
 
-def find_checkpoint(spec: str, folder: Path) -> Path | None:
-    """The checkpoint that `trainer.resume_from` means; None where `auto` finds none in `folder`.
+def find_checkpoint(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `trainer.resume_from` means; None for a run that starts from the beginning.
 
-    Raises CheckpointError: no such folder, not a checkpoint, an incomplete one.
+    Every byte of it has been read and found as it was written. `auto` is the newest of `folder`, and so is the first
+    choice of a run that was restarted after a failure. Raises CheckpointError: no such folder, not a checkpoint, a
+    damaged one.
     """
-    if spec == "auto":
-        complete = [path for path in list_checkpoints(folder) if not problems_of(path)]
-        return complete[-1] if complete else None
-    path = Path(spec).expanduser()
+    if (spec == AUTO or is_restart) and (newest := _newest_whole(folder, say)):
+        return newest
+    if spec == AUTO:
+        say(f"--resume_from auto found no checkpoint in {folder}: training starts from the beginning.")
+        return None
+    return _named(Path(spec).expanduser()) if spec else None
+
+
+def _newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Newer ones that are damaged are told and set aside under another name: a folder called step_N is whole."""
+    for path in reversed(list_checkpoints(folder)):
+        if not (found := problem_of(path)):
+            return path
+        say(f"{path} is damaged: {found}. It is set aside as {_set_aside(path).name}.")
+    return None
+
+
+def _named(path: Path) -> Path:
     if not path.is_dir():
         there = ", ".join(found.name for found in list_checkpoints(path.parent)) if path.parent.is_dir() else ""
         raise CheckpointError(f"there is no checkpoint {path}" + (f"; beside it stand {there}" if there else ""))
     inner = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
     if inner and not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path} is a folder of checkpoints, not one; name one of them, such as {inner[-1]}")
-    if found := problems_of(path):
-        raise CheckpointError(f"{path} is no complete checkpoint: {found}")
+    if found := problem_of(path):
+        raise CheckpointError(
+            f"{path} is no complete checkpoint: {found}. --resume_from auto takes the newest that is whole."
+        )
     return path
 
 
@@ -46,29 +71,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def problems_of(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files compared with its manifest; empty where nothing is."""
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return f"it has no readable {MANIFEST}"
-    for name, size in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    return ""
-
-
-def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Step, counts and identity that a checkpoint was saved with."""
-    return json.loads((checkpoint / TRAINER_STATE).read_text())
-
-
 def check_identity(checkpoint: Path, ours: dict[str, Any]) -> None:
     """A run continues with the same model, data and batch plan. Raises CheckpointError that names what differs."""
-    theirs = read_trainer_state(checkpoint)["identity"]
+    theirs = read_manifest(checkpoint)["identity"]
     lines = [
         f"  - {key}: {theirs.get(key)} there, {ours.get(key)} here" for key in ours if theirs.get(key) != ours.get(key)
     ]
@@ -102,65 +107,103 @@ def check_room_for_run(folder: Path, resume: Path | None) -> None:
 
 
 class Checkpoints:
-    """One run's checkpoints in `folder`, of which the newest `keep` stay; collective, called by every rank."""
+    """One run's checkpoints in `folder`; every rank makes one, and `save` is collective.
 
-    def __init__(self, folder: Path, keep: int | None):
+    The newest `keep` stay, and beside them the one with the lowest validation loss and `resumed`, from which this run
+    began. Ranks talk to each other on `group`, which must be a gloo group of its own where saving overlaps training.
+    """
+
+    def __init__(self, folder: Path, keep: int | None, resumed: Path | None, group: dist.ProcessGroup | None = None):
         self.folder = folder
         self.keep = keep
+        self.resumed = resumed
+        self.group = group
+        if dist.get_rank() == 0:
+            _remove_leftovers(folder)
 
-    def save(self, step: int, trainer_state: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    def save(
+        self, step: int, size: int, about: dict[str, Any], write: Callable[[Path], None], record: Callable[[], None]
+    ) -> Path:
         """Let `write`, which is collective, fill a folder of another name; one rename makes it step_N when it is whole.
 
-        Raises CheckpointError where it cannot be written, such as on a full disk; what was saved before stays.
+        `size` is about how many bytes `write` needs. `about` is what the manifest says besides files. `record` puts
+        the run's metrics on disk, which a checkpoint must not be ahead of.
+        Raises CheckpointError on all ranks where it cannot be written, such as on a full disk; what was saved before
+        stays.
         """
         final, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
-
-        def commit() -> None:
-            (partial / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2))
-            _write_manifest(partial)
-            partial.rename(final)
-            _sync_folder(self.folder)
-            self._retire(final)
-
         try:
-            _together(lambda: _empty(partial), only_first=True)
-            _together(lambda: write(partial))
-            _together(commit, only_first=True)
+            self._on_first(lambda: self._make_empty(partial, size))
+            self._together(lambda: write(partial))
+            files = self._fingerprints(partial)
+            self._on_first(lambda: self._commit(partial, final, about, files, record))
         except _Failed as failure:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(
-                f"step {step} cannot be saved to {self.folder}: {failure}. What was saved before is whole; "
-                "go on from it with --resume_from auto when there is room."
-            ) from None
+            raise CheckpointError(f"step {step} cannot be saved to {self.folder}: {failure}") from None
         return final
 
+    def _make_empty(self, partial: Path, size: int) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            raise OSError(f"there is no room: about {_gigabytes(size)} are needed and {_gigabytes(free)} are free")
+        partial.mkdir()  # not its parents: a folder that has vanished would come back as an empty one
+
+    def _fingerprints(self, partial: Path) -> dict[str, list]:
+        """Each rank reads every n-th file back from where all of them must be seen."""
+        ours: dict[str, list] = {}
+
+        def read() -> None:
+            ours.update(fingerprints(partial, list_files(partial)[dist.get_rank() :: dist.get_world_size()]))
+
+        self._together(read)
+        everywhere: list[dict[str, list]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everywhere, ours, group=self.group)
+        return {name: found for part in everywhere for name, found in part.items()}
+
+    def _commit(
+        self, partial: Path, final: Path, about: dict[str, Any], files: dict[str, list], record: Callable[[], None]
+    ) -> None:
+        _sync(partial)
+        write_manifest(partial, about, files)
+        _sync_folder(partial)
+        record()
+        partial.rename(final)
+        _sync_folder(self.folder)
+        self._retire(final)
+
     def _retire(self, newest: Path) -> None:
-        if self.keep is not None:
-            for path in list_checkpoints(self.folder)[: -self.keep]:
-                if path != newest:
-                    shutil.rmtree(path, ignore_errors=True)
+        if self.keep is None:
+            return
+        there = list_checkpoints(self.folder)
+        kept = {*there[-self.keep :], newest, self.resumed, _best(there)}
+        for path in there:
+            if path not in kept:
+                with suppress(OSError):  # the next one that is saved tries again
+                    _remove(path)
+
+    def _on_first(self, act: Callable[[], None]) -> None:
+        self._together(act if dist.get_rank() == 0 else lambda: None)
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Run `act` on all ranks; what fails on one raises _Failed on all."""
+        problem = None
+        try:
+            act()
+        except (OSError, SafetensorError) as error:
+            problem = str(error) or type(error).__name__
+        except CheckpointException as error:
+            problem = first_failure(error)
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=self.group)
+        for found in problems:
+            if found:
+                raise _Failed(found)
 
 
 class _Failed(Exception):
     """What went wrong on some rank, in its own words."""
-
-
-def _together(act: Callable[[], None], only_first: bool = False) -> None:
-    """Run `act` on all ranks, or on rank 0 while the others wait; what fails on one raises _Failed on all."""
-    problem = None
-    try:
-        if not only_first or dist.get_rank() == 0:
-            act()
-    except (OSError, SafetensorError) as error:
-        problem = str(error) or type(error).__name__
-    except CheckpointException as error:
-        problem = first_failure(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found:
-            raise _Failed(found)
 
 
 def first_failure(error: CheckpointException) -> str:
@@ -169,26 +212,53 @@ def first_failure(error: CheckpointException) -> str:
     return cause.splitlines()[-1] if cause else str(error)
 
 
-def _empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _best(checkpoints: list[Path]) -> Path | None:
+    """The one with the lowest validation loss, of those that were validated."""
+    losses = {}
+    for path in checkpoints:
+        try:
+            losses[path] = read_manifest(path)["validation_loss"]
+        except (ValueError, KeyError):
+            continue
+    known = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(known, key=lambda path: known[path], default=None)
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(folder.rglob("*")):
+def _set_aside(checkpoint: Path) -> Path:
+    aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
+
+
+def _remove(checkpoint: Path) -> None:
+    """In two steps, so that no half of a checkpoint ever bears its name."""
+    retired = checkpoint.with_name(f".{checkpoint.name}.retired")
+    shutil.rmtree(retired, ignore_errors=True)
+    checkpoint.rename(retired)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of saves and retirements that were killed."""
+    for path in folder.glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _sync(folder: Path) -> None:
+    """All that is in `folder`, onto the disk."""
+    for path in folder.rglob("*"):
         if path.is_file():
-            files[str(path.relative_to(folder))] = path.stat().st_size
             _sync_file(path)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": files}, indent=2))
-    _sync_file(manifest)
-    for path in [folder, *(inner for inner in folder.rglob("*") if inner.is_dir())]:
-        _sync_folder(path)
+        elif path.is_dir():
+            _sync_folder(path)
 
 
 def _sync_file(path: Path) -> None:

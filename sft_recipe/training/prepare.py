@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sft_recipe.config import Config, DataConfig, ModelConfig
+from sft_recipe.config import Config, DataConfig, ModelConfig, without_secrets
 from sft_recipe.data.batches import mixture, split_validation
 from sft_recipe.data.cache import REJECTED, Examples, TokenStore, open_store
 from sft_recipe.data.encode import StoreOptions
@@ -22,6 +19,7 @@ from sft_recipe.data.files import Share, Source, resolve_files
 from sft_recipe.data.render import RenderOptions, ensure_chat_template
 from sft_recipe.errors import DataError, ModelError
 from sft_recipe.models import ResolvedModel, resolve_model, resolve_tokenizer
+from sft_recipe.training.meeting import meeting_place
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Prepared:
             "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, on {lora.target_modules}, not on {lora.exclude_modules}"
             if lora.enabled
             else "off",
-            "model.override_config": config.model.override_config,
+            "model.override_config": without_secrets(config.model.override_config),
             "optim.optimizer": config.optim.optimizer,
             "data": self.train.fingerprint,
             "examples": len(self.train),
@@ -67,24 +65,13 @@ def prepare(config: Config, local_rank: int, say: Callable[[str], None]) -> Prep
 
     Raises ModelError and DataError.
     """
-    note = _meeting_place() / "prepared.json"
+    note = meeting_place() / "prepared.json"
     if local_rank == 0:
         places = _make(config, say)
         _write(note, places)
     else:
         places = _wait_for(note)
     return _open(config, places)
-
-
-def speaks_for_machine() -> bool:
-    """True for the first process of this machine's ranks that asks: an error that all of them meet is told once."""
-    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
-        return True
-    try:
-        (_meeting_place() / "spoken").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 def load_tokenizer(
@@ -222,25 +209,6 @@ def _model_digest(folder: Path) -> str:
     sizes = [[path.name, path.stat().st_size] for path in sorted(folder.glob("*.safetensors"))]
     text = (folder / "config.json").read_bytes() + json.dumps(sizes).encode()
     return hashlib.blake2b(text, digest_size=4).hexdigest()
-
-
-def leave_meeting_place() -> None:
-    """Remove what the ranks of this machine shared; for local rank 0, when all is done."""
-    shutil.rmtree(_meeting_place(), ignore_errors=True)
-
-
-def _meeting_place() -> Path:
-    """A folder that the ranks of one run on one machine share: they have the same parent process, and only they."""
-    parent = os.getppid()
-    # In clock ticks since the machine started: exact, whatever the wall clock does.
-    began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    name = f"sft_recipe-{os.getuid()}-{parent}-{began}-{attempt}"
-    if "WORLD_SIZE" not in os.environ:
-        name += f"-{os.getpid()}"
-    folder = Path(tempfile.gettempdir()) / name
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
 
 
 def _write(note: Path, places: dict[str, Any]) -> None:

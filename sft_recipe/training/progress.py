@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sft_recipe.config import Config, nearest
-from sft_recipe.errors import ConfigError, PreflightError
+from sft_recipe.errors import CheckpointError, ConfigError, PreflightError
 from sft_recipe.preflight import is_installed
 from sft_recipe.training.prepare import Prepared
 from sft_recipe.training.shape import Shape
@@ -34,13 +36,16 @@ class RunLog:
     """
 
     def __init__(self, config: Config, first_step: int, total_steps: int, enabled: bool):
+        """`first_step` is the number of steps whose rows are kept. Raises CheckpointError where they cannot be."""
         self.enabled = enabled
         if not enabled:
             return
         self.console = console()
-        self.path = config.trainer.run_folder / "metrics.jsonl"
-        _keep_rows(self.path, first_step)
-        self.file = self.path.open("a")
+        path = config.trainer.run_folder / "metrics.jsonl"
+        try:
+            self.rows = RowFile(path, first_step)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
         self.tracking = _tracking(config)
         left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
         self.bar = Progress(
@@ -62,7 +67,6 @@ class RunLog:
         if self.enabled:
             if self.console.is_terminal:
                 self.bar.stop()
-            self.file.close()
             if self.tracking:
                 self.tracking.finish()
 
@@ -77,28 +81,41 @@ class RunLog:
         elif done == 0:
             self.say(f"validating {total:,} examples")
 
-    def conclude(self, model: Path) -> None:
-        """What came of the whole run, earlier parts of a resumed one included, and where the model is."""
+    def conclude(self, model: Path, saves: list[tuple[float, float]], seconds: float) -> None:
+        """What came of the whole run, earlier parts of a resumed one included; what saving cost; where the model is.
+
+        `saves` has a save's seconds until it was whole, and those that training waited; `seconds` are this part's.
+        """
         if not self.enabled:
             return
-        losses = [json.loads(line)["train/loss"] for line in self.path.read_text().splitlines()]
-        losses = [loss for loss in losses if loss is not None]
+        losses = [loss for loss in self.rows.values("train/loss") if loss is not None]
         part = min(10, len(losses) // 5)
         if part > 1:
             first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
             self.say(f"Mean loss {first:.4f} in the first {part} steps, {last:.4f} in the last {part}.")
+        took, waited = sum(save[0] for save in saves), sum(save[1] for save in saves)
+        share = 100 * waited / seconds if seconds else 0.0
+        count = f"{len(saves)} checkpoint{'s' * (len(saves) != 1)}"
+        self.say(f"{count} took {took:.1f} s, for {waited:.1f} s of which training waited ({share:.1f}% of its time).")
         self.say(f"The model is in {model}")
 
+    def record(self) -> None:
+        """Put all rows on the disk. Raises OSError where that cannot be done."""
+        if self.enabled:
+            self.rows.flush()
+
     def step(self, row: dict[str, Any]) -> None:
-        """Record one optimiser step everywhere; on disk before anything else happens."""
+        """Record one optimiser step everywhere; on disk before anything else happens, where the disk can be written."""
         if not self.enabled:
             return
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        was_writable = self.rows.is_writable
+        self.rows.add(clean)
+        if self.rows.is_writable != was_writable:
+            state = "is written again" if self.rows.is_writable else f"cannot be written: {self.rows.problem}"
+            self.say(f"WARNING: {self.rows.path} {state}. Its rows are kept in memory until it can be.")
         if self.tracking:
             numbers = {key: value for key, value in row.items() if key != "step" and value is not None}
             self.tracking.log(data=numbers, step=row["step"])
@@ -201,19 +218,65 @@ def _state(row: dict[str, Any]) -> str:
     return "  ".join([*parts, f"{row['perf/memory_gb']:.1f} GB"])
 
 
-def _keep_rows(path: Path, steps: int) -> None:
-    """Drop rows of steps that will be trained again, so that every step stands there once; half a row ends the file."""
-    kept = []
-    if steps and path.is_file():
-        for line in path.read_text().splitlines(keepends=True):
-            try:
-                if line.endswith("\n") and json.loads(line)["step"] <= steps:
-                    kept.append(line)
-            except ValueError:
-                continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+class RowFile:
+    """A file of JSON objects, a line each, in the order of their steps; rows wait in memory while it cannot be written.
+
+    Two threads may use it: one that adds rows, one that needs them on the disk.
+    """
+
+    def __init__(self, path: Path, steps: int):
+        """Keep the rows up to step `steps` of what is there: the others will be trained again. Raises OSError."""
+        self.path = path
+        self.problem = ""
+        self.waiting = b""
+        self.guard = threading.Lock()
+        kept = b"".join(_rows_up_to(path, steps)) if steps and path.is_file() else b""
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            file.write(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        self.end = len(kept)  # of whole rows, in bytes
+
+    @property
+    def is_writable(self) -> bool:
+        return not self.problem
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write a row, or keep it where that fails; `problem` tells."""
+        with self.guard:
+            self.waiting += json.dumps(row).encode() + b"\n"
+        try:
+            self.flush()
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+        else:
+            self.problem = ""
+
+    def flush(self) -> None:
+        """Put the rows that wait on the disk. Raises OSError."""
+        with self.guard, self.path.open("r+b") as file:  # not made anew: a folder that has vanished is an error
+            file.truncate(self.end)  # half a row may stand there, where the disk was full
+            file.seek(self.end)
+            file.write(self.waiting)
+            file.flush()
+            os.fsync(file.fileno())
+            self.end, self.waiting = self.end + len(self.waiting), b""
+
+    def values(self, key: str) -> list[Any]:
+        """Of one key in all rows that have it."""
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [row[key] for row in rows if key in row]
+
+
+def _rows_up_to(path: Path, steps: int) -> Iterator[bytes]:
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= steps:
+                yield line
+        except (ValueError, KeyError, TypeError):  # half a row
+            continue
 
 
 def check_loggers(config: Config) -> None:
@@ -248,5 +311,5 @@ def _tracking(config: Config) -> Any:
         project_name=trainer.wandb_project or trainer.project_name,
         experiment_name=trainer.experiment_name or trainer.run_folder.absolute().name,
         default_backend=backends,
-        config=config.model_dump(mode="json"),
+        config=config.public(),
     )

@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sft_recipe.config import Config
 from sft_recipe.training.prepare import Prepared
-from sft_recipe.training.state import trainable_names
+from sft_recipe.training.state import read_weights
 
 ADAPTER = "lora_adapter"
 MODEL = "huggingface"
@@ -26,7 +24,7 @@ class ModelSaver:
     `lora.merge` the merged model, and the adapter beside it in `folder/lora_adapter`.
     """
 
-    def __init__(self, config: Config, prepared: Prepared):
+    def __init__(self, config: Config, prepared: Prepared, module: torch.nn.Module):
         self.lora = config.lora
         self.model = prepared.model
         self.tokenizer = prepared.tokenizer
@@ -35,36 +33,38 @@ class ModelSaver:
         self.hf_config = AutoConfig.from_pretrained(self.model.folder, trust_remote_code=self.trust_remote_code)
         self.hf_config.update(config.model.override_config)
         self.dtype = self.hf_config.dtype or torch.float32
+        self.module = module
+        with torch.device("meta"):  # here, and not in `save`: building sets torch's default dtype for a while
+            self.shell = AutoModelForCausalLM.from_config(self.hf_config, trust_remote_code=self.trust_remote_code)
 
-    def save(self, module: torch.nn.Module, folder: Path) -> None:
-        """Collective: every rank takes part in gathering, rank 0 writes."""
-        state = _adapters(module) if self.lora.enabled else _whole(module)
-        if torch.distributed.get_rank() != 0:
-            return
+    def save(self, state: Path, folder: Path) -> None:
+        """From a stored state; for one rank. Runs beside training, so it leaves torch's global state alone."""
         disable_progress_bar()
-        target = folder / MODEL
+        weights, target = read_weights(state), folder / MODEL
         if self.lora.enabled:
             adapter = folder / ADAPTER if self.lora.merge else target
-            self._save_adapter(module, state, adapter)
+            self._save_adapter(weights, adapter)
             if self.lora.merge:
                 self._save_merged(adapter, target)
         else:
-            self._save_full(state, target)
+            self._save_full(weights, target)
         self.tokenizer.save_pretrained(target)
         self._generation_config().save_pretrained(target)
 
-    def _save_full(self, state: dict[str, torch.Tensor], target: Path) -> None:
-        with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(self.hf_config, trust_remote_code=self.trust_remote_code)
-        tied = getattr(shell, "all_tied_weights_keys", None) or {}
-        state = {name: value.to(self.dtype) for name, value in state.items() if name not in tied}
-        shell.save_pretrained(target, state_dict=state)
+    def size(self) -> int:
+        """About how many bytes `save` writes."""
+        if self.lora.enabled and not self.lora.merge:
+            return 0  # adapters: as good as nothing beside the state
+        return sum(parameter.numel() for parameter in self.shell.parameters()) * self.dtype.itemsize
+
+    def _save_full(self, weights: dict[str, torch.Tensor], target: Path) -> None:
+        self.shell.save_pretrained(target, state_dict={name: value.to(self.dtype) for name, value in weights.items()})
         self._set_dtype(target)
 
-    def _save_adapter(self, module: torch.nn.Module, state: dict[str, torch.Tensor], target: Path) -> None:
+    def _save_adapter(self, state: dict[str, torch.Tensor], target: Path) -> None:
         from peft import get_peft_model_state_dict
 
-        peft_model: Any = getattr(module, "_fsdp_wrapped_module", module)
+        peft_model: Any = getattr(self.module, "_fsdp_wrapped_module", self.module)
         weights = get_peft_model_state_dict(peft_model, state_dict=state, save_embedding_layers=False)
         target.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in weights.items()}, target / "adapter_model.safetensors")
@@ -81,13 +81,16 @@ class ModelSaver:
         (target / "adapter_config.json").write_text(text)
 
     def _save_merged(self, adapter: Path, target: Path) -> None:
-        """W + alpha / rank * B A, in fp32, on the weights that training began with."""
+        """W + alpha / rank * B A, in fp32, on the weights that training began with.
+
+        The adapters are loaded into a shell without memory: making initial values would draw random numbers.
+        """
         from peft import PeftModel
 
         base = AutoModelForCausalLM.from_pretrained(
             self.model.folder, config=self.hf_config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
         )
-        merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+        merged: Any = PeftModel.from_pretrained(base, str(adapter), low_cpu_mem_usage=True).merge_and_unload()
         merged.to(self.dtype).save_pretrained(target)
         self._set_dtype(target)
 
@@ -108,19 +111,3 @@ class ModelSaver:
         settings = json.loads(path.read_text())
         settings["dtype"] = str(self.dtype).removeprefix("torch.")
         path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-
-
-def _whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All weights, gathered in the memory of rank 0."""
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def _adapters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The trained weights alone; gathered one by one, so that the frozen ones stay where they are."""
-    trained = trainable_names(module)
-    state = get_model_state_dict(module)
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
-        for name, value in state.items()
-        if name in trained
-    }

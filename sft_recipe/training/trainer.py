@@ -3,13 +3,12 @@
 import contextlib
 import io
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from verl.utils import flops_counter
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
 
+from sft_recipe import __version__
 from sft_recipe.config import AFTER_EACH_EPOCH, Config, Every
 from sft_recipe.data.batches import plan_micro_batches, step_examples, steps_per_epoch
 from sft_recipe.data.cache import Examples
@@ -27,30 +27,32 @@ from sft_recipe.engine.engine import SFTEngine
 from sft_recipe.engine.platform_cpu import measured_peak_flops
 from sft_recipe.engine.verl_config import build_verl_config
 from sft_recipe.errors import TrainingError, is_debugging
-from sft_recipe.training.checkpoint import Checkpoints, read_trainer_state
+from sft_recipe.training.checkpoint import Checkpoints
 from sft_recipe.training.evaluate import evaluate
+from sft_recipe.training.manifest import fingerprint, read_manifest
 from sft_recipe.training.prepare import Prepared
 from sft_recipe.training.progress import RunLog, notice
 from sft_recipe.training.save_model import MODEL, ModelSaver
+from sft_recipe.training.saving import STATE, Export, Saving
 from sft_recipe.training.state import FsdpState, MegatronState
+from sft_recipe.training.stop import STOPPED, Requests
+from sft_recipe.training.watch import COLLECTIVE_TIMEOUT, Watch
 
-STATE = "state"  # a checkpoint's folder of weights and optimiser
-STOPPED = 75  # exit code of a run that a signal stopped after saving (EX_TEMPFAIL: try again)
 BAD_STEPS_IN_A_ROW = 10
 
 
 class SFTTrainer(VerlSFTTrainer):
     """One run, from step `first_step` to its end. Every rank makes one; all methods are collective."""
 
-    def __init__(self, config: Config, prepared: Prepared, device: str, resume: Path | None):
+    def __init__(self, config: Config, prepared: Prepared, device: str, resume: Path | None, watch: Watch):
         self.recipe = config
         self.prepared = prepared
         self.device = device
         self.resume = resume
+        self.watch = watch
         self.steps_per_epoch = steps_per_epoch(len(prepared.train), config.data.train_batch_size)
         self.total_steps = config.trainer.total_training_steps or config.trainer.total_epochs * self.steps_per_epoch
-        self.stop_signal = 0
-        self.is_over = False
+        self.requests = Requests(config.trainer.max_time)
         # verl reads no more of its own configuration than this in the parts that are kept.
         view = SimpleNamespace(trainer=SimpleNamespace(device=device))
         torch.manual_seed(config.trainer.seed)
@@ -58,41 +60,59 @@ class SFTTrainer(VerlSFTTrainer):
             super().__init__(view)
 
     def fit(self) -> int:
-        """Train to the end. Returns an exit code: 0 done, STOPPED where a signal asked to stop and all is saved.
+        """Train to the end. Returns an exit code: 0 done, STOPPED where it was asked to stop and all is saved.
 
-        Raises TrainingError after ten steps in a row whose gradients were not finite.
+        Raises TrainingError after ten steps in a row whose gradients were not finite, CheckpointError where the last
+        state cannot be saved.
         """
-        config = self.recipe
-        first = self.resume_global_step
-        log = RunLog(config, first, self.total_steps, enabled=dist.get_rank() == 0)
-        self._listen_to_signals()
-        bad_in_a_row = 0
-        if first >= self.total_steps:
-            log.say(f"Nothing is left to train: {self.resume} is at step {first} of {self.total_steps}.")
+        config, resumed = self.recipe.trainer, self.resume_global_step
+        began = time.perf_counter()
+        done = resumed - (self.unvalidated is not None)
+        log = RunLog(self.recipe, done, self.total_steps, enabled=dist.get_rank() == 0)
+        saving = self._saving(log)
+        costs_told = bad_in_a_row = 0
+        unvalidated = self.unvalidated
+        self.requests.listen()
+        if done >= self.total_steps:
+            log.say(f"Nothing is left to train: {self.resume} is at step {done} of {self.total_steps}.")
         log.start()
         try:
-            for step in range(first + 1, self.total_steps + 1):
-                row = self._train_step(step)
+            for step in range(done + 1, self.total_steps + 1):
+                row, unvalidated = unvalidated or self._train_step(step), None
                 is_last = step == self.total_steps
                 bad_in_a_row = 0 if math.isfinite(row["train/grad_norm"]) else bad_in_a_row + 1
                 if bad_in_a_row:
                     log.say(f"step {step}: the gradient is not finite; this step changed nothing")
-                if self._is_due(config.trainer.test_freq, step, is_last) and self.prepared.validation:
-                    row |= self._validate(self.prepared.validation, log.validating)
-                log.step(row)
+                if self._is_due(config.test_freq, step, is_last) and self.prepared.validation:
+                    try:
+                        row |= self._validate(step, self.prepared.validation, log.validating)
+                    except _StopAsked:
+                        if step > resumed:
+                            saving.start(step, self._about(step, unvalidated=row))
+                        saving.close(step)
+                        return self._stopped(step, log)
+                saving.look(step)
+                log.step(row | saving.costs_since(costs_told))
+                costs_told = len(saving.costs)
                 if bad_in_a_row == BAD_STEPS_IN_A_ROW:
-                    raise TrainingError(_advice(step, config))
-                stopping = self._agree_to_stop()
-                if self._is_due(config.trainer.save_freq, step, is_last) or stopping:
-                    path = self._save(step)
-                    log.say(f"step {step}: saved {path}")
-                    if is_last:
-                        log.conclude(path / MODEL)
-                if stopping and not is_last:
-                    log.say(f"Stopped at step {step} of {self.total_steps}. Go on with --resume_from auto.")
-                    return STOPPED
+                    raise TrainingError(_advice(step, self.recipe))
+                asked = self._agree(saving.has_failed())
+                if asked.failed_save:
+                    saving.wait(step)
+                is_due = self._is_due(config.save_freq, step, is_last) or step == saving.retry_at
+                if (is_due or asked.stop or asked.save) and step > resumed:
+                    self.watch.at(f"step {step}: saving")
+                    self.requests.wants_save = False
+                    saving.start(step, self._about(step, row.get("val/loss")))
+                if is_last:
+                    saving.close(step)
+                    assert saving.newest is not None
+                    log.conclude(saving.newest / MODEL, saving.costs, time.perf_counter() - began)
+                elif asked.stop:
+                    saving.close(step)
+                    return self._stopped(step, log)
         finally:
-            self.is_over = True
+            self.requests.is_over = True
             log.stop()
         return 0
 
@@ -119,36 +139,49 @@ class SFTTrainer(VerlSFTTrainer):
     def _build_ckpt_handler(self) -> None:
         config = self.recipe
         folder = config.trainer.run_folder / "checkpoints"
-        self.checkpoints = Checkpoints(folder, config.trainer.max_ckpt_to_keep)
+        # Of its own: saving talks on it while training talks on the default one.
+        group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        self.checkpoints = Checkpoints(folder, config.trainer.max_ckpt_to_keep, self.resume, group)
         self.is_ours = isinstance(self.engine, SFTEngine)  # or verl's Megatron engine, with a schedule of its own
-        self.state = FsdpState(self.engine, config.lora.enabled) if self.is_ours else MegatronState(self.engine)
-        self.saver = ModelSaver(config, self.prepared)
+        self.state: FsdpState | MegatronState = MegatronState(self.engine)
+        self.export = Export(lambda folder: None, 0)
+        if self.is_ours:
+            self.state = FsdpState(self.engine, config.lora.enabled, group)
+            saver = ModelSaver(config, self.prepared, self.engine.module)
+            self.export = Export(lambda folder: saver.save(folder / STATE, folder), saver.size())
         self.ckpt_handler = SimpleNamespace(load_checkpoint=self._resume)
 
     def _resume(self) -> int:
         self.skipped_steps = 0
+        self.unvalidated: dict[str, Any] | None = None  # the row of a step whose validation was cut short
         if self.resume is None:
             return 0
         self.state.read(self.resume / STATE)
-        state = read_trainer_state(self.resume)
-        self.skipped_steps = state["skipped_steps"]
-        if state["total_steps"] != self.total_steps and dist.get_rank() == 0:
+        about = read_manifest(self.resume)
+        self.skipped_steps, self.unvalidated = about["skipped_steps"], about["unvalidated"]
+        if about["total_steps"] != self.total_steps and dist.get_rank() == 0:
             notice(
-                f"The run was planned for {state['total_steps']} steps and now goes to {self.total_steps}: "
+                f"The run was planned for {about['total_steps']} steps and now goes to {self.total_steps}: "
                 "the learning rate follows the schedule for the new number."
             )
-        return state["step"]
+        return about["step"]
+
+    def _saving(self, log: RunLog) -> Saving:
+        overlap = self.recipe.trainer.async_save
+        return Saving(self.checkpoints, self.state, self.export, log.record, log.say, overlap)
 
     def _train_step(self, step: int) -> dict[str, Any]:
         """Optimiser step `step` (from 1); returns its row for the log."""
         started = time.perf_counter()
         data = self.recipe.data
         numbers = step_examples(step - 1, len(self.prepared.train), data.train_batch_size, self._seed, data.shuffle)
+        self.watch.at(f"step {step}: reading its examples")
         self._seed_step(step)
         if self.is_ours:
             self.engine.set_step(step - 1)
         learning_rate = self.engine.optimizer.param_groups[0]["lr"]
         batch = self._make_batch(self.prepared.train, numbers)
+        self.watch.at(f"step {step}: computing")
         metrics = self._metrics(self.training_client.train_batch(batch))
         self.skipped_steps += not math.isfinite(metrics["grad_norm"])
         tokens = int(self.prepared.train.lengths[numbers].sum())
@@ -176,8 +209,15 @@ class SFTTrainer(VerlSFTTrainer):
         dist.all_gather_object(everywhere, output and tu.get(output, "metrics"))
         return next(found for found in everywhere if found)
 
-    def _validate(self, examples: Examples, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    def _validate(self, step: int, examples: Examples, tell: Callable[[int, int], None]) -> dict[str, Any]:
+        """Raises _StopAsked, on all ranks, as soon as one of them was asked to stop."""
         budget, ranks = self.recipe.data.token_budget, self._data_ranks
+
+        def progress(done: int, total: int) -> None:
+            self.watch.at(f"step {step}: validating, {done} of {total} examples")
+            tell(done, total)
+            if self._agree().stop:
+                raise _StopAsked
 
         def infer(batch: TensorDict) -> dict[str, Any]:
             return self._metrics(self.training_client.infer_batch(batch))
@@ -211,23 +251,27 @@ class SFTTrainer(VerlSFTTrainer):
         )
         return batch
 
-    def _save(self, step: int) -> Path:
-        state = {
+    def _about(
+        self, step: int, validation_loss: float | None = None, unvalidated: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run."""
+        return {
             "step": step,
             "total_steps": self.total_steps,
             "epoch": step / self.steps_per_epoch,
             "skipped_steps": self.skipped_steps,
+            "validation_loss": validation_loss,
+            "unvalidated": unvalidated,
             "world_size": dist.get_world_size(),
             "identity": self.prepared.identity(self.recipe),
+            "config": fingerprint(self.recipe.public()),
+            "versions": {"sft_recipe": __version__}
+            | {name: version(name) for name in ("torch", "verl", "transformers")},
         }
 
-        def write(folder: Path) -> None:
-            self.state.write(folder / STATE)
-            if self.is_ours:
-                with self.engine.resident():
-                    self.saver.save(self.engine.module, folder)
-
-        return self.checkpoints.save(step, state, write)
+    def _stopped(self, step: int, log: RunLog) -> int:
+        log.say(f"Stopped at step {step} of {self.total_steps}. Go on with --resume_from auto.")
+        return STOPPED
 
     def _is_due(self, every: Every, step: int, is_last: bool) -> bool:
         interval = self.steps_per_epoch if every == AFTER_EACH_EPOCH else int(every)
@@ -238,20 +282,12 @@ class SFTTrainer(VerlSFTTrainer):
         sequence = np.random.SeedSequence([self._seed, step, self.engine.get_data_parallel_rank()])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
-    def _listen_to_signals(self) -> None:
-        def remember(number: int, _frame: Any) -> None:
-            if self.stop_signal and not self.is_over:  # afterwards it is torchrun, ending the ranks of a stopped run
-                os._exit(128 + number)
-            self.stop_signal = number
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, remember)
-
-    def _agree_to_stop(self) -> bool:
-        """Whether any rank was told to stop: ranks hear of a signal at different moments and must stop at one step."""
-        told = torch.tensor([self.stop_signal], device=self.device)
+    def _agree(self, failed_save: bool = False) -> "_Asked":
+        """What any rank was asked or knows: ranks hear of it at different moments and must act after one step."""
+        ours = [self.requests.wants_stop, self.requests.wants_save, failed_save]
+        told = torch.tensor([int(part) for part in ours], device=self.device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told.item())
+        return _Asked(*(bool(part) for part in told.tolist()))
 
     @property
     def _seed(self) -> int:
@@ -260,6 +296,18 @@ class SFTTrainer(VerlSFTTrainer):
     @property
     def _data_ranks(self) -> int:
         return self.engine.get_data_parallel_size()
+
+
+class _Asked(NamedTuple):
+    """Of the run, after a step."""
+
+    stop: bool
+    save: bool
+    failed_save: bool
+
+
+class _StopAsked(Exception):
+    """Validation was cut short."""
 
 
 def _meta_info(config: Config, pad_token_id: int | None) -> dict[str, Any]:

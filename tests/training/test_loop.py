@@ -114,7 +114,7 @@ def test_a_home_folder_is_the_same_place_for_everything(work, tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_here(*arguments(work, "'~/run'", "trainer.logger=[tensorboard]")) == 0
     there = {path.name for path in (tmp_path / "run").iterdir()}
-    assert there == {"checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
+    assert there == {".lock", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
 
 
 def test_wandb_is_logged_to_where_a_project_is_named(work, tmp_path, monkeypatch):

@@ -1,0 +1,77 @@
+"""Kills runs in every phase of their lives and at any moment, and says what came of it: benchmarks/chaos.py --kills 200
+
+Runs of two ranks on a tiny model, full and LoRA, saving while training waits and beside it, under a process that has
+imported everything, so that a start costs a second. Writes its section of RESULTS.md.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.results import machine, table, write_section
+from tests import tiny
+from tests.chaos import Survived, survive
+from tests.training.small_run import arguments
+from tests.warm import Warm
+
+SHAPES = {
+    "full": ["trainer.async_save=false"],
+    "full, async": [],
+    "LoRA": ["lora.enabled=true", "trainer.async_save=false"],
+    "LoRA merged, async": ["lora.enabled=true", "lora.merge=true"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="over all shapes of runs together")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    began, results = time.monotonic(), {}
+    with tempfile.TemporaryDirectory() as folder, Warm() as warm:
+        model = tiny.build_model(Path(folder) / "model", attention_dropout=0.1)
+        for number, (shape, extra) in enumerate(SHAPES.items()):
+            whole, killed = Path(folder) / f"whole-{number}", Path(folder) / f"killed-{number}"
+            end = warm.run(arguments(model, whole, *extra), ranks=2)
+            assert end.code == 0, end.said
+            kills = options.kills // len(SHAPES) + (number < options.kills % len(SHAPES))
+            run = arguments(model, killed, *extra)
+            results[shape] = survive(warm, run, whole / "out", killed / "out", options.seed + number, kills)
+            print(shape, results[shape], flush=True)
+    section = report(results, options.kills, options.seed, time.monotonic() - began)
+    print(section)
+    write_section("chaos", section)
+
+
+def report(results: dict[str, Survived], kills: int, seed: int, seconds: float) -> str:
+    """The section of RESULTS.md."""
+    header = ["run", "kills survived", "runs completed", "of them equal", "resumed from a checkpoint", "s to resume"]
+    rows = []
+    for shape, survived in results.items():
+        equal = "all" if not survived.differences else f"NOT: {survived.differences[:3]}"
+        resume = f"{statistics.mean(survived.seconds_to_first_step):.1f}"
+        rows.append([shape, str(survived.count), str(survived.runs), equal, str(survived.resumed), resume])
+    phases: dict[str, int] = {}
+    for survived in results.values():
+        for phase, count in survived.kills.items():
+            phases[phase] = phases.get(phase, 0) + count
+    return f"""## Killed again and again
+
+`benchmarks/chaos.py --kills {kills} --seed {seed}`, {seconds / 60:.0f} min; {machine()}.
+Runs of 10 steps on 2 CPU ranks (fsdp2, dropout, validation, a checkpoint after every other step), SIGKILL for all
+ranks at once, `--resume_from auto`. Equal: weights, optimiser state, exported model and `metrics.jsonl` (without
+`perf/`) are those of a run that never stopped, bit for bit. Seconds to resume: from the start of the processes, which
+have all modules imported, to the first step's row in `metrics.jsonl`.
+
+{table(header, rows)}
+
+Where the kills fell: {", ".join(f"{phase} {count}" for phase, count in sorted(phases.items()))}."""
+
+
+if __name__ == "__main__":
+    main()
