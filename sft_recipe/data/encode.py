@@ -101,7 +101,7 @@ def _encode(items: Items, renderer: Renderer, options: StoreOptions) -> Part:
             report.rejected[outcome.kind] = report.rejected.get(outcome.kind, 0) + 1
         elif kept := _admit(item.source, outcome, options, report):  # type: ignore[union-attr]  # a conversation
             ids.append(np.asarray(kept.input_ids, dtype=np.int32))
-            mask.append(np.asarray(kept.loss_mask, dtype=np.uint8))
+            mask.append(np.frombuffer(bytes(kept.loss_mask), dtype=np.uint8))
     lengths = np.asarray([len(part) for part in ids], dtype=np.int64)
     supervised = np.asarray([part.sum() for part in mask], dtype=np.int64)
     digests = np.asarray([digest_of(*example) for example in zip(ids, mask, strict=True)], dtype=np.uint64)

@@ -85,7 +85,7 @@ class TextTokenizer:
             return
         for text, encoding in zip(texts, self.core.encode_batch_fast(texts, add_special_tokens=False), strict=True):
             ids = encoding.ids
-            pieces = [self.bytes_of[number] for number in ids]
+            pieces = list(map(self.bytes_of.__getitem__, ids))
             if b"".join(pieces) == text.encode():
                 yield ByteTokens(text, ids, pieces)
             else:
