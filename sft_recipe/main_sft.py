@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -14,12 +13,11 @@ from typing import TYPE_CHECKING
 from sft_recipe.compose import load_config, parse_config_args, to_yaml
 from sft_recipe.config import Config
 from sft_recipe.errors import ConfigError, RecipeError, TrainingError, is_debugging
+from sft_recipe.processes import die_with_parent
 from sft_recipe.training.meeting import leave_meeting_place, record_end, recorded_end, speaks_for_machine
 
 if TYPE_CHECKING:
     from sft_recipe.training.watch import Watch
-
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def main(args: list[str]) -> int:
@@ -115,16 +113,6 @@ def _is_restart() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
-def _die_with_launcher() -> None:
-    """Ask Linux for SIGKILL when torchrun ends, however that happens: ranks without it would train on unseen."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    launcher = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it ended before it was asked for
-        os._exit(128 + signal.SIGKILL)
-
-
 def _memory_advice(config: Config) -> str:
     return (
         f"out of GPU memory. In this order: MICRO_BATCH_SIZE=1 (now {config.data.micro_batch_size_per_gpu}), a smaller "
@@ -196,7 +184,8 @@ def _join_process_group(device: str) -> None:
 
 
 if __name__ == "__main__":
-    _die_with_launcher()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid())  # ranks without their launcher would train on unseen
     # Until training begins, and listens to signals itself, there is nothing to save.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: os._exit(128 + number))

@@ -20,6 +20,7 @@ from sft_recipe.data.formats import Columns, read_data
 from sft_recipe.data.messages import Conversation
 from sft_recipe.data.render import Encoded, Renderer, RenderOptions
 from sft_recipe.errors import DataError
+from sft_recipe.processes import die_with_parent
 
 CHUNK = 512  # records that a worker encodes at a time
 IN_PROCESS = 3  # fewer chunks are not worth starting processes for
@@ -180,7 +181,7 @@ def _submitting(
         yield lambda chunk: partial(_encode, chunk, renderer, options)
         return
     try:
-        with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (renderer, options)) as pool:
+        with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (os.getpid(), renderer, options)) as pool:
             _fork_now(pool)
             yield lambda chunk: pool.submit(_work, chunk).result
     except BrokenProcessPool:
@@ -201,8 +202,9 @@ def _fork_now(pool: ProcessPoolExecutor) -> None:
 _encode_here: Callable[[Items], Part]
 
 
-def _start_worker(renderer: Renderer, options: StoreOptions) -> None:
+def _start_worker(parent: int, renderer: Renderer, options: StoreOptions) -> None:
     global _encode_here
+    die_with_parent(parent)  # else it would wait for ever for work, with the lock of the unfinished store
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encode_here = partial(_encode, renderer=renderer, options=options)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -116,11 +117,16 @@ def _make(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     _check_vocabulary(tokenizer, model)
     options = store_options(data)
     stores, shares = {}, {}
+    is_first = os.environ.get("RANK", "0") == "0"  # of all machines, which share the run folder
     rejected = config.trainer.run_folder / REJECTED
-    rejected.unlink(missing_ok=True)
+    if is_first:
+        rejected.unlink(missing_ok=True)
     for part, of_part in sources.items():
         files = [file for source in of_part for file in source.files]
         store = open_store(files, tokenizer, options, cache_dir, data.num_workers, show_progress=True)
+        if is_first and store.report.rejected:
+            with rejected.open("ab") as file:
+                file.write((store.folder / REJECTED).read_bytes())
         _tell_losses(store, part, data, rejected, say)
         stores[part] = str(store.folder)
         shares[part] = [asdict(share) for share in _shares(of_part, store)]
@@ -165,8 +171,6 @@ def _tell_losses(store: TokenStore, part: str, data: DataConfig, rejected: Path,
     report = store.report
     bad = sum(report.rejected.values())
     if bad:
-        with rejected.open("ab") as file:
-            file.write((store.folder / REJECTED).read_bytes())
         what = f"{part}: {bad:,} of {report.records:,} records cannot be used ({report.kinds}); see {rejected}"
         if bad > data.max_bad_ratio * report.records:
             raise DataError(f"{what}. That is more than data.max_bad_ratio={data.max_bad_ratio:g} of them.")

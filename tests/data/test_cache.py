@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, ByT5Tokenizer
@@ -739,3 +741,28 @@ def test_a_worker_that_is_killed_is_one_clear_error(many, tokenizer, cache_dir, 
     with pytest.raises(DataError, match="a process that tokenises was killed.*data.num_workers=1"):
         build(many, tokenizer, cache_dir, workers=2)
     assert left_behind(cache_dir) == ["tokens"]
+
+
+def test_workers_die_with_the_process_that_builds(many, tokenizer, cache_dir, pools, monkeypatch):
+    """They would wait for work for ever, and hold the lock of the unfinished store."""
+    fork = get_context("fork")
+    workers = fork.Queue()
+
+    def report(*_):
+        workers.put(os.getpid())
+        time.sleep(60)
+
+    def run():
+        monkeypatch.setattr(encode, "_admit", report)
+        build(many, tokenizer, cache_dir, workers=2)
+
+    process = fork.Process(target=run)
+    process.start()
+    found = {workers.get(timeout=30), workers.get(timeout=30)}
+    assert process.pid not in found
+    process.kill()
+    process.join(timeout=30)
+    end = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in found):
+        assert time.monotonic() < end, "the workers live on"
+        time.sleep(0.05)
