@@ -1,6 +1,8 @@
 """The SFT engine over verl's FSDP engine: planned micro-batches, logits only where a token is supervised, fp32 loss."""
 
 import contextlib
+import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +20,10 @@ from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine.fsdp.transformer_impl import FSDP
+
+from sft_recipe.engine.attention import PACKED, can_pack, packed_documents
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100  # a target that is not supervised
 
@@ -56,13 +62,13 @@ class SFTEngine(FSDPEngineWithLMHead):
         scale = torch.distributed.get_world_size() / max(1, tokens.item())
         micro_batches = list(_micro_batches(data))
         losses = []
-        for index, (input_ids, position_ids, targets) in enumerate(micro_batches):
+        for index, (lengths, *inputs) in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             sync: AbstractContextManager = (
                 nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)
             )
-            with sync, torch.set_grad_enabled(not forward_only):
-                loss = self._negative_log_likelihood(input_ids, position_ids, targets) * scale
+            with sync, torch.set_grad_enabled(not forward_only), packed_documents(lengths):
+                loss = self._negative_log_likelihood(*inputs) * scale
                 if not forward_only:
                     loss.backward()
             losses.append(loss.detach())
@@ -142,6 +148,10 @@ class SFTEngine(FSDPEngineWithLMHead):
         return loss.item()
 
     def _build_module(self) -> torch.nn.Module:
+        model = self.model_config.hf_config
+        if model._attn_implementation == PACKED and not can_pack(model):
+            log.warning("%s brings its own attention: packed documents are masked from each other.", model.model_type)
+            model._attn_implementation = "sdpa"
         module = super()._build_module()
         self._keeps_logits = "logits_to_keep" in signature(module.forward).parameters
         return module
@@ -168,8 +178,10 @@ def schedule(step: int, total: int, warmup: int, kind: str, min_ratio: float) ->
     return shape if kind == "constant" else min_ratio + (1.0 - min_ratio) * shape
 
 
-def _micro_batches(data: TensorDict) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Packed (input_ids, position_ids, targets), each of shape (1, tokens); a target is the token after its position.
+def _micro_batches(data: TensorDict) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The lengths of the documents in each pack, then its input_ids, position_ids and targets of shape (1, tokens).
+
+    A target is the token after its position.
 
     The last position of a document has no target: what follows in the pack belongs to another document, whose first
     token is never supervised.
@@ -181,5 +193,6 @@ def _micro_batches(data: TensorDict) -> Iterator[tuple[torch.Tensor, torch.Tenso
     doc = 0
     for count in tu.get(data, "micro_batch_docs"):
         span = slice(offsets[doc], offsets[doc + count])
-        yield ids[span][None], positions[span][None], targets[span][None]
+        lengths = [end - begin for begin, end in itertools.pairwise(offsets[doc : doc + count + 1])]
+        yield lengths, ids[span][None], positions[span][None], targets[span][None]
         doc += count

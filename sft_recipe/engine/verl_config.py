@@ -11,6 +11,7 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.config.optimizer import OptimizerConfig
 
 from sft_recipe.config import Config, FsdpConfig
+from sft_recipe.engine.attention import PACKED
 from sft_recipe.engine.platform_cpu import has_fast_bf16
 from sft_recipe.errors import PreflightError
 
@@ -64,11 +65,11 @@ def uses_gradient_checkpointing(config: Config, device: str) -> bool:
 
 
 def attention(config: Config, device: str) -> str:
-    """The attention implementation: flash-attn where it is installed on a GPU, else PyTorch's."""
+    """The attention implementation: flash-attn where it is installed on a GPU, else ours on PyTorch's kernels."""
     chosen = config.model.attn_implementation
     if chosen == "auto":
         has_flash = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
-        chosen = "flash_attention_2" if has_flash else "sdpa"
+        chosen = "flash_attention_2" if has_flash else PACKED
     if config.fsdp.ulysses_sequence_parallel_size > 1 and not chosen.startswith("flash_attention"):
         raise PreflightError(
             f"fsdp.ulysses_sequence_parallel_size={config.fsdp.ulysses_sequence_parallel_size} needs flash attention, "
