@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from verl.utils import tensordict_utils as tu
@@ -22,6 +23,7 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine.fsdp.transformer_impl import FSDP
 
 from sft_recipe.engine.attention import PACKED, can_pack, packed_documents
+from sft_recipe.engine.loss import summed_cross_entropy
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class SFTEngine(FSDPEngineWithLMHead):
         group = self.get_data_parallel_group()
         tokens = data["loss_mask"].values().sum().to(get_device_name())
         torch.distributed.all_reduce(tokens, group=group)
-        scale = torch.distributed.get_world_size() / max(1, tokens.item())
+        scale = torch.distributed.get_world_size() / tokens.clamp(min=1)
         micro_batches = list(_micro_batches(data))
         losses = []
         for index, (lengths, *inputs) in enumerate(micro_batches):
@@ -72,6 +74,8 @@ class SFTEngine(FSDPEngineWithLMHead):
                 if not forward_only:
                     loss.backward()
             losses.append(loss.detach())
+        if forward_only:
+            self._reshard()
         return {"model_output": {}, "loss": [self._over_sequence_ranks(torch.stack(losses).sum())], "metrics": {}}
 
     def optimizer_step(self) -> float:
@@ -115,18 +119,22 @@ class SFTEngine(FSDPEngineWithLMHead):
     ) -> torch.Tensor:
         """Summed over the supervised tokens of one packed micro-batch, in fp32; all three of shape (1, tokens)."""
         device = get_device_name()
-        input_ids, position_ids, targets = (part.to(device) for part in (input_ids, position_ids, targets))
         if self.use_ulysses_sp:
             size = self.ulysses_sequence_parallel_size
             targets = F.pad(targets, (0, -targets.size(1) % size), value=IGNORED)
             targets = targets.chunk(size, dim=1)[torch.distributed.get_rank(self.ulysses_parallel_group)]
             input_ids, position_ids, _ = ulysses_pad_and_slice_inputs(input_ids, position_ids, sp_size=size)
         kept = (targets[0] != IGNORED).nonzero()[:, 0]
-        # A rank with nothing to supervise still has to take part in every collective of the others.
-        kept = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=device)
+        is_empty = len(kept) == 0
+        if is_empty:  # such a rank still has to take part in every collective of the others
+            kept, targets = kept.new_zeros(1), targets.clamp(min=0)
+        input_ids, position_ids, kept, targets = (
+            part.to(device, non_blocking=True) for part in (input_ids, position_ids, kept, targets[0, kept])
+        )
         with self._autocast():
             logits = self._logits(input_ids, position_ids, kept)
-        return F.cross_entropy(logits.float(), targets[0, kept], ignore_index=IGNORED, reduction="sum")
+        loss = summed_cross_entropy(logits, targets)
+        return loss * 0.0 if is_empty else loss
 
     def _logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Logits of shape (kept, vocabulary); the head runs on those positions alone where the model can."""
@@ -146,6 +154,20 @@ class SFTEngine(FSDPEngineWithLMHead):
             torch.distributed.all_reduce(loss, group=self.ulysses_parallel_group)
             loss = loss / self.ulysses_sequence_parallel_size
         return loss.item()
+
+    @contextlib.contextmanager
+    def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Iterator[None]:
+        """verl's, and weights that stay gathered after the forward stay so until the step's last backward."""
+        if isinstance(self.module, FSDPModule) and not self.engine_config.reshard_after_forward:
+            self.module.set_reshard_after_backward(is_last_micro_batch)
+        with super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch):
+            yield
+
+    def _reshard(self) -> None:
+        """Free what a forward without a backward has gathered."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _build_module(self) -> torch.nn.Module:
         model = self.model_config.hf_config
