@@ -1,7 +1,7 @@
 """Where the time and the memory of a training step go: benchmarks/profile_step.py [Hydra overrides]
 
 SmolLM2-135M (the embedded model) on the example data, unless overrides such as model.path=... or lora=r8 say otherwise.
-Times are of the operators themselves, summed over threads' callers; on a GPU those of its kernels.
+Times are those of the operators themselves, without what they call; on a GPU those of its kernels.
 """
 
 import resource
@@ -20,15 +20,19 @@ from benchmarks.results import machine, table
 
 DEFAULTS = ["data.train_files=data/example_sft.json", "data.max_length=512", "data.train_batch_size=4",
             "data.micro_batch_size_per_gpu=4"]  # fmt: skip
-# The first kind that one of an operator's names contains; what belongs to the head is told by its shapes.
-KINDS = {
+# By a part of an operator's name, or of one that it stands in. Of the first two, any of them tells; the head is told
+# by its shapes; then the innermost name counts.
+OUTER_KINDS = {
     "optimiser": ("optimizer.step", "_fused_adam", "_foreach", "clip_grad", "linalg_vector_norm"),
+    "gathering and casting weights": ("fsdp::",),
+}
+KINDS = {
     "attention": ("scaled_dot_product", "flash_attention", "varlen_attn", "softmax"),
     "matrix products": ("mm", "linear", "matmul", "gemm", "mkldnn"),
-    "casts and copies": ("copy_", "_to_copy", "clone", "cat", "fill_", "zero_", "split_with_sizes_copy"),
-    "collectives": ("c10d", "gloo", "nccl", "all_gather", "reduce_scatter", "all_reduce"),
-    "norms and elementwise": ("mul", "add", "silu", "rsqrt", "pow", "mean", "neg", "sub", "div", "sum", "sigmoid", "cos", "sin"),
-}  # fmt: skip
+    "collectives": ("c10d", "gloo", "nccl"),
+    "casts and copies": ("copy", "clone", "cat", "fill_", "zero_"),
+    "norms and elementwise": ("mul", "add", "silu", "rsqrt", "pow", "mean", "neg", "sub", "div", "sum", "sigmoid"),
+}
 HEAD = "head and loss"
 OTHER = "other"
 
@@ -64,7 +68,7 @@ def main() -> None:
     print(f"{tokens} tokens, {supervised} supervised, micro-batches of {docs} documents\n")
     print(table(["kind", "ms", "percent", "operators"], [*rows, ["all", f"{total:,.0f}", "100.0", f"{len(events):,}"]]))
     print()
-    print(table(["memory", "MB"], [[name, f"{size / 2**20:,.0f}"] for name, size in memory(rank, events).items()]))
+    print(table(["memory", "MB"], [[name, f"{size / 2**20:,.0f}"] for name, size in memory(rank, profiler).items()]))
     torch.distributed.destroy_process_group()
 
 
@@ -74,10 +78,12 @@ def kind_of(event: Any, vocabulary: int) -> str:
     while around is not None:
         names.append(around.name.lower())
         around = around.cpu_parent
-    if any(name in outer for outer in names for name in KINDS["optimiser"]):
-        return "optimiser"
+    for kind, parts in OUTER_KINDS.items():
+        if any(part in name for name in names for part in parts):
+            return kind
     shapes = event.input_shapes or (event.cpu_parent.input_shapes if event.cpu_parent else [])
-    if any(vocabulary in shape for shape in shapes if isinstance(shape, list)) and "embedding" not in names[0]:
+    has_vocabulary = any(vocabulary in shape for shape in shapes if isinstance(shape, list))
+    if (has_vocabulary and not any("embedding" in name for name in names)) or "crossentropy" in names[-1]:
         return HEAD
     for name in names:
         for kind, parts in KINDS.items():
@@ -86,7 +92,7 @@ def kind_of(event: Any, vocabulary: int) -> str:
     return OTHER
 
 
-def memory(rank: OneRank, events: list[Any]) -> dict[str, int]:
+def memory(rank: OneRank, profiler: profile) -> dict[str, int]:
     """Bytes of what lives across steps, the most that one step needs beside it, and the process's peak."""
 
     def size(tensors: Any) -> int:
@@ -97,9 +103,9 @@ def memory(rank: OneRank, events: list[Any]) -> dict[str, int]:
     parameters = list(rank.engine.module.parameters())
     found = {
         "weights": size(parameters),
-        "gradients": size(parameter.grad for parameter in parameters if parameter.grad is not None),
+        "gradients, when they are whole": size(part for part in parameters if part.requires_grad),
         "optimiser state": size(part for part in state if isinstance(part, torch.Tensor)),
-        "most allocated during the step, above its start": _peak(events),
+        "most allocated during the step, above its start": _peak(profiler),
     }
     if rank.device == "cuda":
         found["peak on the GPU"] = torch.cuda.max_memory_allocated()
@@ -107,11 +113,11 @@ def memory(rank: OneRank, events: list[Any]) -> dict[str, int]:
     return found
 
 
-def _peak(events: list[Any]) -> int:
-    deltas = [event for event in events if event.name == "[memory]"]
+def _peak(profiler: profile) -> int:
     use, most = 0, 0
-    for event in sorted(deltas, key=lambda event: event.time_range.start):
-        use += event.cpu_memory_usage or event.device_memory_usage
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for change in sorted(changes, key=lambda change: change.start_ns()):
+        use += change.nbytes()
         most = max(most, use)
     return most
 

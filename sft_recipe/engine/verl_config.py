@@ -64,6 +64,15 @@ def uses_gradient_checkpointing(config: Config, device: str) -> bool:
     return device == "cuda" if chosen == "auto" else bool(chosen)
 
 
+def reshards_after_forward(config: Config) -> bool:
+    """On by default where it frees much: among several ranks, and with parameters that wait in CPU memory.
+
+    One rank alone frees the copy in the compute dtype, and makes it again twice in each micro-batch.
+    """
+    chosen = config.fsdp.reshard_after_forward
+    return config.trainer.world_size > 1 or config.fsdp.offload_policy if chosen == "auto" else chosen
+
+
 def attention(config: Config, device: str) -> str:
     """The attention implementation: flash-attn where it is installed on a GPU, else ours on PyTorch's kernels."""
     chosen = config.model.attn_implementation
@@ -87,7 +96,7 @@ def fsdp_engine(config: Config, device: str) -> FSDPEngineConfig:
         param_offload=fsdp.param_offload and on_gpu,
         optimizer_offload=fsdp.optimizer_offload and on_gpu,
         offload_policy=fsdp.offload_policy and on_gpu,
-        reshard_after_forward=fsdp.reshard_after_forward,
+        reshard_after_forward=reshards_after_forward(config),
         fsdp_size=fsdp.fsdp_size,
         forward_prefetch=fsdp.forward_prefetch,
         use_no_sync_for_gradient_accumulation=fsdp.use_no_sync_for_gradient_accumulation,
