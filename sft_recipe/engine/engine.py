@@ -124,17 +124,14 @@ class SFTEngine(FSDPEngineWithLMHead):
             targets = F.pad(targets, (0, -targets.size(1) % size), value=IGNORED)
             targets = targets.chunk(size, dim=1)[torch.distributed.get_rank(self.ulysses_parallel_group)]
             input_ids, position_ids, _ = ulysses_pad_and_slice_inputs(input_ids, position_ids, sp_size=size)
+        # Where there are none, the model runs all the same: others wait for this rank in their collectives.
         kept = (targets[0] != IGNORED).nonzero()[:, 0]
-        is_empty = len(kept) == 0
-        if is_empty:  # such a rank still has to take part in every collective of the others
-            kept, targets = kept.new_zeros(1), targets.clamp(min=0)
         input_ids, position_ids, kept, targets = (
             part.to(device, non_blocking=True) for part in (input_ids, position_ids, kept, targets[0, kept])
         )
         with self._autocast():
             logits = self._logits(input_ids, position_ids, kept)
-        loss = summed_cross_entropy(logits, targets)
-        return loss * 0.0 if is_empty else loss
+        return summed_cross_entropy(logits, targets)
 
     def _logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Logits of shape (kept, vocabulary); the head runs on those positions alone where the model can."""

@@ -133,16 +133,19 @@ def test_an_unknown_mask_is_computed_in_full_and_keeps_documents_apart(ids, capl
     model = build("llama", PACKED)
     original = model.model.forward
 
-    def with_prefix_seen_by_all(**inputs):
+    def with_a_mask_of_its_own(**inputs):
         from transformers.models.llama import modeling_llama
 
         make = modeling_llama.create_causal_mask
+
+        def make_unknown(position_ids, **given):  # every other token is seen from everywhere; nothing of packing
+            return make(**given, or_mask_function=lambda batch, head, row, column: column % 2 == 0)
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(modeling_llama, "create_causal_mask", lambda **given: make(
-                **given, or_mask_function=lambda batch, head, row, column: column % 2 == 0))  # fmt: skip
+            patch.setattr(modeling_llama, "create_causal_mask", make_unknown)
             return original(**inputs)
 
-    model.model.forward = with_prefix_seen_by_all
+    model.model.forward = with_a_mask_of_its_own
     caplog.set_level(logging.WARNING)
     whole = packed_logits(model, ids)
     assert [record.message for record in caplog.records if "computed in full" in record.message]
