@@ -5,6 +5,7 @@ and they take turns on the same batch. What counts is the CPU time of the proces
 waits for another in it), on a GPU time. Writes its section of RESULTS.md.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -19,13 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.one_step import OneRank
 from benchmarks.results import machine, table, write_section
 
-ROUNDS = 7
 DEFAULTS = ["data.train_files=data/example_sft.json", "data.max_length=512", "data.train_batch_size=16",
             "data.micro_batch_size_per_gpu=4", "fsdp.reshard_after_forward=false"]  # fmt: skip
 
 
 def main() -> None:
-    rank = OneRank([*DEFAULTS, *sys.argv[1:]])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    options, overrides = parser.parse_known_args()
+    rank = OneRank([*DEFAULTS, *overrides])
     ours = rank.engine.module.config._attn_implementation
     switches: dict[str, Callable[[bool], None]] = {
         "attention document by document, not under a mask": lambda on: use_attention(rank, ours if on else "sdpa"),
@@ -36,7 +39,7 @@ def main() -> None:
     variants = {"all on": [], **{f"without: {name}": [name] for name in switches}, "all off": list(switches)}
     batch = rank.batch(1)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(ROUNDS + 1):
+    for turn in range(options.rounds + 1):
         for variant, off in variants.items():
             for name, switch in switches.items():
                 switch(name not in off)
@@ -52,8 +55,8 @@ def main() -> None:
     section = f"""## What each optimisation of the step is worth
 
 `benchmarks/step_switches.py {" ".join(sys.argv[1:])}`; {machine()}, {torch.get_num_threads()} threads.
-One step of {tokens:,} tokens in micro-batches of {docs} documents, {ROUNDS} rounds. The ratio is the median, with least
-and most, of each round's time over that of the same round with all on.
+One step of {tokens:,} tokens in micro-batches of {docs} documents, {options.rounds} rounds.
+The ratio is the median, with least and most, of each round's time over that of the same round with all on.
 
 {table(["variant", f"median {clock} s", "least", "ratio", "least", "most"], rows)}
 """

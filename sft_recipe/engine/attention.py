@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, and_masks, packed
 from sft_recipe.errors import ModelError
 
 PACKED = "sft_packed"  # its name among transformers' attention implementations
+HAS_VARLEN = "enable_gqa" in signature(varlen_attn).parameters  # since PyTorch 2.12
 PROBED_ROWS = 64  # of a mask, to learn whether it is one of those we know
 
 _lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths of the documents in the pack", default=None)
@@ -176,10 +178,10 @@ def attend(
 
 
 def _fits_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """What FlashAttention-2, which is part of PyTorch for NVIDIA and AMD, asks for."""
+    """What PyTorch's own FlashAttention asks for."""
     size = query.shape[-1]
     is_half = value.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and is_half and size == value.shape[-1] and size % 8 == 0 and size <= 256
+    return HAS_VARLEN and query.is_cuda and is_half and size == value.shape[-1] and size % 8 == 0 and size <= 256
 
 
 def _varlen(
