@@ -137,7 +137,8 @@ class SFTEngine(FSDPEngineWithLMHead):
         """Logits of shape (kept, vocabulary); the head runs on those positions alone where the model can."""
         inputs = dict(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
         if self._keeps_logits:
-            return self.module(**inputs, logits_to_keep=kept).logits[0]
+            # Not [0], whose gradient would be written into zeros of the same size first.
+            return self.module(**inputs, logits_to_keep=kept).logits.squeeze(0)
         return self.module(**inputs).logits[0, kept]
 
     def _autocast(self) -> AbstractContextManager:

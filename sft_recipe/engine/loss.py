@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-CHUNK = {"cpu": 2**20, "cuda": 2**25}  # fp32 numbers at a time: the caches of a core; enough work for a GPU's launch
+CHUNK = {"cpu": 2**19, "cuda": 2**25}  # fp32 numbers at a time: few for a core's caches, many for a GPU's launches
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
