@@ -120,7 +120,7 @@ class FsdpConfig(_Group):
     param_offload: bool = False
     optimizer_offload: bool = False
     offload_policy: bool = False
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | Literal["auto"] = "auto"
     fsdp_size: int = -1
     forward_prefetch: bool = False
     use_no_sync_for_gradient_accumulation: bool = True

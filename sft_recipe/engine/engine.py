@@ -1,6 +1,8 @@
 """The SFT engine over verl's FSDP engine: planned micro-batches, logits only where a token is supervised, fp32 loss."""
 
 import contextlib
+import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from verl.utils import tensordict_utils as tu
@@ -18,6 +21,11 @@ from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine.fsdp.transformer_impl import FSDP
+
+from sft_recipe.engine.attention import PACKED, can_pack, packed_documents
+from sft_recipe.engine.loss import summed_cross_entropy
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100  # a target that is not supervised
 
@@ -53,19 +61,21 @@ class SFTEngine(FSDPEngineWithLMHead):
         group = self.get_data_parallel_group()
         tokens = data["loss_mask"].values().sum().to(get_device_name())
         torch.distributed.all_reduce(tokens, group=group)
-        scale = torch.distributed.get_world_size() / max(1, tokens.item())
+        scale = torch.distributed.get_world_size() / tokens.clamp(min=1)
         micro_batches = list(_micro_batches(data))
         losses = []
-        for index, (input_ids, position_ids, targets) in enumerate(micro_batches):
+        for index, (lengths, *inputs) in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             sync: AbstractContextManager = (
                 nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)
             )
-            with sync, torch.set_grad_enabled(not forward_only):
-                loss = self._negative_log_likelihood(input_ids, position_ids, targets) * scale
+            with sync, torch.set_grad_enabled(not forward_only), packed_documents(lengths):
+                loss = self._negative_log_likelihood(*inputs) * scale
                 if not forward_only:
                     loss.backward()
             losses.append(loss.detach())
+        if forward_only:
+            self._reshard()
         return {"model_output": {}, "loss": [self._over_sequence_ranks(torch.stack(losses).sum())], "metrics": {}}
 
     def optimizer_step(self) -> float:
@@ -109,24 +119,26 @@ class SFTEngine(FSDPEngineWithLMHead):
     ) -> torch.Tensor:
         """Summed over the supervised tokens of one packed micro-batch, in fp32; all three of shape (1, tokens)."""
         device = get_device_name()
-        input_ids, position_ids, targets = (part.to(device) for part in (input_ids, position_ids, targets))
         if self.use_ulysses_sp:
             size = self.ulysses_sequence_parallel_size
             targets = F.pad(targets, (0, -targets.size(1) % size), value=IGNORED)
             targets = targets.chunk(size, dim=1)[torch.distributed.get_rank(self.ulysses_parallel_group)]
             input_ids, position_ids, _ = ulysses_pad_and_slice_inputs(input_ids, position_ids, sp_size=size)
+        # Where there are none, the model runs all the same: others wait for this rank in their collectives.
         kept = (targets[0] != IGNORED).nonzero()[:, 0]
-        # A rank with nothing to supervise still has to take part in every collective of the others.
-        kept = kept if len(kept) else torch.zeros(1, dtype=torch.long, device=device)
+        input_ids, position_ids, kept, targets = (
+            part.to(device, non_blocking=True) for part in (input_ids, position_ids, kept, targets[0, kept])
+        )
         with self._autocast():
             logits = self._logits(input_ids, position_ids, kept)
-        return F.cross_entropy(logits.float(), targets[0, kept], ignore_index=IGNORED, reduction="sum")
+        return summed_cross_entropy(logits, targets)
 
     def _logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """Logits of shape (kept, vocabulary); the head runs on those positions alone where the model can."""
         inputs = dict(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
         if self._keeps_logits:
-            return self.module(**inputs, logits_to_keep=kept).logits[0]
+            # Not [0], whose gradient would be written into zeros of the same size first.
+            return self.module(**inputs, logits_to_keep=kept).logits.squeeze(0)
         return self.module(**inputs).logits[0, kept]
 
     def _autocast(self) -> AbstractContextManager:
@@ -141,7 +153,25 @@ class SFTEngine(FSDPEngineWithLMHead):
             loss = loss / self.ulysses_sequence_parallel_size
         return loss.item()
 
+    @contextlib.contextmanager
+    def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Iterator[None]:
+        """verl's, and weights that stay gathered after the forward stay so until the step's last backward."""
+        if isinstance(self.module, FSDPModule) and not self.engine_config.reshard_after_forward:
+            self.module.set_reshard_after_backward(is_last_micro_batch)
+        with super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch):
+            yield
+
+    def _reshard(self) -> None:
+        """Free what a forward without a backward has gathered."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def _build_module(self) -> torch.nn.Module:
+        model = self.model_config.hf_config
+        if model._attn_implementation == PACKED and not can_pack(model):
+            log.warning("%s brings its own attention: packed documents are masked from each other.", model.model_type)
+            model._attn_implementation = "sdpa"
         module = super()._build_module()
         self._keeps_logits = "logits_to_keep" in signature(module.forward).parameters
         return module
@@ -168,8 +198,10 @@ def schedule(step: int, total: int, warmup: int, kind: str, min_ratio: float) ->
     return shape if kind == "constant" else min_ratio + (1.0 - min_ratio) * shape
 
 
-def _micro_batches(data: TensorDict) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Packed (input_ids, position_ids, targets), each of shape (1, tokens); a target is the token after its position.
+def _micro_batches(data: TensorDict) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The lengths of the documents in each pack, then its input_ids, position_ids and targets of shape (1, tokens).
+
+    A target is the token after its position.
 
     The last position of a document has no target: what follows in the pack belongs to another document, whose first
     token is never supervised.
@@ -181,5 +213,6 @@ def _micro_batches(data: TensorDict) -> Iterator[tuple[torch.Tensor, torch.Tenso
     doc = 0
     for count in tu.get(data, "micro_batch_docs"):
         span = slice(offsets[doc], offsets[doc + count])
-        yield ids[span][None], positions[span][None], targets[span][None]
+        lengths = [end - begin for begin, end in itertools.pairwise(offsets[doc : doc + count + 1])]
+        yield lengths, ids[span][None], positions[span][None], targets[span][None]
         doc += count

@@ -4,6 +4,7 @@ Must be registered before anything of verl's engine is imported, and must not im
 """
 
 import contextlib
+import ctypes
 import os
 import time
 from types import ModuleType
@@ -14,6 +15,8 @@ import torch
 from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
+
+M_ARENA_MAX = -8  # of malloc.h
 
 
 class _CpuModule(ModuleType):
@@ -129,6 +132,16 @@ def use_cpu() -> None:
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
     if get_platform().device_name != "cpu":
         raise RuntimeError(f"verl chose the platform {get_platform().device_name} before the CPU was registered")
+    share_one_heap()
+
+
+def share_one_heap() -> None:
+    """Let all threads allocate from one heap, where the C library is glibc.
+
+    It gives each thread its own, and the backward pass runs in a thread: it could not use again what the forward freed.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def has_fast_bf16() -> bool:

@@ -10,7 +10,8 @@ from verl.trainer.config import CheckpointConfig
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.config.optimizer import OptimizerConfig
 
-from sft_recipe.config import Config, FsdpConfig
+from sft_recipe.config import Config, FsdpConfig, OptimConfig
+from sft_recipe.engine.attention import PACKED
 from sft_recipe.engine.platform_cpu import has_fast_bf16
 from sft_recipe.errors import PreflightError
 
@@ -63,12 +64,21 @@ def uses_gradient_checkpointing(config: Config, device: str) -> bool:
     return device == "cuda" if chosen == "auto" else bool(chosen)
 
 
+def reshards_after_forward(config: Config) -> bool:
+    """On by default where it frees much: among several ranks, and with parameters that wait in CPU memory.
+
+    One rank alone frees the copy in the compute dtype, and makes it again twice in each micro-batch.
+    """
+    chosen = config.fsdp.reshard_after_forward
+    return config.trainer.world_size > 1 or config.fsdp.offload_policy if chosen == "auto" else chosen
+
+
 def attention(config: Config, device: str) -> str:
-    """The attention implementation: flash-attn where it is installed on a GPU, else PyTorch's."""
+    """The attention implementation: flash-attn where it is installed on a GPU, else ours on PyTorch's kernels."""
     chosen = config.model.attn_implementation
     if chosen == "auto":
         has_flash = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
-        chosen = "flash_attention_2" if has_flash else "sdpa"
+        chosen = "flash_attention_2" if has_flash else PACKED
     if config.fsdp.ulysses_sequence_parallel_size > 1 and not chosen.startswith("flash_attention"):
         raise PreflightError(
             f"fsdp.ulysses_sequence_parallel_size={config.fsdp.ulysses_sequence_parallel_size} needs flash attention, "
@@ -86,7 +96,7 @@ def fsdp_engine(config: Config, device: str) -> FSDPEngineConfig:
         param_offload=fsdp.param_offload and on_gpu,
         optimizer_offload=fsdp.optimizer_offload and on_gpu,
         offload_policy=fsdp.offload_policy and on_gpu,
-        reshard_after_forward=fsdp.reshard_after_forward,
+        reshard_after_forward=reshards_after_forward(config),
         fsdp_size=fsdp.fsdp_size,
         forward_prefetch=fsdp.forward_prefetch,
         use_no_sync_for_gradient_accumulation=fsdp.use_no_sync_for_gradient_accumulation,
@@ -139,7 +149,7 @@ def _optim(config: Config, total_steps: int) -> ScheduledOptimizerConfig:
     return ScheduledOptimizerConfig(
         optimizer=optim.optimizer,
         optimizer_impl=optim.optimizer_impl,
-        override_optimizer_config=optim.override_optimizer_config,
+        override_optimizer_config=_with_fused_kernel(optim),
         lr=optim.lr,
         lr_scheduler_type=optim.lr_scheduler_type,
         lr_warmup_steps_ratio=optim.lr_warmup_steps_ratio,
@@ -150,6 +160,14 @@ def _optim(config: Config, total_steps: int) -> ScheduledOptimizerConfig:
         clip_grad=optim.clip_grad,
         total_training_steps=total_steps,
     )
+
+
+def _with_fused_kernel(optim: OptimConfig) -> dict[str, Any]:
+    """Adam's step in one pass over memory instead of ten, where it is PyTorch's and nothing else was asked for."""
+    chosen = dict(optim.override_optimizer_config or {})
+    if optim.optimizer_impl == "torch.optim" and optim.optimizer in ("Adam", "AdamW") and "foreach" not in chosen:
+        chosen.setdefault("fused", True)
+    return chosen
 
 
 def _megatron_optim(config: Config, total_steps: int) -> Any:

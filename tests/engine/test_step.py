@@ -59,6 +59,16 @@ def work(tmp_path_factory):
             several.append([*arguments, f"trainer.output_dir={folder}/{shape}-{strategy}-2"])
     checkpointed = [*base, "model.enable_gradient_checkpointing=true", "data.micro_batch_size_per_gpu=2"]
     assert run_here(*checkpointed, f"trainer.output_dir={folder}/checkpointing-fsdp2-1") == 0
+    for gathers in ("true", "false"):
+        long = [*base, "trainer.total_training_steps=3", "optim.lr=0.1", f"data.val_files={folder}/data.json"]
+        long += ["trainer.test_freq=1", f"fsdp.reshard_after_forward={gathers}", "fsdp.strategy=fsdp2"]
+        assert run_here(*long, f"trainer.output_dir={folder}/resharding-{gathers}-1") == 0
+        several.append([*long, f"trainer.output_dir={folder}/resharding-{gathers}-2"])
+    (folder / "three.json").write_text(json.dumps(RECORDS[:1] * 3))  # two for one rank, one for the other
+    alone = [*base, f"data.train_files={folder}/three.json", "data.train_batch_size=3", "data.max_length=40"]
+    for strategy in STRATEGIES:
+        several.append([*alone, f"fsdp.strategy={strategy}", f"trainer.output_dir={folder}/alone-{strategy}-2"])
+    assert run_here(*alone, f"trainer.output_dir={folder}/alone-1") == 0
     result = run_ranks(2, *several)
     assert result.returncode == 0, result.stderr
     return folder
@@ -93,6 +103,28 @@ def test_full_step_equals_a_plain_loop(work, tokenizer, strategy, ranks):
 
 def test_gradient_checkpointing_and_larger_packs_change_nothing(work, tokenizer):
     check_full(work, tokenizer, work / "checkpointing-fsdp2-1")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rank_with_nothing_to_learn_changes_nothing(work, strategy):
+    one, two = work / "alone-1", work / f"alone-{strategy}-2"
+    assert metrics(two)[0]["train/loss"] == pytest.approx(metrics(one)[0]["train/loss"], rel=1e-6)
+    weights = [load_file(run / "checkpoints/step_1/huggingface/model.safetensors") for run in (one, two)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_that_stay_gathered_are_never_stale(work, ranks):
+    kept, freed = (
+        [
+            (row["train/loss"], row["train/grad_norm"], row["val/loss"])
+            for row in metrics(work / f"resharding-{how}-{ranks}")
+        ]
+        for how in ("false", "true")
+    )
+    assert kept == freed and len(kept) == 3
+    assert kept[2][2] < kept[1][2] < kept[0][2]
 
 
 def check_full(work, tokenizer, output):

@@ -70,6 +70,21 @@ def test_fsdp_runs_as_fsdp2_on_a_cpu(verl_config, model_dir, device, strategy, e
     assert built.engine.strategy == expected
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], False),
+        (["trainer.n_gpus_per_node=2"], True),
+        (["fsdp=fsdp2_offload"], True),
+        (["fsdp.reshard_after_forward=true"], True),
+        (["trainer.n_gpus_per_node=2", "fsdp.reshard_after_forward=false"], False),
+    ],
+)
+def test_weights_stay_gathered_on_one_rank(verl_config, model_dir, overrides, expected):
+    engine = build(verl_config, model_dir, "cuda", "fsdp.mixed_precision.param_dtype=bf16", *overrides).engine
+    assert engine.reshard_after_forward is expected
+
+
 @pytest.mark.parametrize(("device", "expected"), [("cpu", False), ("cuda", True)])
 def test_gradient_checkpointing_is_on_on_gpus_only(verl_config, model_dir, device, expected):
     built = build(verl_config, model_dir, device, "fsdp.mixed_precision.param_dtype=bf16")
@@ -108,6 +123,39 @@ def test_matrix_peak_is_a_plausible_number():
     import torch
 
     assert 1e8 < measured_peak_flops(torch.float32, size=256, seconds=0.05) < 1e15
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr=1e-5", {"fused": True}),
+        ("optim.optimizer=SGD", {}),
+        ("optim.override_optimizer_config={fused: false}", {"fused": False}),
+        ("optim.override_optimizer_config={foreach: true, eps: 1e-6}", {"foreach": True, "eps": 1e-6}),
+        ("optim.override_optimizer_config={eps: 1e-6}", {"fused": True, "eps": 1e-6}),
+        ("optim.optimizer_impl=torchao.optim", {}),
+    ],
+)
+def test_adam_is_fused_unless_something_else_is_asked_for(verl_config, model_dir, override, expected):
+    assert build(verl_config, model_dir, "cpu", override).optim.override_optimizer_config == expected
+
+
+def test_the_fused_step_equals_the_plain_one(verl_config, model_dir):
+    import torch
+    from verl.workers.config.optimizer import build_optimizer
+
+    def steps(*overrides):
+        built = build(verl_config, model_dir, "cpu", "optim.lr=1e-2", "optim.weight_decay=0.1", *overrides)
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(40, 50, generator=generator))
+        optimizer = build_optimizer([weight], built.optim)
+        for _ in range(5):
+            weight.grad = torch.randn(40, 50, generator=generator)
+            optimizer.step()
+        return weight.detach()
+
+    plain = steps("optim.override_optimizer_config={fused: false, foreach: false}")
+    torch.testing.assert_close(steps(), plain, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

@@ -1,0 +1,112 @@
+"""What each optimisation of the training step is worth: benchmarks/step_switches.py [Hydra overrides]
+
+SmolLM2-135M (the embedded model) on the example data, in this process. Each variant switches one thing off, or all,
+and they take turns on the same batch. What counts is the CPU time of the process (with OMP_NUM_THREADS=1 no thread
+waits for another in it), on a GPU time. Writes its section of RESULTS.md.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.one_step import OneRank
+from benchmarks.results import machine, table, write_section
+
+DEFAULTS = ["data.train_files=data/example_sft.json", "data.max_length=512", "data.train_batch_size=16",
+            "data.micro_batch_size_per_gpu=4", "fsdp.reshard_after_forward=false"]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    options, overrides = parser.parse_known_args()
+    rank = OneRank([*DEFAULTS, *overrides])
+    ours = rank.engine.module.config._attn_implementation
+    switches: dict[str, Callable[[bool], None]] = {
+        "attention document by document, not under a mask": lambda on: use_attention(rank, ours if on else "sdpa"),
+        "cross-entropy a few rows at a time": use_loss,
+        "weights gathered and cast once per step": lambda on: keep_weights(rank, on),
+        "fused Adam": lambda on: fuse_adam(rank, on),
+    }
+    variants = {"all on": [], **{f"without: {name}": [name] for name in switches}, "all off": list(switches)}
+    batch = rank.batch(1)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(options.rounds + 1):
+        for variant, off in variants.items():
+            for name, switch in switches.items():
+                switch(name not in off)
+            spent = timed(rank, batch)
+            if turn:  # the first warms up
+                seconds[variant].append(spent)
+    rows = [
+        [name, f"{statistics.median(of_one):.2f}", f"{min(of_one):.2f}", *ratio(of_one, seconds["all on"])]
+        for name, of_one in seconds.items()
+    ]
+    tokens, docs = batch["input_ids"].values().numel(), list(batch["micro_batch_docs"])
+    clock = "GPU" if rank.device == "cuda" else "CPU"
+    section = f"""## What each optimisation of the step is worth
+
+`benchmarks/step_switches.py {" ".join(sys.argv[1:])}`; {machine()}, {torch.get_num_threads()} threads.
+One step of {tokens:,} tokens in micro-batches of {docs} documents, {options.rounds} rounds.
+The ratio is the median, with least and most, of each round's time over that of the same round with all on.
+
+{table(["variant", f"median {clock} s", "least", "ratio", "least", "most"], rows)}
+"""
+    print(section)
+    write_section("step switches", section)
+    torch.distributed.destroy_process_group()
+
+
+def ratio(seconds: list[float], base: list[float]) -> list[str]:
+    """Median, least and most of the paired ratios."""
+    ratios = [one / other for one, other in zip(seconds, base, strict=True)]
+    return [f"{figure:.3f}" for figure in (statistics.median(ratios), min(ratios), max(ratios))]
+
+
+def timed(rank: OneRank, batch: torch.Tensor) -> float:
+    on_gpu = rank.device == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = clock()
+    rank.train(batch)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def use_attention(rank: OneRank, name: str) -> None:
+    rank.engine.module.config._attn_implementation = name
+
+
+def use_loss(in_rows: bool) -> None:
+    from sft_recipe.engine import engine, loss
+
+    def plain(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    engine.summed_cross_entropy = loss.summed_cross_entropy if in_rows else plain
+
+
+def keep_weights(rank: OneRank, kept: bool) -> None:
+    object.__setattr__(rank.engine.engine_config, "reshard_after_forward", not kept)
+    if hasattr(rank.engine.module, "set_reshard_after_forward"):  # FSDP1 has no such choice once it is built
+        rank.engine.module.set_reshard_after_forward(not kept)
+        rank.engine.module.set_reshard_after_backward(True)
+
+
+def fuse_adam(rank: OneRank, fused: bool) -> None:
+    for group in rank.engine.optimizer.param_groups:
+        group["fused"], group["foreach"] = fused, None
+
+
+if __name__ == "__main__":
+    main()

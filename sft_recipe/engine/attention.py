@@ -1,0 +1,230 @@
+"""Attention over packed documents that does no work between them: nowhere is there a mask of tokens x tokens.
+
+transformers asks two registered functions: one makes the mask that a model hands to its layers, one attends. Here the
+mask is a `Documents`, which only says where documents end, so a layer has all it needs at hand also when gradient
+checkpointing runs it again.
+
+    a a a | b b                lengths [3, 2]          a sees a, b sees b, each only what stands before it
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, and_masks, packed_sequence_mask_function, sdpa_mask
+
+from sft_recipe.errors import ModelError
+
+PACKED = "sft_packed"  # its name among transformers' attention implementations
+HAS_VARLEN = "enable_gqa" in signature(varlen_attn).parameters  # since PyTorch 2.12
+PROBED_ROWS = 64  # of a mask, to learn whether it is one of those we know
+
+_lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths of the documents in the pack", default=None)
+_understood: dict[tuple, bool] = {}
+_log = logging.getLogger(__name__)
+
+
+class Documents:
+    """Where the documents of a pack end, and how many tokens back (itself included) one sees; None: all."""
+
+    def __init__(self, lengths: Sequence[int], window: int | None, device: torch.device | str):
+        self.lengths = list(lengths)
+        self.longest = max(self.lengths)
+        self.window = window if window is not None and window < self.longest else None
+        self.device = device
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(torch.Tensor, name) and not name.startswith("_"):
+            raise ModelError(f"the model's own code takes {name!r} of its mask: set model.attn_implementation=sdpa")
+        raise AttributeError(name)
+
+    @cached_property
+    def offsets(self) -> torch.Tensor:
+        """Of each document's first token, and of what follows the last; (documents + 1,)."""
+        ends = torch.tensor([0, *self.lengths], device=self.device)
+        return ends.cumsum(0, dtype=torch.int32)
+
+    @cached_property
+    def number(self) -> torch.Tensor:
+        """Each token's document, 0 for the first; (tokens,)."""
+        return torch.repeat_interleave(torch.tensor(self.lengths, device=self.device))
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """(longest, longest): whether the row's token sees the column's; its corner is that of a shorter document."""
+        mask = torch.ones(self.longest, self.longest, dtype=torch.bool, device=self.device).tril()
+        return mask if self.window is None else mask.triu(1 - self.window)
+
+
+@contextmanager
+def packed_documents(lengths: Sequence[int]) -> Iterator[None]:
+    """Models that are called inside take their (1, tokens) inputs for documents of these lengths."""
+    token = _lengths.set(lengths)
+    try:
+        yield
+    finally:
+        _lengths.reset(token)
+
+
+def can_pack(config: PretrainedConfig) -> bool:
+    """Whether the model takes its attention, and so its mask, from transformers' registry."""
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return bool(getattr(model_class, "_supports_attention_backend", False))
+
+
+def documents_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Documents | torch.Tensor | None:
+    """What a model's layers get as their mask; a dense one outside `packed_documents` and where it is not known."""
+    lengths = _lengths.get()
+    if lengths is not None and attention_mask is None and (batch_size, q_length, kv_length) == (1, *[sum(lengths)] * 2):
+        documents = Documents(lengths, local_size, device)
+        if _is_understood(mask_function, documents, local_size, **kwargs):
+            return documents
+        # Not every model tells its mask of the packing.
+        mask_function = and_masks(mask_function, packed_sequence_mask_function(documents.number[None]))
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(
+        batch_size, q_length, kv_length, mask_function=mask_function, attention_mask=attention_mask,
+        local_size=local_size, device=device, **kwargs,
+    )  # fmt: skip
+
+
+def _is_understood(
+    mask_function: Callable, documents: Documents, local_size: int | None, use_vmap: bool = False, **kwargs: Any
+) -> bool:
+    """Whether within documents the model's mask is causal, over all that stands before or over a sliding window.
+
+    A few rows of it tell; they are looked at once, for a GPU would have to be waited for.
+    """
+    is_local = local_size is not None and local_size < sum(documents.lengths)
+    kind = (type(kwargs.get("config")), local_size, is_local, documents.window, use_vmap)
+    if kind not in _understood:
+        _understood[kind] = not use_vmap and _is_expected(mask_function, documents)
+        if not _understood[kind]:
+            _log.warning("Packed attention does not know one of this model's masks: that one is computed in full.")
+    return _understood[kind]
+
+
+def _is_expected(mask_function: Callable, documents: Documents) -> bool:
+    number, device = documents.number, documents.device
+    rows = torch.linspace(0, len(number) - 1, min(len(number), PROBED_ROWS), device=device).long()[:, None]
+    columns = torch.arange(len(number), device=device)[None]
+    expected = columns <= rows
+    if documents.window is not None:
+        expected &= rows - columns < documents.window
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    found = mask_function(zero, zero, rows, columns)
+    return bool(((found == expected) | (number[rows] != number[columns])).all())
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Documents | torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """(1, heads, tokens, size) each, with fewer heads for key and value or as many; returns (1, tokens, heads, size).
+
+    `softcap` bounds the scores, `s_aux` holds a score per head of an attention sink.
+    """
+    is_plain = softcap is None and s_aux is None
+    if not isinstance(attention_mask, Documents):
+        if is_plain:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        mask = attention_mask if attention_mask is not None else Documents([query.shape[2]], None, query.device).mask
+        return _scores_in_full(query, key, value, mask, dropout, scaling, softcap, s_aux).transpose(1, 2), None
+    documents = attention_mask
+    if is_plain and dropout == 0.0 and _fits_varlen(query, value):
+        return _varlen(query, key, value, documents, scaling), None
+
+    def attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        length = query.shape[2]
+        if not is_plain:
+            mask = documents.mask[:length, :length]
+            return _scores_in_full(query, key, value, mask, dropout, scaling, softcap, s_aux)
+        is_cut = documents.window is not None and documents.window < length
+        mask = documents.mask[:length, :length] if is_cut else None
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+
+    # split and cat, rather than slices, whose gradients would each be as long as the pack.
+    parts = zip(*(whole.split(documents.lengths, dim=2) for whole in (query, key, value)), strict=True)
+    return torch.cat([attend_one(*part).transpose(1, 2) for part in parts], dim=1), None
+
+
+def _fits_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """What PyTorch's own FlashAttention asks for."""
+    size = query.shape[-1]
+    is_half = value.dtype in (torch.bfloat16, torch.float16)
+    return HAS_VARLEN and query.is_cuda and is_half and size == value.shape[-1] and size % 8 == 0 and size <= 256
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scaling: float | None
+) -> torch.Tensor:
+    query, key, value = (whole[0].transpose(0, 1).to(value.dtype) for whole in (query, key, value))
+    back = -1 if documents.window is None else documents.window - 1  # not counting the token itself
+    offsets, longest = documents.offsets, documents.longest
+    attended = varlen_attn(
+        query, key, value, offsets, offsets, longest, longest,
+        scale=scaling, window_size=(back, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return attended[None]
+
+
+def _scores_in_full(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention as the models' papers write it, softmax in fp32.
+
+    Soft-capping: Gemma 2, https://arxiv.org/abs/2408.00118, section 2. A sink takes a share of the attention and gives
+    nothing (gpt-oss, https://arxiv.org/abs/2508.10925, section 2.2).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (whole.repeat_interleave(groups, dim=1) for whole in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query @ key.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float().masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    shares = scores.softmax(-1)[..., : key.shape[2]].to(query.dtype)
+    return F.dropout(shares, dropout) @ value
+
+
+AttentionInterface.register(PACKED, attend)
+AttentionMaskInterface.register(PACKED, documents_mask)
