@@ -46,6 +46,8 @@ class SFTEngine(FSDPEngineWithLMHead):
     The loss of a step is the mean over all supervised tokens of the global batch, however it is split.
     """
 
+    on_micro_batch: Callable[[], None] = staticmethod(lambda: None)  # called before each
+
     def is_mp_src_rank_with_outputs(self) -> bool:
         """Every rank has the loss, also where several share a sequence."""
         return True
@@ -65,6 +67,7 @@ class SFTEngine(FSDPEngineWithLMHead):
         micro_batches = list(_micro_batches(data))
         losses = []
         for index, (lengths, *inputs) in enumerate(micro_batches):
+            self.on_micro_batch()
             is_last = index == len(micro_batches) - 1
             sync: AbstractContextManager = (
                 nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)

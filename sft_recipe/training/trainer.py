@@ -146,6 +146,7 @@ class SFTTrainer(VerlSFTTrainer):
         self.state: FsdpState | MegatronState = MegatronState(self.engine)
         self.export = Export(lambda folder: None, 0)
         if self.is_ours:
+            self.engine.on_micro_batch = self.watch.go_on
             self.state = FsdpState(self.engine, config.lora.enabled, group)
             saver = ModelSaver(config, self.prepared, self.engine.module)
             self.export = Export(lambda folder: saver.save(folder / STATE, folder), saver.size())

@@ -51,6 +51,10 @@ class Watch:
         self._progress += 1
         self._phase, self._since, self._is_limited = phase, time.monotonic(), limited
 
+    def go_on(self) -> None:
+        """The main thread goes on within its phase: a long step is no hanging one."""
+        self.at(self._phase, self._is_limited)
+
     @contextmanager
     def ending_all(self) -> Iterator[None]:
         """What fails in this context on one rank ends all; a collective that fails because of that is not told."""
