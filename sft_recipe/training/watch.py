@@ -86,12 +86,14 @@ class Watch:
         _leave(f"rank {self.rank} stops, since another rank died without a word ({_first_line(error)})", LOST)
 
     def _live(self) -> None:
-        while not self._over.wait(BEAT):
+        """The first sign of life comes at once: who was never heard of is given minutes to start."""
+        while not self._over.is_set():
             try:
                 self._beat()
             except RuntimeError as error:  # the store is gone, and with it the machine that held it
                 if not self._over.wait(BEAT):
                     _leave(f"the machine of rank 0 cannot be reached any more ({_first_line(error)})", LOST)
+            self._over.wait(BEAT)
 
     def _beat(self) -> None:
         ours = self._state()
