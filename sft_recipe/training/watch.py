@@ -98,7 +98,7 @@ class Watch:
     def _beat(self) -> None:
         ours = self._state()
         self._store.set(str(self.rank), json.dumps(ours))
-        if end := self._read(END):
+        if (end := self._read(END)) and not self._over.is_set():  # its own last words are no order to leave
             self._obey(end)
         states = {self.rank: ours}
         for other, heard in self._heard.items():
