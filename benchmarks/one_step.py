@@ -65,7 +65,7 @@ class OneRank:
 
     def _build(self) -> Any:
         from sft_recipe.engine.engine import SFTEngine
-        from sft_recipe.engine.verl_config import build_verl_config
+        from sft_recipe.engine.verl_config import build_verl_config, shares_prefixes
 
         built = build_verl_config(self.config, self.prepared.model.folder, 1000, self.device)
         built.model.model_type = "language_model"
@@ -78,4 +78,5 @@ class OneRank:
         )
         torch.manual_seed(self.config.trainer.seed)
         engine.initialize()
+        engine.wants_shared_beginnings = shares_prefixes(self.config, self.device)
         return engine

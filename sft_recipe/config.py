@@ -43,6 +43,7 @@ class ModelConfig(_Group):
     trust_remote_code: bool = False
     enable_gradient_checkpointing: bool | Literal["auto"] = "auto"
     attn_implementation: str = "auto"
+    share_prefixes: bool | Literal["auto"] = "auto"
     chat_template: str | None = None
     override_config: dict[str, Any] = {}
 

@@ -4,7 +4,8 @@ transformers asks two registered functions: one makes the mask that a model hand
 mask is a `Documents`, which only says where documents end, so a layer has all it needs at hand also when gradient
 checkpointing runs it again.
 
-    a a a | b b                lengths [3, 2]          a sees a, b sees b, each only what stands before it
+    a a a | b b                segments of 3 and 2      a sees a, b sees b, each only what stands before it
+    S S | a a a | b b          a and b continue S       a and b see S as well, as if each had its own
 """
 
 import logging
@@ -22,23 +23,29 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, and_masks, packed_sequence_mask_function, sdpa_mask
 
+from sft_recipe.engine.blockwise import attend_blockwise
+from sft_recipe.engine.packs import Segment, side_by_side
 from sft_recipe.errors import ModelError
 
 PACKED = "sft_packed"  # its name among transformers' attention implementations
 HAS_VARLEN = "enable_gqa" in signature(varlen_attn).parameters  # since PyTorch 2.12
 PROBED_ROWS = 64  # of a mask, to learn whether it is one of those we know
 
-_lengths: ContextVar[Sequence[int] | None] = ContextVar("lengths of the documents in the pack", default=None)
+_segments: ContextVar[Sequence[Segment] | None] = ContextVar("the segments of the pack", default=None)
 _understood: dict[tuple, bool] = {}
 _log = logging.getLogger(__name__)
 
 
-class Documents:
-    """Where the documents of a pack end, and how many tokens back (itself included) one sees; None: all."""
+class SharedBeginnings(ModelError):
+    """A mask that is not one of those we know cannot be made for documents that share their beginning."""
 
-    def __init__(self, lengths: Sequence[int], window: int | None, device: torch.device | str):
-        self.lengths = list(lengths)
-        self.longest = max(self.lengths)
+
+class Documents:
+    """The segments of a pack, and how many tokens back (itself included) one sees; None: all."""
+
+    def __init__(self, segments: Sequence[Segment], window: int | None, device: torch.device | str):
+        self.segments = segments
+        self.longest = max(segment.position + len(segment) for segment in segments)
         self.window = window if window is not None and window < self.longest else None
         self.device = device
 
@@ -48,15 +55,30 @@ class Documents:
         raise AttributeError(name)
 
     @cached_property
+    def are_whole(self) -> bool:
+        """Whether each segment is a document."""
+        return not any(segment.before for segment in self.segments)
+
+    @cached_property
     def offsets(self) -> torch.Tensor:
-        """Of each document's first token, and of what follows the last; (documents + 1,)."""
-        ends = torch.tensor([0, *self.lengths], device=self.device)
-        return ends.cumsum(0, dtype=torch.int32)
+        """Of each segment's first token, and of what follows the last; (segments + 1,)."""
+        return self._offsets([len(segment) for segment in self.segments])
+
+    @cached_property
+    def key_offsets(self) -> torch.Tensor:
+        """The same among the keys that segments see, what stands before each repeated with it."""
+        return self._offsets([segment.position + len(segment) for segment in self.segments])
+
+    @cached_property
+    def key_rows(self) -> torch.Tensor:
+        """Where those keys stand in the pack."""
+        spans = [span for segment in self.segments for span in segment.keys(segment.end)]
+        return torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(self.device)
 
     @cached_property
     def number(self) -> torch.Tensor:
-        """Each token's document, 0 for the first; (tokens,)."""
-        return torch.repeat_interleave(torch.tensor(self.lengths, device=self.device))
+        """Each token's segment, 0 for the first; (tokens,)."""
+        return torch.repeat_interleave(torch.tensor([len(segment) for segment in self.segments], device=self.device))
 
     @cached_property
     def mask(self) -> torch.Tensor:
@@ -64,15 +86,18 @@ class Documents:
         mask = torch.ones(self.longest, self.longest, dtype=torch.bool, device=self.device).tril()
         return mask if self.window is None else mask.triu(1 - self.window)
 
+    def _offsets(self, lengths: list[int]) -> torch.Tensor:
+        return torch.tensor([0, *lengths], device=self.device).cumsum(0, dtype=torch.int32)
+
 
 @contextmanager
-def packed_documents(lengths: Sequence[int]) -> Iterator[None]:
-    """Models that are called inside take their (1, tokens) inputs for documents of these lengths."""
-    token = _lengths.set(lengths)
+def packed_documents(segments: Sequence[Segment]) -> Iterator[None]:
+    """Models that are called inside take their (1, rows) inputs for a pack of these segments."""
+    token = _segments.set(segments)
     try:
         yield
     finally:
-        _lengths.reset(token)
+        _segments.reset(token)
 
 
 def can_pack(config: PretrainedConfig) -> bool:
@@ -92,11 +117,14 @@ def documents_mask(
     **kwargs: Any,
 ) -> Documents | torch.Tensor | None:
     """What a model's layers get as their mask; a dense one outside `packed_documents` and where it is not known."""
-    lengths = _lengths.get()
-    if lengths is not None and attention_mask is None and (batch_size, q_length, kv_length) == (1, *[sum(lengths)] * 2):
-        documents = Documents(lengths, local_size, device)
+    segments = _segments.get()
+    rows = segments[-1].end if segments else None
+    if segments and attention_mask is None and (batch_size, q_length, kv_length) == (1, rows, rows):
+        documents = Documents(segments, local_size, device)
         if _is_understood(mask_function, documents, local_size, **kwargs):
             return documents
+        if not documents.are_whole:
+            raise SharedBeginnings("one of this model's masks is not known here: set model.share_prefixes=false")
         # Not every model tells its mask of the packing.
         mask_function = and_masks(mask_function, packed_sequence_mask_function(documents.number[None]))
         kwargs["allow_is_causal_skip"] = False
@@ -113,7 +141,7 @@ def _is_understood(
 
     A few rows of it tell; they are looked at once, for a GPU would have to be waited for.
     """
-    is_local = local_size is not None and local_size < sum(documents.lengths)
+    is_local = local_size is not None and local_size < documents.segments[-1].end
     kind = (type(kwargs.get("config")), local_size, is_local, documents.window, use_vmap)
     if kind not in _understood:
         _understood[kind] = not use_vmap and _is_expected(mask_function, documents)
@@ -154,27 +182,38 @@ def attend(
     if not isinstance(attention_mask, Documents):
         if is_plain:
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        mask = attention_mask if attention_mask is not None else Documents([query.shape[2]], None, query.device).mask
+        mask = attention_mask if attention_mask is not None else Documents(side_by_side([query.shape[2]]).segments, None, query.device).mask
         return _scores_in_full(query, key, value, mask, dropout, scaling, softcap, s_aux).transpose(1, 2), None
     documents = attention_mask
-    if is_plain and dropout == 0.0 and _fits_varlen(query, value):
-        return _varlen(query, key, value, documents, scaling), None
-
-    def attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        length = query.shape[2]
-        if not is_plain:
-            mask = documents.mask[:length, :length]
-            return _scores_in_full(query, key, value, mask, dropout, scaling, softcap, s_aux)
-        is_cut = documents.window is not None and documents.window < length
-        mask = documents.mask[:length, :length] if is_cut else None
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+    if is_plain and dropout == 0.0:
+        if _fits_varlen(query, value):
+            return _varlen(query, key, value, documents, scaling), None
+        if query.device.type == "cpu":
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return attend_blockwise(query, key, value, documents.segments, documents.window, scale), None
 
     # split and cat, rather than slices, whose gradients would each be as long as the pack.
-    parts = zip(*(whole.split(documents.lengths, dim=2) for whole in (query, key, value)), strict=True)
-    return torch.cat([attend_one(*part).transpose(1, 2) for part in parts], dim=1), None
+    lengths = [len(segment) for segment in documents.segments]
+    queries, keys, values = (whole.split(lengths, dim=2) for whole in (query, key, value))
+    keys_at, values_at = (
+        dict(zip((segment.begin for segment in documents.segments), parts, strict=True)) for parts in (keys, values)
+    )
+
+    def attend_one(segment: Segment, query: torch.Tensor) -> torch.Tensor:
+        begins = [part.begin for part in (*segment.before, segment)]
+        key, value = (torch.cat([parts[begin] for begin in begins], dim=2) for parts in (keys_at, values_at))
+        length = key.shape[2]
+        mask = documents.mask[segment.position : length, :length]
+        if not is_plain:
+            return _scores_in_full(query, key, value, mask, dropout, scaling, softcap, s_aux)
+        is_causal = not segment.before and (documents.window is None or documents.window >= length)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=None if is_causal else mask, dropout_p=dropout, is_causal=is_causal,
+            scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+
+    parts = [attend_one(*part).transpose(1, 2) for part in zip(documents.segments, queries, strict=True)]
+    return torch.cat(parts, dim=1), None
 
 
 def _fits_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -190,8 +229,10 @@ def _varlen(
     query, key, value = (whole[0].transpose(0, 1).to(value.dtype) for whole in (query, key, value))
     back = -1 if documents.window is None else documents.window - 1  # not counting the token itself
     offsets, longest = documents.offsets, documents.longest
+    if not documents.are_whole:
+        key, value = (whole[documents.key_rows] for whole in (key, value))
     attended = varlen_attn(
-        query, key, value, offsets, offsets, longest, longest,
+        query, key, value, offsets, documents.key_offsets, longest, longest,
         scale=scaling, window_size=(back, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return attended[None]

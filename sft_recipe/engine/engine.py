@@ -4,13 +4,13 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from tensordict import TensorDict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -22,12 +22,12 @@ from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine.fsdp.transformer_impl import FSDP
 
-from sft_recipe.engine.attention import PACKED, can_pack, packed_documents
-from sft_recipe.engine.loss import summed_cross_entropy
+from sft_recipe.engine.attention import PACKED, SharedBeginnings, can_pack, packed_documents
+from sft_recipe.engine.loss import return_loss
+from sft_recipe.engine.packs import SHORTEST, Pack, Segment, share_beginnings, side_by_side
+from sft_recipe.errors import ModelError
 
 log = logging.getLogger(__name__)
-
-IGNORED = -100  # a target that is not supervised
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
@@ -47,6 +47,8 @@ class SFTEngine(FSDPEngineWithLMHead):
     """
 
     on_micro_batch: Callable[[], None] = staticmethod(lambda: None)  # called before each
+    wants_shared_beginnings = False  # whether tokens with which several documents of a micro-batch begin run once
+    _keeps_apart: bool | None = None  # whether the model's documents do not see each other; looked at once
 
     def is_mp_src_rank_with_outputs(self) -> bool:
         """Every rank has the loss, also where several share a sequence."""
@@ -64,15 +66,17 @@ class SFTEngine(FSDPEngineWithLMHead):
         tokens = data["loss_mask"].values().sum().to(get_device_name())
         torch.distributed.all_reduce(tokens, group=group)
         scale = torch.distributed.get_world_size() / tokens.clamp(min=1)
-        micro_batches = list(_micro_batches(data))
+        if self._keeps_apart is None:
+            self._look_whether_documents_keep_apart()
+        micro_batches = list(_micro_batches(data, self.wants_shared_beginnings))
         losses = []
-        for index, (lengths, *inputs) in enumerate(micro_batches):
+        for index, (segments, *inputs) in enumerate(micro_batches):
             self.on_micro_batch()
             is_last = index == len(micro_batches) - 1
             sync: AbstractContextManager = (
                 nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)
             )
-            with sync, torch.set_grad_enabled(not forward_only), packed_documents(lengths):
+            with sync, torch.set_grad_enabled(not forward_only), packed_documents(segments):
                 loss = self._negative_log_likelihood(*inputs) * scale
                 if not forward_only:
                     loss.backward()
@@ -118,31 +122,76 @@ class SFTEngine(FSDPEngineWithLMHead):
             self.to(device="cpu", **parts)
 
     def _negative_log_likelihood(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, kept: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """Summed over the supervised tokens of one packed micro-batch, in fp32; all three of shape (1, tokens)."""
+        """Summed over the supervised tokens of one pack, in fp32.
+
+        input_ids and position_ids (1, rows); of each supervised token the row before it and itself, (supervised,) both.
+        """
         device = get_device_name()
         if self.use_ulysses_sp:
             size = self.ulysses_sequence_parallel_size
-            targets = F.pad(targets, (0, -targets.size(1) % size), value=IGNORED)
-            targets = targets.chunk(size, dim=1)[torch.distributed.get_rank(self.ulysses_parallel_group)]
             input_ids, position_ids, _ = ulysses_pad_and_slice_inputs(input_ids, position_ids, sp_size=size)
+            kept = kept - torch.distributed.get_rank(self.ulysses_parallel_group) * input_ids.size(1)
+            is_here = (kept >= 0) & (kept < input_ids.size(1))
+            kept, targets = kept[is_here], targets[is_here]
         # Where there are none, the model runs all the same: others wait for this rank in their collectives.
-        kept = (targets[0] != IGNORED).nonzero()[:, 0]
         input_ids, position_ids, kept, targets = (
-            part.to(device, non_blocking=True) for part in (input_ids, position_ids, kept, targets[0, kept])
+            part.to(device, non_blocking=True) for part in (input_ids, position_ids, kept, targets)
         )
-        with self._autocast():
-            logits = self._logits(input_ids, position_ids, kept)
-        return summed_cross_entropy(logits, targets)
-
-    def _logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """Logits of shape (kept, vocabulary); the head runs on those positions alone where the model can."""
         inputs = dict(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
-        if self._keeps_logits:
-            # Not [0], whose gradient would be written into zeros of the same size first.
-            return self.module(**inputs, logits_to_keep=kept).logits.squeeze(0)
-        return self.module(**inputs).logits[0, kept]
+        with self._autocast():
+            if self._returns_loss:
+                return self.module(**inputs, kept=kept, targets=targets)
+            logits = self.module(**inputs).logits[0, kept]
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def _look_whether_documents_keep_apart(self) -> None:
+        """Whether a document's loss is its own, however a model comes to it; where not, nothing is shared or packed.
+
+        Raises ModelError if it changes with the document before it in the pack.
+        """
+        self._keeps_apart = True
+        if self.wants_shared_beginnings and not self._is_alone(is_shared=True):
+            self.wants_shared_beginnings = False
+            log.warning("This model cannot share the beginnings of documents.")
+        if not self.wants_shared_beginnings and not self._is_alone(is_shared=False):
+            raise ModelError(
+                f"{type(self.module).__name__} lets a document see the one before it in the same micro-batch, which "
+                "attention alone does not do: models with recurrent or convolutional layers cannot be trained here"
+            )
+
+    def _is_alone(self, is_shared: bool) -> bool:
+        """Try three documents: the last one's loss must hardly move when the one before it changes.
+
+        Not stay to the last bit, since experts multiply the tokens of all documents together. Where documents 2 and 3
+        go on after the first, that one must move it; else the last itself.
+        """
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            other, own = self._influence(1, is_shared), self._influence(0 if is_shared else 2, is_shared)
+        except SharedBeginnings:
+            return False
+        finally:
+            self.module.train(was_training)
+        return other < 0.1 * own if is_shared else not other > 0.1 * own
+
+    def _influence(self, changed: int, is_shared: bool) -> float:
+        """How far the last document's loss moves with other tokens in one of the three."""
+        size = SHORTEST
+        first = Segment(0, size)
+        before = (first,) if is_shared else ()
+        segments = [first, Segment(size, 2 * size, before), Segment(2 * size, 3 * size, before)]
+        positions = torch.cat([torch.arange(size) + segment.position for segment in segments])[None]
+        kept = torch.arange(2 * size, 3 * size)
+        losses = []
+        for shift in (0, 1):
+            ids = torch.arange(3 * size) * 7 % 31
+            ids[changed * size : (changed + 1) * size] += shift
+            with torch.no_grad(), packed_documents(segments):
+                losses.append(self._negative_log_likelihood(ids[None], positions, kept, torch.arange(size)))
+        return abs(float(losses[0] - losses[1]))
 
     def _autocast(self) -> AbstractContextManager:
         if self._autocast_dtype == torch.float32:
@@ -175,9 +224,14 @@ class SFTEngine(FSDPEngineWithLMHead):
         if model._attn_implementation == PACKED and not can_pack(model):
             log.warning("%s brings its own attention: packed documents are masked from each other.", model.model_type)
             model._attn_implementation = "sdpa"
-        module = super()._build_module()
-        self._keeps_logits = "logits_to_keep" in signature(module.forward).parameters
-        return module
+        return super()._build_module()
+
+    def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        model = module.get_base_model() if isinstance(module, PeftModel) else module
+        self._returns_loss = return_loss(model)
+        if not self._returns_loss:
+            log.warning("%s has no head of its own: the logits of all tokens are computed.", type(model).__name__)
+        return super()._build_fsdp_module(module)
 
     def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         config = self.optimizer_config
@@ -201,21 +255,30 @@ def schedule(step: int, total: int, warmup: int, kind: str, min_ratio: float) ->
     return shape if kind == "constant" else min_ratio + (1.0 - min_ratio) * shape
 
 
-def _micro_batches(data: TensorDict) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The lengths of the documents in each pack, then its input_ids, position_ids and targets of shape (1, tokens).
+def _micro_batches(
+    data: TensorDict, shares_beginnings: bool
+) -> Iterator[tuple[list[Segment], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The segments of each pack, its input_ids and position_ids (1, rows), and where its supervised tokens come from.
 
-    A target is the token after its position.
-
-    The last position of a document has no target: what follows in the pack belongs to another document, whose first
-    token is never supervised.
+    That is the row before each, and the token itself, (supervised,) both. The first token of a document has none.
     """
     ids, mask, positions = (data[key].values() for key in ("input_ids", "loss_mask", "position_ids"))
     offsets = data["input_ids"].offsets().tolist()
-    targets = torch.full_like(ids, IGNORED)
-    targets[:-1] = torch.where(mask[1:].bool(), ids[1:], IGNORED)
     doc = 0
     for count in tu.get(data, "micro_batch_docs"):
-        span = slice(offsets[doc], offsets[doc + count])
-        lengths = [end - begin for begin, end in itertools.pairwise(offsets[doc : doc + count + 1])]
-        yield lengths, ids[span][None], positions[span][None], targets[span][None]
+        begin, end = offsets[doc], offsets[doc + count]
+        lengths = [stop - start for start, stop in itertools.pairwise(offsets[doc : doc + count + 1])]
+        pack = _pack(ids[begin:end].split(lengths), shares_beginnings)
+        rows = torch.from_numpy(pack.rows)
+        tokens = torch.empty(pack.segments[-1].end, dtype=torch.long)  # one of those that stand in each row
+        tokens[rows] = torch.arange(begin, end)
+        supervised = (mask[begin:end].bool() & (positions[begin:end] > 0)).nonzero()[:, 0]
+        kept, targets = rows[supervised - 1], ids[begin + supervised]
+        yield pack.segments, ids[tokens][None], positions[tokens][None], kept, targets
         doc += count
+
+
+def _pack(documents: Sequence[torch.Tensor], shares_beginnings: bool) -> Pack:
+    if shares_beginnings:
+        return share_beginnings([document.numpy() for document in documents])
+    return side_by_side([len(document) for document in documents])

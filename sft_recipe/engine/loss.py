@@ -1,46 +1,130 @@
-"""Cross-entropy in fp32 that keeps nothing of the size of the logits but the logits.
+"""A model that returns its loss: head and cross-entropy a part of the tokens at a time, no tokens x vocabulary kept.
 
-`F.cross_entropy(logits.float(), ...)` holds five more such arrays at its peak, four of them in fp32: the cast, the
-log-softmax, two gradients of theirs, and the gradient of the logits. Here the fp32 part is a few rows at a time, in the
-forward for the log-sum-exp and again in the backward; what is left is the logits and their gradient in their own dtype.
+The gradients are computed in the forward, where each part's logits are at hand, as in Liger Kernel
+(https://arxiv.org/abs/2410.10989, section 3.2). The logits are the model's own, whatever it does with its head's outputs.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
-CHUNK = {"cpu": 2**19, "cuda": 2**25}  # fp32 numbers at a time: few for a core's caches, many for a GPU's launches
+PART = {"cpu": 2**24, "cuda": 2**28}  # logits at a time: few for the memory, many for the matrix products
+EXACT = {"cpu": 2**19, "cuda": 2**25}  # of those in fp32 at a time: few for a core's caches, many for a GPU's launches
 
 
-def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The negative log-likelihood of targets (tokens,) under logits (tokens, vocabulary), summed, in fp32.
+def return_loss(model: PreTrainedModel) -> bool:
+    """Change `model` so that it takes `kept` and `targets`, (tokens,) both, and returns its loss at those positions.
 
-    sum_i (log sum_v exp(logits[i, v]) - logits[i, targets[i]])
+    That is the negative log-likelihood of `targets`, summed, in fp32. `kept` may name a position more than once. False,
+    and nothing is changed, for a model that has no body and head to be called apart.
     """
-    return _SummedCrossEntropy.apply(logits, targets)
+    prefix = model.base_model_prefix
+    body, original = getattr(model, prefix, None), model.forward
+    if body is None or body is model:
+        return False
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        outputs = MoeModelOutputWithPast(last_hidden_state=hidden[None])
+        with _forward(body, lambda *_, **__: outputs):
+            return original(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]
+
+    size = model.config.get_text_config().hidden_size
+    try:
+        with torch.no_grad():
+            vocabulary = logits(next(model.parameters()).new_zeros(1, size)).shape[1]
+    except Exception:  # a forward that wants more of its body than the last hidden states
+        return False
+    # Tied ones have a name in the body too.
+    every = model.named_parameters(remove_duplicate=False)
+    outside = {id(weight): name for name, weight in every if not name.startswith(f"{prefix}.")}
+
+    def forward(kept: torch.Tensor, targets: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        given = {name: value for name, value in inputs.items() if value is not None}
+        hidden = body(**given).last_hidden_state[0, kept]
+        weights = (attrgetter(name)(model) for name in outside.values())  # as FSDP has put them for this forward
+        return _SummedCrossEntropy.apply(hidden, targets, logits, vocabulary, torch.is_grad_enabled(), *weights)
+
+    model.forward = forward
+    return True
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        log_sums = torch.cat([part.float().logsumexp(dim=1) for part in logits.split(_rows(logits))])
-        ctx.save_for_backward(logits, targets, log_sums)
-        return (log_sums - logits.gather(1, targets[:, None])[:, 0].float()).sum()
+    """sum_i (log sum_v exp(logits[i, v]) - logits[i, targets[i]])"""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """softmax(logits), less 1 at the target, times the gradient of the sum."""
-        logits, targets, log_sums = ctx.saved_tensors
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
+        vocabulary: int,
+        is_training: bool,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        trained = [weight for weight in weights if weight.requires_grad]
+        losses, for_hidden = [], []
+        sums: list[torch.Tensor | None] = [None] * len(trained)
+        rows = max(1, PART.get(hidden.device.type, PART["cuda"]) // vocabulary)
+        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+            with torch.set_grad_enabled(is_training):
+                part = part.detach().requires_grad_(is_training)
+                logits = logits_of(part)
+            loss, gradient = _loss_and_gradient(logits.detach(), target, is_training)
+            losses.append(loss)
+            if is_training:
+                of_part, *of_trained = torch.autograd.grad(logits, [part, *trained], gradient, allow_unused=True)
+                for_hidden.append(of_part)
+                sums = [_add(*pair) for pair in zip(sums, of_trained, strict=True)]
+        if is_training:
+            found = dict(zip(map(id, trained), sums, strict=True))
+            of_weights = (found.get(id(weight)) for weight in weights)
+            rounded = (None if part is None else part.to(hidden.dtype) for part in of_weights)
+            ctx.save_for_backward(torch.cat(for_hidden), *rounded)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         [upstream] = gradients
-        result = torch.empty_like(logits)
-        rows = _rows(logits)
-        parts = (whole.split(rows) for whole in (logits, targets[:, None], log_sums[:, None], result))
-        for part, target, log_sum, out in zip(*parts, strict=True):
-            share = (part.float() - log_sum).exp_()
-            share.scatter_add_(1, target, share.new_full((1, 1), -1.0).expand_as(target))
-            out.copy_(share.mul_(upstream))
-        return result, None
+        of_hidden, *of_weights = (None if part is None else part * upstream.to(part) for part in ctx.saved_tensors)
+        return of_hidden, *[None] * 4, *of_weights
 
 
-def _rows(logits: torch.Tensor) -> int:
-    return max(1, CHUNK.get(logits.device.type, CHUNK["cuda"]) // logits.shape[1])
+def _loss_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, is_training: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss of logits (tokens, vocabulary), and softmax(logits) less 1 at the target."""
+    gradient = torch.empty_like(logits) if is_training else logits
+    rows = max(1, EXACT.get(logits.device.type, EXACT["cuda"]) // logits.shape[1])
+    losses = []
+    for part, target, result in zip(logits.split(rows), targets[:, None].split(rows), gradient.split(rows), strict=True):
+        shares = F.log_softmax(part, dim=1, dtype=torch.float32)
+        losses.append(-shares.gather(1, target).sum())
+        if is_training:
+            result.copy_(shares.exp_().scatter_add_(1, target, shares.new_full((1, 1), -1.0).expand_as(target)))
+    return torch.stack(losses).sum(), gradient
+
+
+def _add(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:
+    """In fp32 as soon as there are two."""
+    return part if total is None or part is None else total.float().add_(part)
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Another forward for a module, as long as the context lasts."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

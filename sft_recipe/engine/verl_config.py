@@ -87,6 +87,14 @@ def attention(config: Config, device: str) -> str:
     return chosen
 
 
+def shares_prefixes(config: Config, device: str) -> bool:
+    """Whether what several documents of a micro-batch begin with runs once; on by default where it was measured."""
+    chosen, can = config.model.share_prefixes, attention(config, device) == PACKED
+    if chosen is True and not can:
+        raise PreflightError(f"model.share_prefixes=true needs model.attn_implementation={PACKED}")
+    return device == "cpu" and can if chosen == "auto" else chosen
+
+
 def fsdp_engine(config: Config, device: str) -> FSDPEngineConfig:
     """verl's FSDP engine; offloading means nothing where the device is the CPU."""
     fsdp = config.fsdp

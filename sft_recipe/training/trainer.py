@@ -25,7 +25,7 @@ from sft_recipe.data.batches import plan_micro_batches, step_examples, steps_per
 from sft_recipe.data.cache import Examples
 from sft_recipe.engine.engine import SFTEngine
 from sft_recipe.engine.platform_cpu import measured_peak_flops
-from sft_recipe.engine.verl_config import build_verl_config
+from sft_recipe.engine.verl_config import build_verl_config, shares_prefixes
 from sft_recipe.errors import TrainingError, is_debugging
 from sft_recipe.training.checkpoint import Checkpoints
 from sft_recipe.training.evaluate import evaluate
@@ -147,6 +147,7 @@ class SFTTrainer(VerlSFTTrainer):
         self.export = Export(lambda folder: None, 0)
         if self.is_ours:
             self.engine.on_micro_batch = self.watch.go_on
+            self.engine.wants_shared_beginnings = shares_prefixes(config, self.device)
             self.state = FsdpState(self.engine, config.lora.enabled, group)
             saver = ModelSaver(config, self.prepared, self.engine.module)
             self.export = Export(lambda folder: saver.save(folder / STATE, folder), saver.size())

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_recipe.engine import attention
 from sft_recipe.engine.attention import PACKED, can_pack, packed_documents
+from sft_recipe.engine.packs import side_by_side
 from sft_recipe.errors import ModelError
 
 LENGTHS = [11, 5, 1, 20, 5]
@@ -55,7 +56,7 @@ def ids():
 
 def packed_logits(model, ids, lengths=tuple(LENGTHS)):
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    with packed_documents(lengths):
+    with packed_documents(side_by_side(lengths).segments):
         return model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
 
 
@@ -120,7 +121,7 @@ def test_the_mask_of_a_pack_is_not_a_tensor(ids):
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["attention_mask"]), with_kwargs=True)
     packed_logits(model, ids)
-    assert [mask.lengths for mask in seen] == [LENGTHS, LENGTHS]
+    assert [[len(part) for part in mask.segments] for mask in seen] == [LENGTHS, LENGTHS]
 
 
 def test_outside_a_pack_it_attends_as_sdpa_does(ids):
@@ -171,7 +172,7 @@ def test_a_model_that_looks_into_its_mask_says_what_to_set(ids):
 def test_dropout_drops():
     query = torch.randn(1, 4, 300, 8)
     key = value = torch.randn(1, 2, 300, 8)
-    documents = attention.Documents([100, 200], None, "cpu")
+    documents = attention.Documents(side_by_side([100, 200]).segments, None, "cpu")
     module = torch.nn.Module()
     kept, _ = attention.attend(module, query, key, value, documents)
     dropped, _ = attention.attend(module, query, key, value, documents, dropout=0.5)
@@ -196,7 +197,7 @@ def test_the_gpus_kernel_gets_what_its_contract_asks_for(window, monkeypatch):
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), value)
 
     query, key, value = (torch.randn(1, heads, sum(LENGTHS), 8) for heads in (4, 2, 2))
-    documents = attention.Documents(LENGTHS, window, "cpu")
+    documents = attention.Documents(side_by_side(LENGTHS).segments, window, "cpu")
     expected, _ = attention.attend(torch.nn.Module(), query, key, value, documents, scaling=0.3)
     monkeypatch.setattr(attention, "_fits_varlen", lambda *_: True)
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)

@@ -3,55 +3,86 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_recipe.engine import loss
-from sft_recipe.engine.loss import summed_cross_entropy
+from sft_recipe.engine.loss import return_loss
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
 
 
-def both(logits, targets, scale):
-    """Loss and gradient, ours and those of torch in fp64."""
-    ours, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    found = summed_cross_entropy(ours, targets) * scale
-    expected = F.cross_entropy(exact, targets, reduction="sum") * scale
-    found.backward()
-    expected.backward()
-    return found, ours.grad, expected.float(), exact.grad.float()
+def build(kind="llama", dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SIZES, **settings})
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    return model
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 64])
-@pytest.mark.parametrize("chunk", [1, 300, 10**9], ids=["row by row", "three rows", "at once"])
-def test_equals_torch_in_fp32(monkeypatch, chunk, tokens):
-    monkeypatch.setitem(loss.CHUNK, "cpu", chunk)
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(tokens, 100, generator=generator) * 20  # exp overflows, unless the largest is taken out
-    logits[0, :50] += 200
-    found, gradient, expected, exact = both(logits, torch.randint(100, (tokens,), generator=generator), 0.37)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-6)
+def inputs(model, tokens=30):
+    ids = torch.randint(3, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(1))
+    return ids, torch.tensor([3, 4, 4, 5, 17, 28])  # a position that counts twice
 
 
-def test_bf16_is_rounded_once():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(50, 1000, generator=generator).bfloat16()
-    found, gradient, expected, exact = both(logits, torch.randint(1000, (50,), generator=generator), 0.01)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
-    assert gradient.dtype == torch.bfloat16
-    torch.testing.assert_close(gradient.float(), exact, rtol=2**-8, atol=1e-9)
+@pytest.mark.parametrize("part", [1, 200, 10**9], ids=["row by row", "three rows", "at once"])
+@pytest.mark.parametrize("exact", [1, 100, 10**9], ids=["one in fp32", "two in fp32", "all in fp32"])
+def test_parts_do_not_matter(monkeypatch, part, exact):
+    monkeypatch.setitem(loss.PART, "cpu", part)
+    monkeypatch.setitem(loss.EXACT, "cpu", exact)
+    check_head(build(), recomputes=False)
 
 
-def test_only_the_logits_are_kept():
-    logits = torch.randn(50, 1000).bfloat16().requires_grad_()
+def test_bf16_is_as_near_to_fp32_as_all_logits_are():
+    wanted = expected_loss(build())[1]
+
+    def error(gradients):
+        return max(((gradients[name].float() - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
+
+    assert error(found_loss(build(dtype=torch.bfloat16))[1]) < 1.2 * error(expected_loss(build(dtype=torch.bfloat16))[1])
+
+
+def test_nothing_of_the_size_of_the_logits_is_kept(monkeypatch):
+    monkeypatch.setitem(loss.PART, "cpu", 10 * 64)
+    model = build(vocab_size=4096)
+    assert return_loss(model)
+    ids = torch.randint(3, 64, (1, 64))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
-        summed_cross_entropy(logits, torch.zeros(50, dtype=torch.long))
-    large = [saved for saved in kept if saved.numel() >= logits.numel()]
-    assert [saved.data_ptr() for saved in large] == [logits.data_ptr()]
+        model(input_ids=ids, kept=torch.arange(63), targets=ids[0, 1:])
+    weight = model.lm_head.weight.numel()
+    assert {saved.numel() for saved in kept if saved.numel() >= 64 * 64 * 16} == {weight}
+
+
+def test_no_supervised_token_is_no_loss():
+    model = build()
+    assert return_loss(model)
+    none = torch.empty(0, dtype=torch.long)
+    found = model(input_ids=inputs(model)[0], kept=none, targets=none)
+    found.backward()
+    assert found == 0 and all(not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_weights_may_be_views_of_another_tensor():
+    """As FSDP1 puts them in a module's place while it runs."""
+    model, reference = build(tie_word_embeddings=False), build(tie_word_embeddings=False)
+    assert return_loss(model)
+    flat = torch.nn.Parameter(model.lm_head.weight.detach().flatten().clone())
+    del model.lm_head.weight
+    model.lm_head.weight = flat.view(64, 32)
+    ids, kept = inputs(model)
+    (0.37 * model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])).backward()
+    wanted = expected_loss(reference)[1]["lm_head.weight"]
+    torch.testing.assert_close(flat.grad.view(64, 32), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_body_is_left_alone():
+    model = build()
+    model.base_model_prefix = "nowhere"
+    before = model.forward
+    assert not return_loss(model) and model.forward == before
 
 
 HEADS = {
@@ -61,6 +92,8 @@ HEADS = {
     "scaled down": ("granite", dict(logits_scaling=8.0)),
     "scaled up": ("cohere", dict(logit_scale=4.0)),
     "bias": ("phi", {}),
+    "experts": ("mixtral", dict(num_local_experts=4)),
+    "experts and sinks": ("gpt_oss", dict(num_local_experts=4, head_dim=8)),
 }
 
 
@@ -68,33 +101,65 @@ HEADS = {
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_gives_the_loss_and_gradients_of_all_logits(head, recomputes):
     kind, settings = HEADS[head]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **settings), dtype=torch.float32)
-    check_head(model, recomputes)
+    check_head(build(kind, **settings), recomputes)
 
 
 @pytest.mark.parametrize("on_head", [False, True], ids=["head without adapter", "head with adapter"])
 def test_lora_gives_the_loss_and_gradients_of_all_logits(on_head):
-    config = AutoConfig.for_model("llama", **SIZES, tie_word_embeddings=False)
     modules = ["q_proj", "lm_head"] if on_head else ["q_proj"]
     lora = LoraConfig(r=4, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), lora)
+    model = get_peft_model(build(tie_word_embeddings=False), lora)
     gradients = check_head(model, recomputes=False)
     assert gradients and all("lora_" in name for name in gradients)  # none of a frozen weight
+
+
+def test_a_head_that_is_trained_beside_adapters():
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    gradients = check_head(get_peft_model(build(tie_word_embeddings=False), lora), recomputes=False)
+    assert any("lm_head" in name for name in gradients)
+
+
+def test_evaluation_needs_no_gradients():
+    model = build()
+    expected = expected_loss(model)[0]
+    assert return_loss(model)
+    ids, kept = inputs(model)
+    with torch.no_grad():
+        found = model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])
+    torch.testing.assert_close(0.37 * found, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def check_head(model, recomputes):
     if recomputes:
         model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids = torch.randint(3, 64, (1, 30), generator=torch.Generator().manual_seed(1))
-    kept = torch.tensor([3, 4, 5, 17, 28])
-    found = summed_cross_entropy(model(input_ids=ids, logits_to_keep=kept).logits[0], ids[0, kept + 1])
-    gradients = torch.autograd.grad(found, trainable(model).values())
-    expected = F.cross_entropy(model(input_ids=ids).logits[0, kept], ids[0, kept + 1], reduction="sum")
-    exact = torch.autograd.grad(expected, trainable(model).values())
+    expected, exact = expected_loss(model)
+    found, gradients = found_loss(model)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for name, one, other in zip(trainable(model), gradients, exact, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
-    return dict(zip(trainable(model), gradients, strict=True))
+    assert gradients.keys() == exact.keys()
+    for name in exact:
+        torch.testing.assert_close(gradients[name], exact[name], rtol=1e-4, atol=1e-5, msg=name)
+    return gradients
+
+
+def expected_loss(model):
+    """With the logits of all tokens, and torch's cross-entropy in fp64."""
+    ids, kept = inputs(model)
+    logits = model(input_ids=ids).logits[0, kept]
+    expected = 0.37 * F.cross_entropy(logits.double(), ids[0, kept + 1], reduction="sum")
+    return expected.float(), gradients_of(expected, model)
+
+
+def found_loss(model):
+    assert return_loss(model.get_base_model() if isinstance(model, PeftModel) else model)
+    ids, kept = inputs(model)
+    found = 0.37 * model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])
+    assert found.dtype == torch.float32
+    return found, gradients_of(found, model)
+
+
+def gradients_of(loss, model):
+    found = torch.autograd.grad(loss, trainable(model).values())
+    return dict(zip(trainable(model), found, strict=True))
 
 
 def trainable(model):
