@@ -24,6 +24,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDP
 
 from sft_recipe.engine.attention import PACKED, SharedBeginnings, can_pack, packed_documents
 from sft_recipe.engine.loss import return_loss
+from sft_recipe.engine.one_rank import stay_home
 from sft_recipe.engine.packs import SHORTEST, Pack, Segment, share_beginnings, side_by_side
 from sft_recipe.errors import ModelError
 
@@ -231,7 +232,10 @@ class SFTEngine(FSDPEngineWithLMHead):
         self._returns_loss = return_loss(model)
         if not self._returns_loss:
             log.warning("%s has no head of its own: the logits of all tokens are computed.", type(model).__name__)
-        return super()._build_fsdp_module(module)
+        module = super()._build_fsdp_module(module)
+        if torch.distributed.get_world_size() == 1:
+            stay_home(module)
+        return module
 
     def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         config = self.optimizer_config

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-PART = {"cpu": 2**24, "cuda": 2**28}  # logits at a time: few for the memory, many for the matrix products
+PART = {"cpu": 2**25, "cuda": 2**28}  # logits at a time: few for the memory, many for the matrix products
 EXACT = {"cpu": 2**19, "cuda": 2**25}  # of those in fp32 at a time: few for a core's caches, many for a GPU's launches
 
 
