@@ -182,7 +182,11 @@ def attend(
     if not isinstance(attention_mask, Documents):
         if is_plain:
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        mask = attention_mask if attention_mask is not None else Documents(side_by_side([query.shape[2]]).segments, None, query.device).mask
+        mask = (
+            attention_mask
+            if attention_mask is not None
+            else Documents(side_by_side([query.shape[2]]).segments, None, query.device).mask
+        )
         return _scores_in_full(query, key, value, mask, dropout, scaling, softcap, s_aux).transpose(1, 2), None
     documents = attention_mask
     if is_plain and dropout == 0.0:

@@ -103,7 +103,9 @@ def _loss_and_gradient(
     gradient = torch.empty_like(logits) if is_training else logits
     rows = max(1, EXACT.get(logits.device.type, EXACT["cuda"]) // logits.shape[1])
     losses = []
-    for part, target, result in zip(logits.split(rows), targets[:, None].split(rows), gradient.split(rows), strict=True):
+    for part, target, result in zip(
+        logits.split(rows), targets[:, None].split(rows), gradient.split(rows), strict=True
+    ):
         shares = F.log_softmax(part, dim=1, dtype=torch.float32)
         losses.append(-shares.gather(1, target).sum())
         if is_training:

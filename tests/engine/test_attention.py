@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sft_recipe.engine import attention
+from sft_recipe.engine import attention, blockwise, packs
 from sft_recipe.engine.attention import PACKED, can_pack, packed_documents
-from sft_recipe.engine.packs import side_by_side
+from sft_recipe.engine.packs import share_beginnings, side_by_side
 from sft_recipe.errors import ModelError
 
 LENGTHS = [11, 5, 1, 20, 5]
@@ -54,6 +54,19 @@ def ids():
     return torch.randint(3, 64, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
 
 
+def shared_logits(model, ids):
+    """Of the documents, one after the other, through a pack in which their beginnings stand once."""
+    documents = ids[0].split(LENGTHS)
+    pack = share_beginnings([document.numpy() for document in documents])
+    assert any(segment.before for segment in pack.segments) and pack.segments[-1].end < ids.shape[1]
+    rows = torch.from_numpy(pack.rows)
+    tokens, positions = (torch.empty(pack.segments[-1].end, dtype=torch.long) for _ in range(2))
+    tokens[rows] = ids[0]
+    positions[rows] = torch.cat([torch.arange(length) for length in LENGTHS])
+    with packed_documents(pack.segments):
+        return model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0, rows]
+
+
 def packed_logits(model, ids, lengths=tuple(LENGTHS)):
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     with packed_documents(side_by_side(lengths).segments):
@@ -72,6 +85,38 @@ def gradients(model, logits, ids):
     model.zero_grad()
     F.cross_entropy(logits.float(), ids[0].roll(-1)).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def alike(ids):
+    """The same lengths: two share 4 tokens, two 10, and one is the beginning of another."""
+    documents = [part.clone() for part in ids[0].split(LENGTHS)]
+    documents[1][:4] = documents[0][:4]
+    documents[3][:10] = documents[0][:10]
+    documents[4][:] = documents[3][:5]
+    return torch.cat(documents)[None]
+
+
+@pytest.mark.parametrize("blocks", [2, 192], ids=["small blocks", "one block"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_shared_beginnings_equal_padded(kind, blocks, alike, caplog, monkeypatch):
+    monkeypatch.setattr(packs, "SHORTEST", 3)
+    monkeypatch.setattr(blockwise, "ROWS", blocks)
+    reference, model = build(kind, "eager"), build(kind, PACKED)
+    expected, found = padded_logits(reference, alike), shared_logits(model, alike)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    wanted, got = gradients(reference, expected, alike), gradients(model, found, alike)
+    assert wanted.keys() == got.keys() and len(got) > 10
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert attention.__name__ not in [record.name for record in caplog.records]
+
+
+def test_an_unknown_mask_shares_nothing(alike, monkeypatch):
+    monkeypatch.setattr(packs, "SHORTEST", 3)
+    monkeypatch.setattr(attention, "_is_expected", lambda *_: False)
+    with pytest.raises(ModelError, match="model.share_prefixes=false"):
+        shared_logits(build("llama", PACKED), alike)
 
 
 @pytest.mark.parametrize("recomputes", [False, True], ids=["plain", "checkpointing"])
@@ -180,24 +225,29 @@ def test_dropout_drops():
     torch.testing.assert_close(kept[:, 50:].mean(), dropped[:, 50:].mean(), rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("is_shared", [False, True], ids=["side by side", "shared"])
 @pytest.mark.parametrize("window", [None, WINDOW])
-def test_the_gpus_kernel_gets_what_its_contract_asks_for(window, monkeypatch):
+def test_the_gpus_kernel_gets_what_its_contract_asks_for(window, is_shared, alike, monkeypatch):
     """No GPU here: a slow stand-in that does what PyTorch documents of varlen_attn."""
 
     def varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
         assert cu_q.dtype == cu_k.dtype == torch.int32 and max_q == max_k == max(LENGTHS)
-        rows = torch.arange(len(query))
-        document = torch.bucketize(rows, cu_q[1:], right=True)
+        assert len(query) == cu_q[-1] and len(key) == len(value) == cu_k[-1]
+        rows, columns = torch.arange(len(query)), torch.arange(len(key))
+        of_row, of_column = (torch.bucketize(at, cu[1:], right=True) for at, cu in ((rows, cu_q), (columns, cu_k)))
         back, ahead = window_size
-        gap = rows[:, None] - rows[None]
-        seen = (document[:, None] == document[None]) & (gap >= -ahead) & ((gap <= back) | (back < 0))
+        gap = (cu_q[1:][of_row] - rows)[:, None] - (cu_k[1:][of_column] - columns)[None]  # both count from the end
+        seen = (of_row[:, None] == of_column[None]) & (-gap >= -ahead) & ((-gap <= back) | (back < 0))
         groups = query.shape[1] // key.shape[1] if enable_gqa else 1
         key, value = (whole.repeat_interleave(groups, 1) for whole in (key, value))
         scores = torch.einsum("qhd,khd->hqk", query, key) * scale
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), value)
 
-    query, key, value = (torch.randn(1, heads, sum(LENGTHS), 8) for heads in (4, 2, 2))
-    documents = attention.Documents(side_by_side(LENGTHS).segments, window, "cpu")
+    monkeypatch.setattr(packs, "SHORTEST", 3)
+    shared = share_beginnings([part.numpy() for part in alike[0].split(LENGTHS)])
+    segments = (shared if is_shared else side_by_side(LENGTHS)).segments
+    query, key, value = (torch.randn(1, heads, segments[-1].end, 8) for heads in (4, 2, 2))
+    documents = attention.Documents(segments, window, "cpu")
     expected, _ = attention.attend(torch.nn.Module(), query, key, value, documents, scaling=0.3)
     monkeypatch.setattr(attention, "_fits_varlen", lambda *_: True)
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)

@@ -41,7 +41,9 @@ def test_bf16_is_as_near_to_fp32_as_all_logits_are():
     def error(gradients):
         return max(((gradients[name].float() - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
 
-    assert error(found_loss(build(dtype=torch.bfloat16))[1]) < 1.2 * error(expected_loss(build(dtype=torch.bfloat16))[1])
+    assert error(found_loss(build(dtype=torch.bfloat16))[1]) < 1.2 * error(
+        expected_loss(build(dtype=torch.bfloat16))[1]
+    )
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept(monkeypatch):

@@ -21,9 +21,12 @@ RECORDS = [
     {"prompt": "你好，今天天气怎么样？", "response": "很好，谢谢。" * 6},
     {"prompt": "def add(a, b):", "response": "    return a + b\n" * 9},
     {"prompt": "1 2 3", "response": "4 5 6 7 8 9 0"},
+    # These share a beginning with others, the answer's too.
+    {"prompt": "What is the capital of France?", "response": "Paris, which lies on the Seine."},
+    {"prompt": "What is the capital of France?", "response": "Paris."},
 ]
 COMMON = [
-    "data.train_batch_size=5",
+    "data.train_batch_size=7",
     "data.max_length=256",
     "optim.optimizer=SGD",
     "optim.lr=1.0",
