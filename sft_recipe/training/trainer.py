@@ -19,7 +19,7 @@ from verl.utils import flops_counter
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
 
-from sft_recipe import __version__
+from sft_recipe import __version__, timing
 from sft_recipe.config import AFTER_EACH_EPOCH, Config, Every
 from sft_recipe.data.batches import plan_micro_batches, step_examples, steps_per_epoch
 from sft_recipe.data.cache import Examples
@@ -93,6 +93,9 @@ class SFTTrainer(VerlSFTTrainer):
                         return self._stopped(step, log)
                 saving.look(step)
                 log.step(row | saving.costs_since(costs_told))
+                if step == done + 1 and timing.ENABLED:
+                    timing.mark("first step")
+                    log.start_up()
                 costs_told = len(saving.costs)
                 if bad_in_a_row == BAD_STEPS_IN_A_ROW:
                     raise TrainingError(_advice(step, self.recipe))
