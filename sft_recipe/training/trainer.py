@@ -25,7 +25,7 @@ from sft_recipe.data.batches import plan_micro_batches, step_examples, steps_per
 from sft_recipe.data.cache import Examples
 from sft_recipe.engine.engine import SFTEngine
 from sft_recipe.engine.platform_cpu import measured_peak_flops
-from sft_recipe.engine.verl_config import build_verl_config
+from sft_recipe.engine.verl_config import build_verl_config, find_model_class_quickly
 from sft_recipe.errors import TrainingError, is_debugging
 from sft_recipe.training.checkpoint import Checkpoints
 from sft_recipe.training.evaluate import evaluate
@@ -136,7 +136,8 @@ class SFTTrainer(VerlSFTTrainer):
     def _init_engine(self) -> None:
         if self.device == "cpu":
             dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.engine_config.mixed_precision["param_dtype"]]
-            flops_counter._DEVICE_FLOPS["cpu"] = measured_peak_flops(dtype)
+            flops_counter._DEVICE_FLOPS["cpu"] = measured_peak_flops(dtype, seconds=0.1)
+        find_model_class_quickly()
         self.training_client.reset()
 
     def _build_ckpt_handler(self) -> None:
