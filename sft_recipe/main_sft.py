@@ -93,6 +93,7 @@ def _run(config: Config, watch: Watch, held: ExitStack) -> int:
 
         from sft_recipe.training.agree import check_agreement, share_checkpoint
         from sft_recipe.training.progress import banner
+        from sft_recipe.training.room import choose_checkpointing
         from sft_recipe.training.shape import model_shape
         from sft_recipe.training.trainer import SFTTrainer
 
@@ -108,12 +109,14 @@ def _run(config: Config, watch: Watch, held: ExitStack) -> int:
         timing.mark("agreement")
         watch.at("loading the model", limited=False)
         shape = model_shape(config, prepared.model, device)
+        longest = int(prepared.train.lengths.max())
+        config, memory = choose_checkpointing(config, shape, longest, device, notice if is_first else _unsaid)
         timing.mark("model's shape")
         trainer = SFTTrainer(config, prepared, device, resume, watch)
         timing.mark("model and optimizer")
         if is_first:
             steps = trainer.steps_per_epoch, trainer.total_steps, trainer.resume_global_step
-            banner(config, prepared, device, shape, *steps)
+            banner(config, prepared, device, shape, memory, *steps)
         timing.mark("banner")
         code = trainer.fit()
         torch.distributed.barrier()
@@ -124,6 +127,10 @@ def _run(config: Config, watch: Watch, held: ExitStack) -> int:
         if sys.exc_info()[0] is None or config.trainer.world_size == 1:
             torch.distributed.destroy_process_group()
     return code
+
+
+def _unsaid(_text: str) -> None:
+    """Of ranks that leave it to rank 0."""
 
 
 def _is_restart() -> bool:

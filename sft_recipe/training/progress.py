@@ -20,6 +20,7 @@ from sft_recipe import timing
 from sft_recipe.config import Config, nearest
 from sft_recipe.errors import CheckpointError, ConfigError, PreflightError
 from sft_recipe.lean import UNUSED, quick_imports
+from sft_recipe.memory import Plan
 from sft_recipe.preflight import is_installed
 from sft_recipe.training.prepare import Prepared
 from sft_recipe.training.shape import Shape
@@ -138,13 +139,21 @@ class RunLog:
 
 
 def banner(
-    config: Config, prepared: Prepared, device: str, shape: Shape, steps_per_epoch: int, steps: int, done: int
+    config: Config,
+    prepared: Prepared,
+    device: str,
+    shape: Shape,
+    memory: Plan | None,
+    steps_per_epoch: int,
+    steps: int,
+    done: int,
 ) -> None:
     """The essentials of a run, before its first step."""
     from sft_recipe.engine.verl_config import compute_dtype, uses_gradient_checkpointing
 
     data, lora = config.data, config.lora
-    checkpointing = "on" if uses_gradient_checkpointing(config, device) else "off"
+    is_checkpointing = uses_gradient_checkpointing(config, device)
+    checkpointing = ("on" if is_checkpointing else "off") + (f" ({memory.told(is_checkpointing)})" if memory else "")
     dtype = compute_dtype(config.fsdp, device)
     share = f"{shape.trainable:,} trainable of {shape.total:,} ({100 * shape.trainable / shape.total:.2f}%)"
     adapters = f", LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora.enabled else ""
