@@ -34,7 +34,7 @@ def mark(phase: str) -> None:
     if not ENABLED:
         return
     now, cpu = time.time(), time.process_time()
-    at = now - float(os.environ.setdefault(STARTED, str(now - cpu)))
+    at = now - float(os.environ.setdefault(STARTED, str(now - cpu)).replace(",", "."))  # some locales write 1,5
     before = _phases[-1]["at"] if _phases else 0.0
     _phases.append(Phase(phase=phase, seconds=round(at - before, 3), at=round(at, 3), cpu_seconds=round(cpu - _cpu, 3)))
     _cpu = cpu
