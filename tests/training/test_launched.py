@@ -70,7 +70,7 @@ def ranks_of(launcher):
 def test_a_failed_rank_is_restarted_and_signals_reach_all(launch, model, tmp_path):
     endless = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=1000000", "trainer.save_freq=5"]
     process = launch("--auto_restart", "2", *arguments(model, tmp_path, *endless, "data.val_files=null"))
-    wait_for(lambda: len(rows(tmp_path)) >= 6, process)
+    wait_for(lambda: len(rows(tmp_path)) >= 6 and "step_5" in checkpoints(tmp_path), process)
     first, second = ranks_of(process)
     second.kill()
     first.wait(60)
