@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes a language model: ./train.sh [FLAGS] [HYDRA OVERRIDES]; ./train.sh --help lists them.
 set -euo pipefail
+[ -z "${SFT_TIMING:-}" ] || export SFT_TIMING_STARTED="${EPOCHREALTIME:-$(date +%s.%N)}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 for word in "$@"; do

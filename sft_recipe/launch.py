@@ -1,5 +1,7 @@
 """What train.sh runs: flags and environment become Hydra overrides, and torchrun starts sft_recipe.main_sft with them.
 
+A single rank needs no torchrun, whose imports would delay it by seconds: it is forked from this process.
+
 Needs nothing but the standard library until a configuration is composed, so that --help works before the set-up.
 """
 
@@ -16,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft_recipe import timing
 from sft_recipe.errors import ConfigError, PreflightError, RecipeError, is_debugging
+from sft_recipe.lean import quick_imports
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -68,6 +72,7 @@ FLAGS = (
     Flag("wandb_project", "trainer.wandb_project", "none", "set: log to wandb as well"),
 )
 DEFAULT_PORT = 29500
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SECONDS_TO_END_OTHERS = 10  # torchrun gives ranks 30 to end after one has failed; then it kills them
 
 
@@ -161,7 +166,7 @@ def help_text() -> str:
         "overrides: any key of config.yaml and conf/, or a ready choice of a group:",
         "  ./train.sh --use_lora optim.lr_scheduler_type=linear lora=r16 fsdp=fsdp2",
         "",
-        "SFT_DEBUG=1 shows the traceback of an error.",
+        "SFT_DEBUG=1 shows the traceback of an error, SFT_TIMING=1 where the time to the first step goes.",
     ]
     return "\n".join(lines)
 
@@ -182,7 +187,9 @@ def main(args: list[str]) -> int:
 
 
 def _launch(line: CommandLine) -> int:
-    from sft_recipe.compose import load_config, parse_config_args, to_yaml
+    timing.mark("train.sh, its environment")
+    with quick_imports():
+        from sft_recipe.compose import load_config, parse_config_args, to_yaml
 
     config = load_config(line.overrides, **parse_config_args(line.config_args))
     arguments = torchrun_args(config.trainer, line.overrides, line.config_args)
@@ -191,7 +198,26 @@ def _launch(line: CommandLine) -> int:
         print("torchrun " + shlex.join(arguments))
         return 0
     _set_threads(config.trainer.n_gpus_per_node)
+    timing.mark("launcher: configuration")
+    if config.trainer.world_size == 1 and not config.trainer.auto_restart:
+        return _fork([*line.config_args, *line.overrides])
     return _torchrun(arguments)
+
+
+def _fork(arguments: list[str]) -> int:
+    """Run the only rank in a child of this process; returns its exit code."""
+    timing.hand_on()
+    _forward_signals()
+    launcher, rank = os.getpid(), os.fork()
+    if rank:
+        code = os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1])
+        return _tell_killed(0, -code) if code < 0 else code
+    from sft_recipe import main_sft
+
+    os.setsid()  # a Ctrl-C reaches it once, from the launcher
+    for name in [name for name in os.environ if name in RANK_VARIABLES or name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]  # of something else: this rank is alone
+    return main_sft.start(arguments, launcher)
 
 
 def _set_threads(ranks: int) -> None:
@@ -203,9 +229,12 @@ def _torchrun(arguments: list[str]) -> int:
     """Run torchrun in this process, so that a rank's exit code and message reach the user as they are."""
     import logging
 
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    with quick_imports():
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import parse_args, run
 
+    timing.mark("launcher: torchrun")
+    timing.hand_on()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
     _forward_signals()
@@ -232,10 +261,13 @@ def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
     if own or not killed:
         codes = own or [failure.exitcode for failure in early]
         return next((code for code in codes if code > 0), 128 - codes[0])
-    number = -killed[0].exitcode
+    return _tell_killed(killed[0].local_rank, -killed[0].exitcode)
+
+
+def _tell_killed(rank: int, number: int) -> int:
+    """Of a rank that the signal `number` ended; returns the exit code that says so."""
     hint = " (out of memory?)" if number == signal.SIGKILL else ""
-    rank, name = killed[0].local_rank, signal.Signals(number).name
-    print(f"error: rank {rank} of this machine was killed by {name}{hint}", file=sys.stderr)
+    print(f"error: rank {rank} of this machine was killed by {signal.Signals(number).name}{hint}", file=sys.stderr)
     return 128 + number
 
 

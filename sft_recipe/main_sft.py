@@ -10,11 +10,15 @@ import warnings
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from sft_recipe.compose import load_config, parse_config_args, to_yaml
-from sft_recipe.config import Config
+from sft_recipe import timing
 from sft_recipe.errors import ConfigError, RecipeError, TrainingError, is_debugging
+from sft_recipe.lean import UNUSED, quick_imports
 from sft_recipe.processes import die_with_parent
 from sft_recipe.training.meeting import leave_meeting_place, record_end, recorded_end, speaks_for_machine
+
+with quick_imports():
+    from sft_recipe.compose import load_config, parse_config_args, to_yaml
+    from sft_recipe.config import Config
 
 if TYPE_CHECKING:
     from sft_recipe.training.watch import Watch
@@ -45,10 +49,11 @@ def run(args: list[str]) -> int:
     config_args = [text for text in args if text.startswith("-")]
     config = load_config([text for text in args if text not in config_args], **parse_config_args(config_args))
     config = _with_launched_ranks(config)
-    _quieten(int(os.environ["LOCAL_RANK"]))
+    timing.mark("configuration")
+    with quick_imports():
+        from sft_recipe.training.watch import Watch
 
-    from sft_recipe.training.watch import Watch
-
+    timing.mark("import PyTorch")
     watch = Watch(int(os.environ["RANK"]), config.trainer.world_size, config.trainer.hang_timeout)
     with watch.ending_all(), ExitStack() as held:
         return _run(config, watch, held)
@@ -57,12 +62,15 @@ def run(args: list[str]) -> int:
 def _run(config: Config, watch: Watch, held: ExitStack) -> int:
     is_first, local_rank = os.environ["RANK"] == "0", int(os.environ["LOCAL_RANK"])
 
-    from sft_recipe import preflight
-    from sft_recipe.training.checkpoint import check_identity, check_room_for_run, find_checkpoint
-    from sft_recipe.training.lock import FolderLock
-    from sft_recipe.training.prepare import prepare
-    from sft_recipe.training.progress import check_loggers, notice
+    with quick_imports():
+        _quieten(local_rank)
+        from sft_recipe import preflight
+        from sft_recipe.training.checkpoint import check_identity, check_room_for_run, find_checkpoint
+        from sft_recipe.training.lock import FolderLock
+        from sft_recipe.training.prepare import prepare
+        from sft_recipe.training.progress import check_loggers, notice
 
+    timing.mark("import transformers")
     device = preflight.choose_device(config)
     preflight.check(config, device)
     check_loggers(config)
@@ -72,31 +80,44 @@ def _run(config: Config, watch: Watch, held: ExitStack) -> int:
         held.callback(FolderLock(output_dir).release)
         resume = find_checkpoint(config.trainer.resume_from, checkpoints, _is_restart(), notice)
         check_room_for_run(checkpoints, resume)
+    timing.mark("checks")
     watch.at("preparing model and data", limited=False)
     prepared = prepare(config, local_rank, say=notice)
+    timing.mark("model and data")
     if is_first:
         preflight.write(output_dir / "config.yaml", to_yaml(config))
+    with quick_imports(() if config.fsdp.strategy == "megatron" else UNUSED):
+        _choose_platform(device)
+
+        import torch
+
+        from sft_recipe.training.agree import check_agreement, share_checkpoint
+        from sft_recipe.training.progress import banner
+        from sft_recipe.training.room import choose_checkpointing
+        from sft_recipe.training.shape import model_shape
+        from sft_recipe.training.trainer import SFTTrainer
+
+    timing.mark("import verl")
     watch.at("waiting for the other ranks", limited=False)
     _join_process_group(device)
-
-    import torch
-
-    from sft_recipe.training.agree import check_agreement, share_checkpoint
-    from sft_recipe.training.progress import banner
-    from sft_recipe.training.shape import model_shape
-    from sft_recipe.training.trainer import SFTTrainer
-
+    timing.mark("process group")
     try:
         check_agreement(config, prepared.identity(config), output_dir)
         resume = share_checkpoint(resume, checkpoints)
         if resume:
             check_identity(resume, prepared.identity(config))
+        timing.mark("agreement")
         watch.at("loading the model", limited=False)
         shape = model_shape(config, prepared.model, device)
+        longest = int(prepared.train.lengths.max())
+        config, memory = choose_checkpointing(config, shape, longest, device, notice if is_first else _unsaid)
+        timing.mark("model's shape")
         trainer = SFTTrainer(config, prepared, device, resume, watch)
+        timing.mark("model and optimizer")
         if is_first:
             steps = trainer.steps_per_epoch, trainer.total_steps, trainer.resume_global_step
-            banner(config, prepared, device, shape, *steps)
+            banner(config, prepared, device, shape, memory, *steps)
+        timing.mark("banner")
         code = trainer.fit()
         torch.distributed.barrier()
     except torch.OutOfMemoryError:
@@ -106,6 +127,10 @@ def _run(config: Config, watch: Watch, held: ExitStack) -> int:
         if sys.exc_info()[0] is None or config.trainer.world_size == 1:
             torch.distributed.destroy_process_group()
     return code
+
+
+def _unsaid(_text: str) -> None:
+    """Of ranks that leave it to rank 0."""
 
 
 def _is_restart() -> bool:
@@ -160,18 +185,24 @@ def _quieten(local_rank: int) -> None:
         os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
 
+def _choose_platform(device: str) -> None:
+    """Before the first import of verl's engine, which settles verl's platform."""
+    if device == "cpu":
+        from sft_recipe.engine.platform_cpu import use_cpu
+
+        use_cpu()
+    else:
+        import torch
+
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
 def _join_process_group(device: str) -> None:
     """As verl would, over a store that a restart does not confuse; verl's worker takes the group that it finds."""
     import torch
 
     from sft_recipe.training.watch import COLLECTIVE_TIMEOUT, open_store
 
-    if device == "cpu":  # verl's platform is settled by the first import of its engine, so this comes before that
-        from sft_recipe.engine.platform_cpu import use_cpu
-
-        use_cpu()
-    else:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store = open_store("process group")
     store.set_timeout(COLLECTIVE_TIMEOUT)  # machines may prepare their data for hours
     torch.distributed.init_process_group(
@@ -183,14 +214,21 @@ def _join_process_group(device: str) -> None:
     )
 
 
-if __name__ == "__main__":
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent(os.getppid())  # ranks without their launcher would train on unseen
+def start(args: list[str], launcher: int | None) -> int:
+    """The life of a rank's process, which ends with that of `launcher`, its parent, if any; returns the exit code 0."""
+    timing.take_on()
+    if launcher:
+        die_with_parent(launcher)  # ranks without their launcher would train on unseen
     # Until training begins, and listens to signals itself, there is nothing to save.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: os._exit(128 + number))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    code = main(sys.argv[1:])
+    code = main(args)
     sys.stdout.flush()
     if code:
         os._exit(code)  # other ranks may hang in a collective with this one, and would keep it from leaving in order
+    return code
+
+
+if __name__ == "__main__":
+    start(sys.argv[1:], os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)

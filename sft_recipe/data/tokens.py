@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 
 from tokenizers import Encoding, Tokenizer
@@ -71,7 +72,14 @@ class TextTokenizer:
         self.core = core
         core.no_truncation()
         core.no_padding()
-        self.bytes_of = _token_bytes(core)
+
+    @cached_property
+    def bytes_of(self) -> list[bytes]:
+        """What each token of a byte-level vocabulary stands for, by its id; nothing for other vocabularies.
+
+        Takes a moment, which a run that finds its tokens stored does not need.
+        """
+        return _token_bytes(self.core)
 
     def __call__(self, texts: Sequence[str]) -> Iterator[Tokens]:
         """The tokens of each text, in order, tokenised together.
@@ -93,7 +101,6 @@ class TextTokenizer:
 
 
 def _token_bytes(core: Tokenizer) -> list[bytes]:
-    """What each token of a byte-level vocabulary stands for, by its id; nothing for other vocabularies."""
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
     added = core.get_added_tokens_decoder()
     found = {number: token.content.encode() for number, token in added.items()}

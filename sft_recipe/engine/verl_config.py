@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from verl.trainer.config import CheckpointConfig
+from verl.utils import model as verl_model
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.config.optimizer import OptimizerConfig
 
@@ -14,6 +16,22 @@ from sft_recipe.config import Config, FsdpConfig, OptimConfig
 from sft_recipe.engine.attention import PACKED
 from sft_recipe.engine.platform_cpu import has_fast_bf16
 from sft_recipe.errors import PreflightError
+from sft_recipe.memory import reshards_after_forward
+
+_verls_model_class = verl_model.get_hf_auto_model_class
+
+
+def find_model_class_quickly() -> None:
+    """verl asks of every model whether it sees images, which imports the configurations of all that do.
+
+    What calls itself a causal language model is taken at its word; of others verl finds out as before.
+    """
+    verl_model.get_hf_auto_model_class = _model_class
+
+
+def _model_class(hf_config: PretrainedConfig) -> Any:
+    is_causal = not hasattr(hf_config, "auto_map") and (hf_config.architectures or [""])[0].endswith("ForCausalLM")
+    return AutoModelForCausalLM if is_causal else _verls_model_class(hf_config)
 
 
 @dataclass
@@ -59,18 +77,9 @@ def effective_strategy(fsdp: FsdpConfig, device: str) -> str:
 
 
 def uses_gradient_checkpointing(config: Config, device: str) -> bool:
-    """On by default on GPUs, where memory is short; off on CPUs, where it seldom is."""
+    """What was chosen, by the user or by the memory plan; without either on on GPUs, where memory is short."""
     chosen = config.model.enable_gradient_checkpointing
     return device == "cuda" if chosen == "auto" else bool(chosen)
-
-
-def reshards_after_forward(config: Config) -> bool:
-    """On by default where it frees much: among several ranks, and with parameters that wait in CPU memory.
-
-    One rank alone frees the copy in the compute dtype, and makes it again twice in each micro-batch.
-    """
-    chosen = config.fsdp.reshard_after_forward
-    return config.trainer.world_size > 1 or config.fsdp.offload_policy if chosen == "auto" else chosen
 
 
 def attention(config: Config, device: str) -> str:

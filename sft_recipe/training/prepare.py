@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,12 @@ def prepare(config: Config, local_rank: int, say: Callable[[str], None]) -> Prep
     """
     note = meeting_place() / "prepared.json"
     if local_rank == 0:
-        places = _make(config, say)
+        tokenizer, places = _make(config, say)
         _write(note, places)
     else:
         places = _wait_for(note)
-    return _open(config, places)
+        tokenizer = load_tokenizer(config.model, Path(places["tokenizer"]))
+    return _open(config, places, tokenizer)
 
 
 def load_tokenizer(
@@ -104,7 +106,7 @@ def store_options(data: DataConfig) -> StoreOptions:
     return StoreOptions(data.format, data.max_length, data.truncation, data.columns, data.on_bad_record, render)
 
 
-def _make(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
+def _make(config: Config, say: Callable[[str], None]) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     data, cache_dir = config.data, config.cache_dir()
     sources = {"train": resolve_files(data.train_files, cache_dir)}
     if data.val_files:
@@ -123,7 +125,8 @@ def _make(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
         rejected.unlink(missing_ok=True)
     for part, of_part in sources.items():
         files = [file for source in of_part for file in source.files]
-        store = open_store(files, tokenizer, options, cache_dir, data.num_workers, show_progress=True)
+        with _as_loaded(tokenizer):
+            store = open_store(files, tokenizer, options, cache_dir, data.num_workers, show_progress=True)
         if is_first and store.report.rejected:
             with rejected.open("ab") as file:
                 file.write((store.folder / REJECTED).read_bytes())
@@ -131,7 +134,20 @@ def _make(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
         stores[part] = str(store.folder)
         shares[part] = [asdict(share) for share in _shares(of_part, store)]
     place = str(tokenizer_folder)
-    return {"model": [str(model.folder), model.name], "tokenizer": place, "stores": stores, "shares": shares}
+    places = {"model": [str(model.folder), model.name], "tokenizer": place, "stores": stores, "shares": shares}
+    return tokenizer, places
+
+
+@contextmanager
+def _as_loaded(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Making a store switches off the truncation and padding that a tokenizer.json asks for; the model's keeps them."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = (core.truncation, core.padding) if core else (None, None)
+    yield
+    if core and truncation:
+        core.enable_truncation(**truncation)
+    if core and padding:
+        core.enable_padding(**padding)
 
 
 def _shares(sources: list[Source], store: TokenStore) -> list[Share]:
@@ -146,9 +162,8 @@ def _shares(sources: list[Source], store: TokenStore) -> list[Share]:
     return shares
 
 
-def _open(config: Config, places: dict[str, Any]) -> Prepared:
+def _open(config: Config, places: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prepared:
     folder, name = places["model"]
-    tokenizer = load_tokenizer(config.model, Path(places["tokenizer"]))
     seed = config.trainer.seed
     parts, shares = {}, {}
     for part, store_folder in places["stores"].items():

@@ -5,6 +5,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sft_recipe import timing
 from sft_recipe.config import Config, nearest
 from sft_recipe.errors import CheckpointError, ConfigError, PreflightError
+from sft_recipe.lean import UNUSED, quick_imports
+from sft_recipe.memory import Plan
 from sft_recipe.preflight import is_installed
 from sft_recipe.training.prepare import Prepared
 from sft_recipe.training.shape import Shape
@@ -74,6 +78,13 @@ class RunLog:
         if self.enabled:
             self.console.print(text, soft_wrap=True, markup=False)
 
+    def start_up(self) -> None:
+        """Where the time until now went, in this rank."""
+        if self.enabled:
+            self.say(timing.table())
+            with suppress(OSError):
+                timing.write(self.rows.path.parent)
+
     def validating(self, done: int, total: int) -> None:
         """Validation has come so far; without a terminal its beginning is told."""
         if self.enabled and self.console.is_terminal:
@@ -128,13 +139,21 @@ class RunLog:
 
 
 def banner(
-    config: Config, prepared: Prepared, device: str, shape: Shape, steps_per_epoch: int, steps: int, done: int
+    config: Config,
+    prepared: Prepared,
+    device: str,
+    shape: Shape,
+    memory: Plan | None,
+    steps_per_epoch: int,
+    steps: int,
+    done: int,
 ) -> None:
     """The essentials of a run, before its first step."""
     from sft_recipe.engine.verl_config import compute_dtype, uses_gradient_checkpointing
 
     data, lora = config.data, config.lora
-    checkpointing = "on" if uses_gradient_checkpointing(config, device) else "off"
+    is_checkpointing = uses_gradient_checkpointing(config, device)
+    checkpointing = ("on" if is_checkpointing else "off") + (f" ({memory.told(is_checkpointing)})" if memory else "")
     dtype = compute_dtype(config.fsdp, device)
     share = f"{shape.trainable:,} trainable of {shape.total:,} ({100 * shape.trainable / shape.total:.2f}%)"
     adapters = f", LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora.enabled else ""
@@ -281,7 +300,10 @@ def _rows_up_to(path: Path, steps: int) -> Iterator[bytes]:
 
 def check_loggers(config: Config) -> None:
     """Raises ConfigError for a logger that verl does not have, PreflightError for one that is not installed."""
-    from verl.utils.tracking import Tracking
+    if not _backends(config):
+        return
+    with quick_imports(UNUSED):
+        from verl.utils.tracking import Tracking
 
     for name in _backends(config):
         if name not in Tracking.supported_backend:

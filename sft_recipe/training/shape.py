@@ -8,15 +8,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_recipe.config import Config, LoraConfig
 from sft_recipe.errors import ConfigError, ModelError
+from sft_recipe.memory import Layout
 from sft_recipe.models import ResolvedModel
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Numbers of parameters."""
+    """Numbers of parameters; the sizes of the layers, where they are known."""
 
     total: int
     trainable: int
+    layout: Layout | None = None
 
 
 def model_shape(config: Config, model: ResolvedModel, device: str) -> Shape:
@@ -31,10 +33,11 @@ def model_shape(config: Config, model: ResolvedModel, device: str) -> Shape:
     if not built._no_split_modules:
         raise ModelError(f"{model.name}: transformers does not say how {type(built).__name__} is split for FSDP")
     total = sum(parameter.numel() for parameter in built.parameters())
+    layout = Layout.of(built.config.to_dict())
     if not config.lora.enabled:
-        return Shape(total, total)
+        return Shape(total, total, layout)
     adapters = sum(parameter.numel() for parameter in _with_adapters(built, config.lora).parameters()) - total
-    return Shape(total + adapters, adapters)
+    return Shape(total + adapters, adapters, layout)
 
 
 def _on_meta(config: Config, model: ResolvedModel, attention: str) -> Any:

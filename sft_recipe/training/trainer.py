@@ -19,13 +19,13 @@ from verl.utils import flops_counter
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
 
-from sft_recipe import __version__
+from sft_recipe import __version__, timing
 from sft_recipe.config import AFTER_EACH_EPOCH, Config, Every
 from sft_recipe.data.batches import plan_micro_batches, step_examples, steps_per_epoch
 from sft_recipe.data.cache import Examples
 from sft_recipe.engine.engine import SFTEngine
 from sft_recipe.engine.platform_cpu import measured_peak_flops
-from sft_recipe.engine.verl_config import build_verl_config, shares_prefixes
+from sft_recipe.engine.verl_config import build_verl_config, find_model_class_quickly, shares_prefixes
 from sft_recipe.errors import TrainingError, is_debugging
 from sft_recipe.training.checkpoint import Checkpoints
 from sft_recipe.training.evaluate import evaluate
@@ -93,6 +93,9 @@ class SFTTrainer(VerlSFTTrainer):
                         return self._stopped(step, log)
                 saving.look(step)
                 log.step(row | saving.costs_since(costs_told))
+                if step == done + 1 and timing.ENABLED:
+                    timing.mark("first step")
+                    log.start_up()
                 costs_told = len(saving.costs)
                 if bad_in_a_row == BAD_STEPS_IN_A_ROW:
                     raise TrainingError(_advice(step, self.recipe))
@@ -133,7 +136,8 @@ class SFTTrainer(VerlSFTTrainer):
     def _init_engine(self) -> None:
         if self.device == "cpu":
             dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.engine_config.mixed_precision["param_dtype"]]
-            flops_counter._DEVICE_FLOPS["cpu"] = measured_peak_flops(dtype)
+            flops_counter._DEVICE_FLOPS["cpu"] = measured_peak_flops(dtype, seconds=0.1)
+        find_model_class_quickly()
         self.training_client.reset()
 
     def _build_ckpt_handler(self) -> None:

@@ -70,7 +70,7 @@ def ranks_of(launcher):
 def test_a_failed_rank_is_restarted_and_signals_reach_all(launch, model, tmp_path):
     endless = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=1000000", "trainer.save_freq=5"]
     process = launch("--auto_restart", "2", *arguments(model, tmp_path, *endless, "data.val_files=null"))
-    wait_for(lambda: len(rows(tmp_path)) >= 6, process)
+    wait_for(lambda: len(rows(tmp_path)) >= 6 and "step_5" in checkpoints(tmp_path), process)
     first, second = ranks_of(process)
     second.kill()
     first.wait(60)
@@ -100,6 +100,25 @@ def test_ranks_die_with_their_launcher(launch, model, tmp_path):
     assert len(ranks) == 2
     process.kill()
     assert psutil.wait_procs(ranks, timeout=30)[1] == []
+
+
+@pytest.mark.parametrize("ends", ["the rank is killed", "the launcher is killed", "a Ctrl-C"])
+def test_a_single_rank_ends_as_one_of_several_does(launch, model, tmp_path, ends):
+    endless = ["trainer.total_training_steps=1000000", "trainer.save_freq=-1", "data.val_files=null"]
+    process = launch(*arguments(model, tmp_path, *endless))
+    wait_for(lambda: len(rows(tmp_path)) >= 1, process)
+    (rank,) = psutil.Process(process.pid).children()
+    if ends == "a Ctrl-C":
+        assert os.getpgid(rank.pid) != os.getpgid(process.pid)  # a terminal's would come twice, which ends it at once
+        process.send_signal(signal.SIGINT)
+    else:
+        psutil.Process(process.pid if ends == "the launcher is killed" else rank.pid).kill()
+    code = process.wait(PATIENCE)
+    assert psutil.wait_procs([rank], timeout=30)[1] == []
+    assert code == {"the rank is killed": 137, "the launcher is killed": -9, "a Ctrl-C": 75}[ends]
+    if ends == "the rank is killed":
+        told = (tmp_path / "said-0").read_text().splitlines()[-1]
+        assert told == "error: rank 0 of this machine was killed by SIGKILL (out of memory?)"
 
 
 @pytest.mark.parametrize("moment", ["while data is prepared", "in training"])

@@ -1,0 +1,237 @@
+"""The memory plan: its arithmetic by hand, what autograd really keeps, and the choice that follows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sft_recipe.compose import load_config
+from sft_recipe.engine.platform_cpu import use_cpu
+from sft_recipe.errors import PreflightError
+from sft_recipe.memory import GIB, Layout, Plan, plan_memory
+from tests import tiny
+from tests.runs import metrics, run_here
+from tests.training.small_run import arguments
+
+SMALL = Layout(layers=2, hidden=8, intermediate=16, vocabulary=32, heads=2, query=8, key=4)
+DEEP = Layout(layers=20, hidden=8, intermediate=16, vocabulary=32, heads=2, query=8, key=4)
+SMOLLM2 = dict(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3,
+)  # fmt: skip
+LLAMA = dict(
+    model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8,
+)  # fmt: skip
+
+
+def small_plan(*overrides, layout=SMALL, total=1000, trainable=1000, width=2, longest=100, device=10**6):
+    config = load_config(["data.max_length=10", "data.train_batch_size=4", *overrides])
+    return plan_memory(config, layout, total, trainable, width, longest, device)
+
+
+def test_a_layers_bytes_for_each_token():
+    norms = 2 * 8 * (4 + 2) + 2 * 8 * 2  # inputs in fp32, what is multiplied with the weights; outputs
+    attention = 2 * (8 + 4 + 4 + 8 + 8) + 4 * 2  # q, k, v, out, out packed; a log-sum-exp for each head
+    mlp = 2 * 4 * 16  # gate, its activation, up, their product
+    assert SMALL.of_layer(width=2) == norms + attention + mlp == 328
+    assert SMALL.of_ends(width=2) == 8 * (4 + 2) + 8 * 2 + 2 * (2 * 32) == 192
+
+
+def test_the_plan_of_one_rank():
+    plan = small_plan()
+    assert (plan.weights, plan.gathered, plan.gradients, plan.optimizer) == (4000, 2000, 4000, 8000)
+    assert plan.activations == 10 * (3 * 328 + 192) == 11760
+    assert plan.recomputed == 10 * (2 * 328 + 2 * (8 * 2) + 192) == 8800
+    assert plan.needed(checkpointing=False) == 29760 and plan.needed(checkpointing=True) == 26800
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "expected"),
+    [
+        (["fsdp.model_dtype=bf16"], {}, {"weights": 2000, "optimizer": 4000}),
+        ([], {"trainable": 50}, {"gradients": 200, "optimizer": 400, "weights": 4000}),
+        ([], {"width": 4}, {"gathered": 4000}),
+        (["trainer.n_gpus_per_node=2"], {}, {"weights": 2000, "gradients": 4000, "optimizer": 4000}),
+        (["trainer.n_gpus_per_node=2", "data.train_batch_size=2"], {"longest": 10}, {"gradients": 2000}),
+        (["trainer.n_gpus_per_node=2", "fsdp.fsdp_size=1"], {}, {"weights": 4000}),
+        (["fsdp.use_no_sync_for_gradient_accumulation=false", "trainer.n_gpus_per_node=2"], {}, {"gradients": 2000}),
+        # Two of 20 layers, and two matrices of 32 x 8.
+        (["trainer.n_gpus_per_node=2"], {"layout": DEEP, "total": 10000}, {"gathered": 2 * (1000 + 512)}),
+        (["fsdp.reshard_after_forward=true"], {"layout": DEEP, "total": 10000}, {"gathered": 2 * (1000 + 512)}),
+        (["fsdp=fsdp2_offload"], {}, {"weights": 0, "optimizer": 0}),
+        ([], {"longest": 2}, {"activations": 8 * (3 * 328 + 192)}),
+        (["data.micro_batch_size_per_gpu=2"], {}, {"activations": 20 * (3 * 328 + 192)}),
+    ],
+)
+def test_what_changes_the_plan(overrides, changes, expected):
+    plan = small_plan(*overrides, **changes)
+    assert {key: getattr(plan, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, {"query": 4096, "key": 1024, "intermediate": 14336, "has_head_norm": False}),
+        ({"head_dim": 64}, {"query": 2048, "key": 512}),
+        ({"num_key_value_heads": None}, {"key": 4096}),
+        ({"model_type": "qwen3"}, {"has_head_norm": True}),
+        ({"num_experts_per_tok": 8, "moe_intermediate_size": 768}, {"intermediate": 6144}),
+        ({"num_experts_per_tok": 2}, {"intermediate": 28672}),
+        ({"text_config": LLAMA | {"hidden_size": 512}}, {"hidden": 512}),
+    ],
+)
+def test_sizes_are_read_from_the_models_config(change, expected):
+    layout = Layout.of(LLAMA | change)
+    assert {key: getattr(layout, key) for key in expected} == expected
+
+
+def test_of_a_model_with_other_names_nothing_is_claimed():
+    assert Layout.of({"n_embd": 768, "n_layer": 12}) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Llama", dict(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2)),
+        ("Llama", SMOLLM2),
+        ("Qwen3", SMOLLM2 | {"num_hidden_layers": 2, "head_dim": 128}),
+    ],
+    ids=["tiny", "SmolLM2-135M", "Qwen3"],
+)
+def test_autograd_keeps_what_the_plan_says(family, settings, dtype):
+    import transformers
+
+    use_cpu()
+    from sft_recipe.engine.attention import PACKED, packed_documents
+    from sft_recipe.engine.loss import summed_cross_entropy
+
+    settings = {"num_attention_heads": 4, "num_key_value_heads": 2, **settings}
+    config = getattr(transformers, f"{family}Config")(**settings)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
+    model.to_empty(device="cpu").to(dtype).train()
+    for part in [*model.parameters(), *model.buffers()]:
+        part.data.fill_(0.01)
+    own = {part.untyped_storage().data_ptr() for part in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
+        return tensor
+
+    lengths = [50, 30, 48]
+    ids, targets = torch.arange(128)[None], torch.arange(128)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), packed_documents(lengths), autocast:
+        inputs = dict(input_ids=ids, position_ids=positions, use_cache=False, attention_mask=None)
+        loss = summed_cross_entropy(model(**inputs, logits_to_keep=targets).logits[0], targets)
+    assert loss.requires_grad
+    layout = Layout.of(config.to_dict())
+    gradient_of_logits = dtype.itemsize * layout.vocabulary
+    planned = layout.layers * layout.of_layer(dtype.itemsize) + layout.of_ends(dtype.itemsize) - gradient_of_logits
+    assert sum(size for size, _ in kept.values()) / 128 == pytest.approx(planned, rel=0.05)
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """The choice for the plan of SMALL on a device of so many bytes, and what was said."""
+    use_cpu()
+    from sft_recipe.training import room
+    from sft_recipe.training.shape import Shape
+
+    def chosen(memory, *overrides, layout=SMALL):
+        monkeypatch.setattr(room, "device_memory", lambda device: memory)
+        monkeypatch.setattr(room.dist, "all_reduce", lambda tensor, op: None)
+        compute = "fsdp.mixed_precision.param_dtype=bf16"
+        config = load_config(["data.max_length=10", "data.train_batch_size=4", compute, *overrides])
+        said: list[str] = []
+        config, plan = room.choose_checkpointing(config, Shape(1000, 1000, layout), 100, "cuda", said.append)
+        return config.model.enable_gradient_checkpointing, plan, said
+
+    return chosen
+
+
+# 29,760 bytes are needed without, 26,800 with; nine tenths of a device are used.
+@pytest.mark.parametrize(
+    ("memory", "override", "expected", "warns"),
+    [
+        (33067, [], False, False),
+        (33066, [], True, False),
+        (29777, [], True, True),
+        (33066, ["model.enable_gradient_checkpointing=false"], False, True),
+        (10**6, ["model.enable_gradient_checkpointing=true"], True, False),
+    ],
+)
+def test_activations_are_recomputed_only_where_memory_would_not_do(choose, memory, override, expected, warns):
+    chosen, plan, said = choose(memory, *override)
+    assert chosen is expected and isinstance(plan, Plan)
+    assert bool(said) == warns and all("MICRO_BATCH_SIZE" in text for text in said)
+
+
+def test_where_not_even_weights_and_optimiser_fit_the_run_does_not_start(choose):
+    assert choose(12000)[0] is True
+    with pytest.raises(PreflightError, match="not even weights and optimiser state fit.*N_GPUS"):
+        choose(11999)
+
+
+@pytest.mark.parametrize("case", [{"layout": None}, {"overrides": ["fsdp=megatron"]}])
+def test_without_a_plan_nothing_is_decided(choose, case):
+    chosen, plan, _ = choose(1, *case.pop("overrides", []), **case)
+    assert (chosen, plan) == ("auto", None)
+
+
+def test_the_banner_tells_the_need():
+    plan = Plan(
+        weights=4 * GIB, gathered=0, gradients=0, optimizer=0, activations=8 * GIB, recomputed=GIB, device=24 * GIB
+    )
+    assert plan.told(checkpointing=False) == "needs about 12.0 of 24.0 GiB"
+    assert plan.told(checkpointing=True) == "needs about 5.0 of 24.0 GiB, 12.0 without"
+
+
+def test_a_cpu_ranks_memory_is_its_share_of_the_machines(monkeypatch, tmp_path):
+    use_cpu()
+    from sft_recipe.training import room
+
+    monkeypatch.setattr(room, "CGROUP_LIMITS", [str(tmp_path / "none"), str(tmp_path / "limit")])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    machine = room.psutil.virtual_memory().total
+    assert room.device_memory("cpu") == machine // 2
+    for text, expected in (("max\n", machine // 2), (str(GIB), GIB // 2)):
+        (tmp_path / "limit").write_text(text)
+        assert room.device_memory("cpu") == expected
+
+
+def test_the_choice_changes_no_number_and_a_run_may_be_resumed_with_the_other(tmp_path, monkeypatch, capfd):
+    model = tiny.build_model(tmp_path / "model")
+    use_cpu()
+    from sft_recipe.training import room
+
+    def run(folder: Path, memory: int, steps: int, *more: str) -> str:
+        monkeypatch.setattr(room, "device_memory", lambda device: memory)
+        words = arguments(model, folder, "data.val_files=null", f"trainer.total_training_steps={steps}", *more)
+        assert run_here(*words) == 0
+        return " ".join(capfd.readouterr().out.split())
+
+    assert "gradient checkpointing off (needs about" in run(tmp_path / "much", 2**40, 4)
+    needed = room_for_checkpointing(model)
+    assert "gradient checkpointing on (needs about" in run(tmp_path / "little", needed, 4)
+    run(tmp_path / "both", 2**40, 2, "optim.lr_scheduler_type=constant")
+    assert "gradient checkpointing on" in run(
+        tmp_path / "both", needed, 4, "optim.lr_scheduler_type=constant", "trainer.resume_from=auto"
+    )
+    rows = [[row["train/loss"] for row in metrics(tmp_path / name / "out")] for name in ("much", "little")]
+    assert rows[0] == rows[1] and len(metrics(tmp_path / "both" / "out")) == 4
+
+
+def room_for_checkpointing(model: Path) -> int:
+    """Bytes of a device that does with checkpointing, and not without."""
+    layout = Layout.of(json.loads((model / "config.json").read_text()))
+    config = load_config([f"model.path={model}"])
+    parts = plan_memory(config, layout, 34976, 34976, 2, 64, 1)
+    return int((parts.needed(checkpointing=False) + parts.needed(checkpointing=True)) / 2 / 0.9)
