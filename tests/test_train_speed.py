@@ -13,7 +13,7 @@ from benchmarks.speed.flops import Shape
 from benchmarks.speed.inside.chatml import encode
 from benchmarks.speed.jobs import JOBS, Counts, Job, long_prompts, make_data, read_turns
 from benchmarks.speed.measure import INSIDE, Measurement, RunFailed, counted_by_recipe, keep, kept, read_stopwatch, run
-from benchmarks.speed.report import JobResult, notes, section, verdicts
+from benchmarks.speed.report import VALIDATION_TARGET, JobResult, notes, section, verdicts
 from benchmarks.speed.systems import OURS, PEERS, Configuration, configurations, fastest, our_command
 from sft_recipe.launch import parse
 
@@ -24,8 +24,8 @@ CPU = JOBS["cpu"]
 @pytest.fixture
 def characters() -> Tokenizer:
     """A token a character, but for the marks of ChatML."""
-    alphabet = {chr(number): number for number in range(256)} | {"<|im_start|>": 256, "<|im_end|>": 257, "?": 258}
-    tokenizer = Tokenizer(models.WordLevel(alphabet, unk_token="?"))
+    alphabet = {chr(number): number for number in range(256)} | {"<|im_start|>": 256, "<|im_end|>": 257, "<unk>": 258}
+    tokenizer = Tokenizer(models.WordLevel(alphabet, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     return tokenizer
@@ -54,7 +54,7 @@ def test_counts_are_of_rows_cut_on_the_right(characters):
 
 def test_long_prompts_share_no_context_and_end_in_a_short_answer(characters, monkeypatch):
     monkeypatch.setattr(jobs, "CONTEXT", (300, 600))
-    own = [conversation(number, f"answer {number} " + "y" * (5 if number % 4 == 0 else 60)) for number in range(60)]
+    own = [conversation(number, f"answer {number} " + "y" * (5 if number % 2 == 0 else 60)) for number in range(60)]
     made = long_prompts(own, 8, characters, seed=1)
     assert len(made) == 8 and made == long_prompts(own, 8, characters, seed=1)
     seen = set()
@@ -104,7 +104,7 @@ def test_every_job_has_ours_and_peers_that_can_run(device):
     for job in JOBS[device].values():
         found = configurations(job, PEERS)
         assert len({(one.system, one.name) for one in found}) == len(found)
-        assert all((INSIDE / one.runner).is_file() for one in found)
+        assert all((INSIDE / one.runner).is_file() for one in found if one.environment)
         assert [one for one in configurations(job, []) if one.environment] == []
         assert ("torchtune" in {one.system for one in found}) == (device == "cpu" and job.name in ("full", "long"))
 
@@ -164,7 +164,7 @@ def test_verdicts_come_from_pairs_of_runs():
     memory = next(value for target, value in found.items() if "memory" in target)
     assert memory == ("reached", "0.70: 700 of 1,000 MiB at 2,048 tokens (transformers Trainer, padded)")
     assert next(value for target, value in found.items() if "first step" in target)[0] == "reached"
-    assert words.count("not measured") == 4  # verl, long, lora, ranks
+    assert words.count("not measured") == 6  # verl, long, lora, ranks, two on a GPU
     # 6 x 10 x 1000 + 6 x 5 x 600 + 12 x 2 x 5000 operations, of 1e6 a second
     assert next(value for target, value in found.items() if "peak" in target) == (
         "**not reached**",
@@ -174,7 +174,9 @@ def test_verdicts_come_from_pairs_of_runs():
 
 def test_a_part_of_an_epoch_compares_no_tokens_and_no_losses():
     assert "not compared" in notes(result(steps=1))[0]
-    assert [verdict.is_reached for verdict in verdicts([result(steps=1)], "cpu")][-1] is None
+    assert {verdict.target: verdict for verdict in verdicts([result(steps=1)], "cpu")}[
+        VALIDATION_TARGET
+    ].is_reached is None
 
 
 def test_an_epoch_must_have_trained_the_same_tokens():
