@@ -10,9 +10,9 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from tokenizers import Tokenizer  # noqa: E402
 from benchmarks.peers import ENVIRONMENTS, InstallFailed, python_of  # noqa: E402
 from benchmarks.results import write_section  # noqa: E402
 from benchmarks.speed.flops import Shape  # noqa: E402
-from benchmarks.speed.jobs import JOBS, Data, Job, make_data, plain_model  # noqa: E402
+from benchmarks.speed.jobs import JOBS, SHAPES, Data, Job, make_data, plain_model  # noqa: E402
 from benchmarks.speed.measure import (  # noqa: E402
     INSIDE,
     Measurement,
@@ -105,7 +105,8 @@ class Bench:
 
     def _measure_job(self, job: Job, progress: Progress) -> None:
         scan = [Task(job, one, 0) for one in self._configurations(job)]
-        bar = progress.add_task(job.name, total=len(scan))
+        systems = {task.configuration.system for task in scan}
+        bar = progress.add_task(job.name, total=len(scan) + self.options.rounds * len(systems))
         self._take_turns(scan, progress, bar)
         chosen = self._chosen(job)
         rounds = [
@@ -119,16 +120,13 @@ class Bench:
     def _take_turns(self, tasks: list[Task], progress: Progress, bar: Any) -> None:
         for task in tasks:
             progress.update(bar, description=str(task))
-            if str(task.configuration) not in self.failures:
-                try:
-                    measured = self._kept_or_run(task)
-                except RunFailed as problem:
-                    self._fail(f"{task.job.name}: {task.configuration}", problem)
-                    continue
-                finally:
-                    progress.advance(bar)
-                if measured:
+            name = f"{task.job.name}: {task.configuration}"
+            try:
+                if name not in self.failures and (measured := self._kept_or_run(task)):
                     self.found[task] = measured
+            except RunFailed as problem:
+                self._fail(name, problem, f"; {WORK / 'logs'} has all that it said")
+            progress.advance(bar)
 
     def _configurations(self, job: Job) -> list[Configuration]:
         return [
@@ -152,18 +150,22 @@ class Bench:
             runs.setdefault(task.configuration, {})[task.round] = self.found[task]
         config = json.loads((self.models[job.model] / "config.json").read_text())
         shape = Shape.of(config, job.lora.rank if job.lora else 0)
-        before = self._judged_before(job) if self.options.validate and runs else None
+        before = self._judged_before(job) if self._can_judge(job) and runs else None
         return JobResult(job, self.data[job.name].counts, shape, self.steps(job), runs, self._chosen(job), before)
 
     def _kept_or_run(self, task: Task) -> Measurement | None:
         """What is kept where that is asked for, else a new run. Raises RunFailed."""
         about = self._about(task)
-        path = WORK / "results" / f"{task.job.name}-{task.configuration.system}-{task.round}-{_digest(about)}.json"
+        name = f"{task.job.name}-{task.configuration.system}-{task.round}-{_digest(about)}"
+        path = WORK / "results" / f"{name}.json"
         measured = kept(path) if self.options.resume or self.options.report else None
-        judge = self.options.validate and task.round == 0 and task.configuration.same_job
+        judge = self._can_judge(task.job) and task.round == 0 and task.configuration.same_job
         if self.options.report or measured and not (judge and measured.validation_loss is None):
             return measured
-        measured = self._run(task, judge)
+        log = WORK / "logs" / f"{name}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=WORK, prefix="run-") as folder:
+            measured = self._run(task, Path(folder), log, judge)
         keep(measured, about, path)
         speed, memory = measured.tokens_per_s, (measured.gpu_peak or measured.peak) / MEBIBYTE
         loss = f", validation loss {measured.validation_loss:.4f}" if measured.validation_loss is not None else ""
@@ -187,10 +189,7 @@ class Bench:
             "versions": environment,
         }
 
-    def _run(self, task: Task, judge: bool) -> Measurement:
-        folder = WORK / "run"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    def _run(self, task: Task, folder: Path, log: Path, judge: bool) -> Measurement:
         job, one, data = task.job, task.configuration, self.data[task.job.name]
         threads = str(max(1, int(CORES) // one.ranks))
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HOME": str(WORK / "hub")}
@@ -212,7 +211,7 @@ class Bench:
             command = [str(ROOT / "train.sh"), *words]
             environment["VIRTUAL_ENV"] = sys.prefix
             saved = folder / "checkpoints" / f"step_{self.steps(job)}" / "huggingface"
-        ran = run(command, environment, folder / "log.txt", folder / "stopwatch")
+        ran = run(command, environment, log, folder / "stopwatch")
         measured = read_stopwatch(folder / "stopwatch", ran, peak_flops)
         if not one.environment:
             measured = counted_by_recipe(measured, folder / "metrics.jsonl")
@@ -234,6 +233,10 @@ class Bench:
         path = folder / "job.json"
         path.write_text(json.dumps(about))
         return path
+
+    def _can_judge(self, job: Job) -> bool:
+        """Where that is asked for, and the model knew something before."""
+        return self.options.validate and job.model not in SHAPES
 
     def _judged_before(self, job: Job) -> float | None:
         """The loss of the untrained model."""
@@ -257,9 +260,9 @@ class Bench:
             raise RunFailed(f"the judge says: {said[-1] if said else done.returncode}")
         return json.loads(done.stdout.splitlines()[-1])["loss"]
 
-    def _fail(self, what: str, problem: Exception) -> None:
+    def _fail(self, what: str, problem: Exception, hint: str = "") -> None:
         self.failures[what] = str(problem)
-        out.print(f"{what} failed: {problem}", style="red")
+        out.print(f"{what} failed: {problem}{hint}", style="red", markup=False)
 
 
 def measured_peak(device: str) -> float:
@@ -276,8 +279,8 @@ def measured_peak(device: str) -> float:
 def main() -> None:
     options = parse_options()
     jobs = [job for name, job in JOBS[options.device].items() if name in options.jobs]
-    if options.batch_size:
-        jobs = [replace(job, batch_size=options.batch_size) for job in jobs]
+    quick = {"rows": options.rows, "batch_size": options.batch_size}
+    jobs = [replace(job, **{name: value for name, value in quick.items() if value}) for job in jobs]
     bench = Bench(options)
     bench.set_up(jobs)
     results = [result for result in bench.measure(jobs) if result.runs]
@@ -298,7 +301,8 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=ROOT / "data/example_alpaca.json", help="what is trained")
     parser.add_argument("--rounds", type=int, default=5, help="after the scan of all configurations")
     parser.add_argument("--steps", type=int, default=16, help="optimiser steps of a run, at most an epoch (16)")
-    parser.add_argument("--batch-size", type=int, help="examples a step, for a quick look (the job's)")
+    parser.add_argument("--rows", type=int, help="examples of an epoch, for a quick look")
+    parser.add_argument("--batch-size", type=int, help="examples a step, for a quick look")
     parser.add_argument("--validate", action="store_true", help="judge the models of the scan, after their last step")
     parser.add_argument("--resume", action="store_true", help="run only what no measurement is kept of")
     parser.add_argument("--report", action="store_true", help="run nothing; make the report from what is kept")

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM
 
 from benchmarks import train_speed
 from benchmarks.speed import jobs
@@ -97,6 +99,16 @@ def test_frozen_weights_need_no_gradient_of_their_own():
     adapters = 2 * 3 * (8 + 6 + 6 + 8 + 10 + 10 + 10)
     assert shape.adapters == adapters
     assert shape.flops(5, 3, 9) == 4 * 240 * 5 + 4 * 40 * 3 + 6 * adapters * 5 + 12 * 8 * 9
+
+
+@pytest.mark.parametrize("name", jobs.SHAPES)
+def test_a_model_of_random_weights_has_the_products_that_are_counted(name, tmp_path):
+    tiny = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    jobs.write_random_model(jobs.SHAPES[name] | tiny | {"num_key_value_heads": 2}, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    weights = {name: part.weight.numel() for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    shape = Shape.of(json.loads((tmp_path / "config.json").read_text()))
+    assert (shape.head, shape.layers) == (weights.pop("lm_head"), sum(weights.values()))
 
 
 @pytest.mark.parametrize("device", JOBS)

@@ -23,7 +23,7 @@ class Shape:
     @classmethod
     def of(cls, config: Mapping[str, Any], lora_rank: int = 0) -> "Shape":
         """From a model's config.json (Llama, Qwen2), with adapters on all linear layers but the head."""
-        hidden, inner, layers = (config[f"{key}"] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+        hidden, inner, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
         heads = config["num_attention_heads"]
         size = config.get("head_dim") or hidden // heads
         queries, keys = heads * size, config["num_key_value_heads"] * size

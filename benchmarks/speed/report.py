@@ -122,7 +122,7 @@ def job_table(result: JobResult) -> str:
 
 
 def _row(result: JobResult, one: Configuration) -> list[str]:
-    runs, ours, loss = result.timed(one), result.chosen[0] if result.chosen else None, result.loss(one)
+    runs, ours, loss = result.timed(one), result.of(OURS), result.loss(one)
     ratios = result.ratios(ours, one) if ours and one in result.chosen and one != ours else []
     return [
         PEERS.get(one.system, one.system),
