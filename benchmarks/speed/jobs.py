@@ -115,9 +115,6 @@ class Data:
     folder: Path
     counts: Counts
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.counts, name)
-
 
 def make_data(job: Job, records: Path, tokenizer: Tokenizer, folder: Path) -> Data:
     """Write the job's rows under `folder`: `records` is a file in any format that the recipe reads."""
