@@ -68,11 +68,8 @@ def _on_cpu(job: Job) -> list[Configuration]:
         return Configuration(system, name, examples * job.max_length, environment, f"run_{system}.py", options)
 
     chunked = {"loss": "chunked_nll"}
-    packed = {
-        "examples": 1,
-        "packing": True,
-        "accumulate": 8 if job.long else 7,
-    }  # packs a step: as many steps an epoch
+    packs = job.batch_size if job.long else -(-7 * job.batch_size // 16)  # a step: an epoch has as many steps
+    packed = {"examples": 1, "packing": True, "accumulate": packs}
     verl_tokens = job.max_length if job.long else 2 * job.max_length
     return [
         *(padded("hf", "trl", "5.23.0", n) for n in ((few, many) if job.long else (many,))),
