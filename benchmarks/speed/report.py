@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from statistics import median
 
 from benchmarks.peers import ENVIRONMENTS, TORCH
 from benchmarks.results import machine, table
 from benchmarks.speed.flops import FORMULA, Shape
-from benchmarks.speed.jobs import JOBS, Counts, Job
+from benchmarks.speed.jobs import CONTEXT, JOBS, SHORT_ANSWER, Counts, Job
 from benchmarks.speed.measure import Measurement
 from benchmarks.speed.systems import LEFT_OUT, OURS, PEERS, Configuration
 
 MEBIBYTE = 2**20
 DISTURBED = 0.05  # of the machine's CPUs
 PACKED_AWAY = 0.08  # of an epoch's tokens that peers may leave out which train whole packs only
+CUT_ELSEWHERE = 0.01  # of an epoch's supervised tokens: how else a row that is too long may be cut
 
 NOTES = """\
 The clock runs from the first training forward to the end of the last optimiser step, the first step included ("from
@@ -96,7 +98,9 @@ def section(results: Sequence[JobResult], failures: Mapping[str, str], device: s
 
 def versions(results: Iterable[JobResult]) -> str:
     used = dict.fromkeys(one.environment for result in results for one in result.runs if one.environment)
-    return " ".join(f"{name}: {', '.join([TORCH, *ENVIRONMENTS[name].packages])}." for name in used)
+    texts = {name: [TORCH, *ENVIRONMENTS[name].packages] for name in used}
+    texts = {OURS: [f"{name}=={version(name)}" for name in ("torch", "verl", "transformers", "peft")]} | texts
+    return " ".join(f"{name}: {', '.join(packages)}." for name, packages in texts.items())
 
 
 def describe(result: JobResult) -> str:
@@ -109,6 +113,11 @@ def describe(result: JobResult) -> str:
         f"{job.max_length:,} tokens, {result.steps} steps{epoch}; AdamW, lr {job.lr:g} constant, "
         f"weight decay {job.weight_decay}, clip {job.clip}, seed {job.seed}."
     )
+    if job.long:
+        text += (
+            f" Each prompt has a context of {CONTEXT[0]:,} to {CONTEXT[1]:,} tokens of other conversations, none of them "
+            f"in two prompts, and a question with an answer of at most {SHORT_ANSWER} tokens."
+        )
     if result.loss_before is not None:
         text += f" Validation loss before: {result.loss_before:.4f}."
     return text
@@ -185,8 +194,12 @@ def _count_note(result: JobResult, one: Configuration) -> str:
     tokens, supervised = sum(run.tokens) - counts.tokens, sum(run.supervised) - counts.supervised
     if tokens == 0 and 0 <= supervised <= (counts.answers if one.environment else 0):
         return ""
-    packs = one.options.get("packing") and 0 <= -tokens <= PACKED_AWAY * counts.tokens
-    word = "Leaves the last packs out" if packs else "**Not the same tokens**"
+    if one.options.get("packing") and 0 <= -tokens <= PACKED_AWAY * counts.tokens:
+        word = "Leaves the last packs out"
+    elif one.environment and tokens == 0 and abs(supervised) <= CUT_ELSEWHERE * counts.supervised:
+        word = "Cuts long rows in another place"
+    else:
+        word = "**Not the same tokens**"
     return f"{word}: {one} trained {tokens:+,} tokens, {supervised:+,} supervised."
 
 
