@@ -115,8 +115,8 @@ def describe(result: JobResult) -> str:
     )
     if job.long:
         text += (
-            f" Each prompt has a context of {CONTEXT[0]:,} to {CONTEXT[1]:,} tokens of other conversations, none of them "
-            f"in two prompts, and a question with an answer of at most {SHORT_ANSWER} tokens."
+            f" Each prompt has a context of {CONTEXT[0]:,} to {CONTEXT[1]:,} tokens of other conversations, which no "
+            f"other prompt has, and a question with an answer of at most {SHORT_ANSWER} tokens."
         )
     if result.loss_before is not None:
         text += f" Validation loss before: {result.loss_before:.4f}."
