@@ -93,7 +93,8 @@ class Bench:
 
     def steps(self, job: Job) -> int:
         """No more than an epoch has."""
-        return min(self.options.steps, max(1, self.data[job.name].counts.rows // job.batch_size))
+        wanted = self.options.steps.get(job.name, self.options.steps[""])
+        return min(wanted, max(1, self.data[job.name].counts.rows // job.batch_size))
 
     def measure(self, jobs: list[Job]) -> list[JobResult]:
         """All runs of all jobs, with progress; returns what the report needs of each job."""
@@ -215,7 +216,12 @@ class Bench:
         measured = read_stopwatch(folder / "stopwatch", ran, peak_flops)
         if not one.environment:
             measured = counted_by_recipe(measured, folder / "metrics.jsonl")
-        return measured.judged(self._judged(saved, job)) if judge else measured
+        if judge:
+            try:
+                measured = measured.judged(self._judged(saved, job))
+            except RunFailed as problem:
+                self._fail(f"judging the model of {task}", problem)
+        return measured
 
     def _told(self, task: Task, folder: Path, save: Path | None) -> Path:
         """The file that tells a runner its job."""
@@ -235,8 +241,8 @@ class Bench:
         return path
 
     def _can_judge(self, job: Job) -> bool:
-        """Where that is asked for, and the model knew something before."""
-        return self.options.validate and job.model not in SHAPES
+        """Where that is asked for, the model knew something before, and has not read the other rows in its contexts."""
+        return self.options.validate and job.model not in SHAPES and not job.long
 
     def _judged_before(self, job: Job) -> float | None:
         """The loss of the untrained model."""
@@ -300,7 +306,8 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", type=_names_of(list(PEERS)), default=list(PEERS), help=f"some of {peers}, or none")
     parser.add_argument("--data", type=Path, default=ROOT / "data/example_alpaca.json", help="what is trained")
     parser.add_argument("--rounds", type=int, default=5, help="after the scan of all configurations")
-    parser.add_argument("--steps", type=int, default=16, help="optimiser steps of a run, at most an epoch (16)")
+    steps = "optimiser steps of a run, at most an epoch (16); also for single jobs: 16,long=4"
+    parser.add_argument("--steps", type=_steps, default="16", help=steps)
     parser.add_argument("--rows", type=int, help="examples of an epoch, for a quick look")
     parser.add_argument("--batch-size", type=int, help="examples a step, for a quick look")
     parser.add_argument("--validate", action="store_true", help="judge the models of the scan, after their last step")
@@ -315,7 +322,8 @@ def command_line(options: argparse.Namespace) -> str:
     data = options.data.name if options.data.is_absolute() else options.data
     words = [f"--device {options.device}", f"--jobs {','.join(options.jobs)}"]
     words += [f"--peers {','.join(options.peers) or 'none'}", f"--data {data}"]
-    words += [f"--rounds {options.rounds}", f"--steps {options.steps}", *(["--validate"] if options.validate else [])]
+    steps = ",".join(f"{name}={number}" if name else f"{number}" for name, number in options.steps.items())
+    words += [f"--rounds {options.rounds}", f"--steps {steps}", *(["--validate"] if options.validate else [])]
     return f"python benchmarks/train_speed.py {' '.join(words)}"
 
 
@@ -327,6 +335,12 @@ def _names_of(known: list[str]) -> Any:
         return chosen
 
     return names
+
+
+def _steps(text: str) -> dict[str, int]:
+    """By the name of the job; the empty name is that of all others."""
+    parts = [part.rpartition("=") for part in text.split(",")]
+    return {"": 16} | {name: int(number) for name, _, number in parts}
 
 
 def _version_of_recipe() -> str:

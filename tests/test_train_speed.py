@@ -221,6 +221,12 @@ def test_the_section_hides_no_failure_and_names_no_folder(tmp_path):
     assert "not measured" in section([], {}, "cuda", command)
 
 
+def test_steps_may_differ_by_job():
+    options = train_speed.parse_options(["--steps", "long=4,8"])
+    assert options.steps == {"": 8, "long": 4} and "--steps 8,long=4" in train_speed.command_line(options)
+    assert train_speed.parse_options([]).steps == {"": 16}
+
+
 def test_unknown_names_are_told(capsys):
     with pytest.raises(SystemExit):
         train_speed.parse_options(["--peers", "nobody"])
