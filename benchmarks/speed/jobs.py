@@ -1,7 +1,6 @@
 """What is trained: the jobs, their data in the forms that the systems read, and the model as a plain folder."""
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from benchmarks.speed.inside.chatml import encode
@@ -186,7 +186,10 @@ def count(rows: Iterable[Turns], tokenizer: Tokenizer, max_length: int) -> Count
 
 
 def plain_model(name: str, folder: Path, cache: Path) -> Path:
-    """The model as a folder that every system reads alike, old and new versions of transformers among them."""
+    """The model as a folder that every system reads alike, old and new versions of transformers among them.
+
+    The embedded one's weights are widened to fp32: some systems save in the dtype that they found.
+    """
     target = folder / name
     if (target / "config.json").is_file():
         return target
@@ -205,9 +208,11 @@ def plain_model(name: str, folder: Path, cache: Path) -> Path:
     if name in SHAPES:
         write_random_model(SHAPES[name], partial)
     else:
-        os.link(source / "model.safetensors", partial / "model.safetensors")
+        weights = {name: part.float() for name, part in load_file(source / "model.safetensors").items()}
+        save_file(weights, partial / "model.safetensors", {"format": "pt"})
         config = json.loads((source / "config.json").read_text())
-        _write(partial / "config.json", config | {"rope_theta": config["rope_parameters"]["rope_theta"]})
+        changes = {"rope_theta": config["rope_parameters"]["rope_theta"], "dtype": "float32"}
+        _write(partial / "config.json", config | changes)
     partial.rename(target)
     return target
 
