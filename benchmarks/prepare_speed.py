@@ -19,9 +19,9 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
+from benchmarks.peers import ENVIRONMENTS, TORCH, InstallFailed, python_of  # noqa: E402
 from benchmarks.prepare.corpus import write_corpora  # noqa: E402
 from benchmarks.prepare.measure import Measured, RunFailed, measure  # noqa: E402
-from benchmarks.prepare.peers import PINS, TORCH, InstallFailed, python_of  # noqa: E402
 from benchmarks.prepare.report import MEBIBYTE, Part, report  # noqa: E402
 from benchmarks.prepare.systems import OURS, SYSTEMS, Plans, Run, Runs, System  # noqa: E402
 from benchmarks.results import machine, table, write_section  # noqa: E402
@@ -29,6 +29,7 @@ from sft_recipe.errors import RecipeError  # noqa: E402
 from sft_recipe.models import EMBEDDED, convert_gguf, embedded_gguf  # noqa: E402
 
 CACHE = Path("~/.cache/sft_recipe").expanduser()
+PEERS = ["trl", "verl"]
 PLANNED = 1_000_000
 PLANS = ((8, 256), (1024, 16384))  # ranks, examples a step
 BUDGET = 16384  # tokens of a micro-batch
@@ -144,7 +145,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     examples = sorted((ROOT / "data").glob("example_*.json*"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 50_000, 200_000], metavar="N", help="records")
-    parser.add_argument("--peers", nargs="*", choices=list(PINS), default=list(PINS), help="whom to compare with")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="whom to compare with")
     parser.add_argument("--data", type=Path, nargs="+", default=examples, metavar="FILE", help="what to resample")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of every run; medians are shown")
     parser.add_argument("--no-results", action="store_true", help="leave benchmarks/RESULTS.md as it is")
@@ -170,7 +171,7 @@ def section(parts: list[Part], failures: dict[str, str], options: argparse.Names
     data = [path.name if path.is_absolute() else str(path) for path in options.data]
     chosen = {"sizes": options.sizes, "peers": options.peers, "data": data, "repeats": [options.repeats]}
     flags = [f"--{name} {' '.join(map(str, values))}" for name, values in chosen.items()]
-    pins = [f"{peer}: {', '.join([*PINS[peer], TORCH])}" for peer in options.peers]
+    pins = [f"{peer}: {', '.join([*ENVIRONMENTS[peer].packages, TORCH])}" for peer in options.peers]
     return "\n\n".join(
         [
             "## Preparing data, and planning an epoch",
