@@ -1,8 +1,8 @@
 """Attention for CPUs, in matrix products of a few hundred rows at a time.
 
-PyTorch's kernel for CPUs multiplies bf16 in its own way, slowly where documents are short. Here each block of rows meets
-all the keys that it sees at once, so an ordinary softmax will do, and the matrix products are oneDNN's. The backward
-computes the scores again, as FlashAttention does (https://arxiv.org/abs/2205.14135, section 3.1).
+PyTorch's kernel for CPUs multiplies bf16 in its own way, slowly where documents are short. Here each block of rows
+meets all the keys that it sees at once, so an ordinary softmax will do, and the matrix products are oneDNN's. The
+backward computes the scores again, as FlashAttention does (https://arxiv.org/abs/2205.14135, section 3.1).
 """
 
 from collections.abc import Iterator, Sequence

@@ -30,6 +30,8 @@ from sft_recipe.errors import ModelError
 
 log = logging.getLogger(__name__)
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # among transformers' types of layers
+
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
 @EngineRegistry.register(
@@ -173,8 +175,9 @@ class SFTEngine(FSDPEngineWithLMHead):
             return False
         finally:
             self.module.train(was_training)
+        layers = set(getattr(self.model_config.hf_config.get_text_config(), "layer_types", None) or ())
         has_experts = any("expert" in name for name, _ in self.module.named_modules())
-        rounding = 0.01 * of_itself if has_experts else 0.0
+        rounding = 0.01 * of_itself if has_experts and layers <= ATTENTION else 0.0
         return not of_second > rounding and (of_first > rounding or not is_shared)
 
     def _influence(self, changed: int, is_shared: bool) -> float:

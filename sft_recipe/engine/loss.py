@@ -1,7 +1,8 @@
 """A model that returns its loss: head and cross-entropy a part of the tokens at a time, no tokens x vocabulary kept.
 
 The gradients are computed in the forward, where each part's logits are at hand, as in Liger Kernel
-(https://arxiv.org/abs/2410.10989, section 3.2). The logits are the model's own, whatever it does with its head's outputs.
+(https://arxiv.org/abs/2410.10989, section 3.2). The logits are the model's own, whatever it does with its head's
+outputs.
 """
 
 from collections.abc import Callable, Iterator

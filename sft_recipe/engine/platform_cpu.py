@@ -16,7 +16,10 @@ from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
-M_ARENA_MAX = -8  # of malloc.h
+# Of malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+LARGEST = 2**30  # bytes that one tensor may have to come from the heap
+NEVER = 2**31 - 1
 
 
 class _CpuModule(ModuleType):
@@ -136,12 +139,15 @@ def use_cpu() -> None:
 
 
 def share_one_heap() -> None:
-    """Let all threads allocate from one heap, where the C library is glibc.
+    """Let all threads allocate from one heap that keeps what it has, where the C library is glibc.
 
     It gives each thread its own, and the backward pass runs in a thread: it could not use again what the forward freed.
+    And it gives large pieces back to the system, which has to clear them, page by page, whenever they come again.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        library = ctypes.CDLL(None)
+        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, LARGEST), (M_TRIM_THRESHOLD, NEVER)):
+            library.mallopt(option, value)
 
 
 def has_fast_bf16() -> bool:

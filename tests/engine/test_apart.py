@@ -21,7 +21,8 @@ def run(folder, name, *extra):
     code = run_here(
         f"model.path={folder}/model", f"data.train_files={folder}/data.json", f"data.cache_dir={folder}/cache",
         "data.train_batch_size=4", "data.micro_batch_size_per_gpu=4", "data.max_length=256", "trainer.device=cpu",
-        "fsdp.mixed_precision.param_dtype=fp32", "trainer.total_training_steps=2", f"trainer.output_dir={output}", *extra,
+        "fsdp.mixed_precision.param_dtype=fp32", "trainer.total_training_steps=2",
+        f"trainer.output_dir={output}", *extra,
     )  # fmt: skip
     return code, output
 
