@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.one_step import OneRank
 from benchmarks.results import machine, table, write_section
+from sft_recipe.engine.one_rank import Gather, Reduce
 
 DEFAULTS = ["data.train_files=data/example_sft.json", "data.max_length=512", "data.train_batch_size=16",
             "data.micro_batch_size_per_gpu=4", "fsdp.reshard_after_forward=false"]  # fmt: skip
@@ -30,9 +32,16 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     rank = OneRank([*DEFAULTS, *overrides])
     ours = rank.engine.module.config._attn_implementation
+    model, returns_loss = rank.engine.module, vars(rank.engine.module)["forward"]
     switches: dict[str, Callable[[bool], None]] = {
-        "attention document by document, not under a mask": lambda on: use_attention(rank, ours if on else "sdpa"),
-        "cross-entropy a few rows at a time": use_loss,
+        "attention in blocks of each document, not under a mask": lambda on: use_attention(
+            rank, ours if on else "sdpa"
+        ),
+        "shared beginnings once (needs the former)": lambda on: share(
+            rank, on and rank.engine.module.config._attn_implementation == ours
+        ),
+        "head and loss in parts, at supervised tokens": lambda on: use_loss(rank, model, returns_loss if on else None),
+        "one rank sends nothing to itself": lambda on: send(model, not on),
         "weights gathered and cast once per step": lambda on: keep_weights(rank, on),
         "fused Adam": lambda on: fuse_adam(rank, on),
     }
@@ -87,13 +96,23 @@ def use_attention(rank: OneRank, name: str) -> None:
     rank.engine.module.config._attn_implementation = name
 
 
-def use_loss(in_rows: bool) -> None:
-    from sft_recipe.engine import engine, loss
+def share(rank: OneRank, shares: bool) -> None:
+    rank.engine.wants_shared_beginnings = shares
 
-    def plain(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
-    engine.summed_cross_entropy = loss.summed_cross_entropy if in_rows else plain
+def use_loss(rank: OneRank, model: torch.nn.Module, forward: Callable | None) -> None:
+    rank.engine._returns_loss = forward is not None
+    if forward:
+        model.forward = forward
+    else:
+        vars(model).pop("forward", None)
+
+
+def send(model: torch.nn.Module, sends: bool) -> None:
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_custom_all_gather(DefaultAllGather() if sends else Gather())
+            part.set_custom_reduce_scatter(DefaultReduceScatter() if sends else Reduce())
 
 
 def keep_weights(rank: OneRank, kept: bool) -> None:

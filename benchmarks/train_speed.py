@@ -241,8 +241,9 @@ class Bench:
         return path
 
     def _can_judge(self, job: Job) -> bool:
-        """Where that is asked for, the model knew something before, and has not read the other rows in its contexts."""
-        return self.options.validate and job.model not in SHAPES and not job.long
+        """After an epoch, if the model knew something before, and has not read the other rows in its contexts."""
+        is_epoch = self.steps(job) * job.batch_size == self.data[job.name].counts.rows
+        return self.options.validate and is_epoch and job.model not in SHAPES and not job.long
 
     def _judged_before(self, job: Job) -> float | None:
         """The loss of the untrained model."""
@@ -310,7 +311,7 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=_steps, default="16", help=steps)
     parser.add_argument("--rows", type=int, help="examples of an epoch, for a quick look")
     parser.add_argument("--batch-size", type=int, help="examples a step, for a quick look")
-    parser.add_argument("--validate", action="store_true", help="judge the models of the scan, after their last step")
+    parser.add_argument("--validate", action="store_true", help="judge the models of the scan after a whole epoch")
     parser.add_argument("--resume", action="store_true", help="run only what no measurement is kept of")
     parser.add_argument("--report", action="store_true", help="run nothing; make the report from what is kept")
     parser.add_argument("--no-results", action="store_true", help="leave benchmarks/RESULTS.md as it is")

@@ -64,6 +64,7 @@ JOBS = {
             Job("full", "Full fine-tuning"),
             Job("long", "Long prompts, short answers", batch_size=8, max_length=1536, rows=LONG_ROWS, long=True),
             Job("lora", "LoRA, rank 8", lora=SMALL_LORA),
+            Job("epoch", "Full fine-tuning, a whole epoch, and the loss on other rows after it"),
             Job("ranks", "Two ranks of one thread each, beside one rank of two threads"),
         )
     },

@@ -47,11 +47,13 @@ def configurations(job: Job, peers: Iterable[str]) -> list[Configuration]:
                 "two ranks", f"micro-batches of {budget:,} tokens each", budget, options={"micro": 2}, ranks=2
             ),
         ]
-    own = (8,) if job.device == "cuda" else (1, 2) if job.long else (1, 2, 4)
+    own = (8,) if job.device == "cuda" else (1, 2) if job.long else (1, 4, 8)
     ours = [
         Configuration(OURS, f"micro-batches of {n * job.max_length:,} tokens", n * job.max_length, options={"micro": n})
         for n in own
     ]
+    if job.name == "epoch":
+        return [ours[1], *(one for one in _on_cpu(job) if one.system == "hf" and "hf" in peers)]
     make = _on_gpu if job.device == "cuda" else _on_cpu
     wanted = [peer for peer in peers if (job.name, peer) not in LEFT_OUT]
     return [*ours, *(one for one in make(job) if one.system in wanted)]
