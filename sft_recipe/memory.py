@@ -62,9 +62,14 @@ class Layout:
         head_norms = self._norm(self.query + self.key, width) if self.has_head_norm else 0
         return norms + attention + head_norms + 4 * width * self.intermediate  # gate, its activation, up, product
 
-    def of_ends(self, width: int) -> int:
-        """Bytes for each token before the first and after the last layer: the last norm, logits and their gradient."""
-        return self._norm(self.hidden, width) + width * self.hidden + 2 * width * self.vocabulary
+    def of_ends(self, tokens: int, width: int, logits: int) -> int:
+        """Bytes before the first and after the last layer, where at most so many `logits` exist at once.
+
+        The last norm, the head's input and its gradient; a part of the logits and theirs; the gradient of the head.
+        """
+        each = self._norm(self.hidden, width) + 2 * width * self.hidden
+        part = 2 * width * min(tokens * self.vocabulary, logits)
+        return tokens * each + part + width * self.vocabulary * self.hidden
 
     @staticmethod
     def _norm(size: int, width: int) -> int:
@@ -104,11 +109,11 @@ class Plan:
 
 
 def plan_memory(
-    config: Config, layout: Layout, total: int, trainable: int, width: int, longest: int, device: int
+    config: Config, layout: Layout, total: int, trainable: int, width: int, longest: int, logits: int, device: int
 ) -> Plan:
     """For a model of `total` parameters that computes in numbers of `width` bytes, on devices of `device` bytes.
 
-    `longest` is the longest example's number of tokens.
+    `longest` is the longest example's number of tokens, `logits` how many exist at once at most.
     """
     fsdp, data = config.fsdp, config.data
     shards = fsdp.fsdp_size if fsdp.fsdp_size > 0 else config.trainer.world_size
@@ -120,7 +125,7 @@ def plan_memory(
     outside = 2 * layout.vocabulary * layout.hidden
     in_parts = min(total, outside + 2 * total // layout.layers)
     accumulates = of_step > ranks * data.token_budget and fsdp.use_no_sync_for_gradient_accumulation
-    layer = layout.of_layer(width)
+    layer, ends = layout.of_layer(width), layout.of_ends(tokens, width, logits)
     on_device = not fsdp.offload_policy
     return Plan(
         weights=on_device * master * total // shards,
@@ -129,8 +134,8 @@ def plan_memory(
         gradients=FP32 * trainable if accumulates else on_device * master * trainable // shards,
         optimizer=on_device * 2 * master * trainable // shards,
         # One layer more than there are: its gradients, in flight.
-        activations=tokens * (layer * (layout.layers + 1) + layout.of_ends(width)),
-        recomputed=tokens * (layer * 2 + width * layout.hidden * layout.layers + layout.of_ends(width)),
+        activations=tokens * layer * (layout.layers + 1) + ends,
+        recomputed=tokens * (layer * 2 + width * layout.hidden * layout.layers) + ends,
         device=device,
     )
 

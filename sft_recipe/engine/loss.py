@@ -72,7 +72,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         trained = [weight for weight in weights if weight.requires_grad]
         losses, for_hidden = [], []
         sums: list[torch.Tensor | None] = [None] * len(trained)
-        rows = max(1, PART.get(hidden.device.type, PART["cuda"]) // vocabulary)
+        rows = max(1, PART[hidden.device.type] // vocabulary)
         for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
             with torch.set_grad_enabled(is_training):
                 part = part.detach().requires_grad_(is_training)
@@ -102,7 +102,7 @@ def _loss_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed loss of logits (tokens, vocabulary), and softmax(logits) less 1 at the target."""
     gradient = torch.empty_like(logits) if is_training else logits
-    rows = max(1, EXACT.get(logits.device.type, EXACT["cuda"]) // logits.shape[1])
+    rows = max(1, EXACT[logits.device.type] // logits.shape[1])
     losses = []
     for part, target, result in zip(
         logits.split(rows), targets[:, None].split(rows), gradient.split(rows), strict=True

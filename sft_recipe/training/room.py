@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from sft_recipe.config import Config
+from sft_recipe.engine.loss import PART
 from sft_recipe.engine.verl_config import compute_dtype, uses_gradient_checkpointing
 from sft_recipe.errors import PreflightError
 from sft_recipe.memory import Plan, plan_memory
@@ -35,7 +36,7 @@ def choose_checkpointing(
     width = {"bf16": 2, "fp32": 4}[compute_dtype(config.fsdp, device)]
     memory = torch.tensor(device_memory(device))
     dist.all_reduce(memory, op=dist.ReduceOp.MIN)
-    plan = plan_memory(config, shape.layout, shape.total, shape.trainable, width, longest, int(memory))
+    plan = plan_memory(config, shape.layout, shape.total, shape.trainable, width, longest, PART[device], int(memory))
     if config.model.enable_gradient_checkpointing == "auto":
         model = config.model.model_copy(update={"enable_gradient_checkpointing": not plan.fits(checkpointing=False)})
         config = config.model_copy(update={"model": model})

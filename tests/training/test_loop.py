@@ -52,7 +52,7 @@ def test_a_share_of_the_training_data_can_validate(work, tmp_path):
     assert run_here(*arguments(work, tmp_path, "data.val_ratio=0.2", "trainer.test_freq=1")) == 0
     rows = metrics(tmp_path)
     assert all(row["val/loss"] > 0 for row in rows)
-    assert rows[0]["epoch"] == pytest.approx(1 / 3, abs=1e-3)  # 12 of 15 examples train, 4 a step
+    assert rows[0]["epoch"] == pytest.approx(1 / 5, abs=1e-3)  # 18 of 21 examples train, 4 a step
 
 
 @pytest.mark.parametrize(("freq", "steps"), [("1", [1, 2]), ("0", [2]), ("-1", [2]), ("after_each_epoch", [2])])
