@@ -24,7 +24,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDP
 
 from sft_recipe.engine.attention import PACKED, SharedBeginnings, can_pack, packed_documents
 from sft_recipe.engine.loss import return_loss
-from sft_recipe.engine.one_rank import stay_home
+from sft_recipe.engine.one_rank import clip_whole, stay_home
 from sft_recipe.engine.packs import SHORTEST, Pack, Segment, share_beginnings, side_by_side
 from sft_recipe.errors import ModelError
 
@@ -93,6 +93,8 @@ class SFTEngine(FSDPEngineWithLMHead):
         limit = self.optimizer_config.clip_grad
         if isinstance(self.module, FSDP):
             norm = self.module.clip_grad_norm_(limit)
+        elif torch.distributed.get_world_size() == 1:
+            norm = clip_whole(self.module.parameters(), limit)
         else:
             norm = fsdp2_clip_grad_norm_(self.module.parameters(), max_norm=limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -170,31 +172,34 @@ class SFTEngine(FSDPEngineWithLMHead):
         was_training = self.module.training
         self.module.eval()
         try:
-            of_first, of_second, of_itself = (self._influence(place, is_shared) for place in range(3))
+            as_is = self._loss_of_third(None, is_shared)
+            of_second = abs(self._loss_of_third(1, is_shared) - as_is)
+            layers = set(getattr(self.model_config.hf_config.get_text_config(), "layer_types", None) or ())
+            if (
+                of_second > 0
+                and layers <= ATTENTION
+                and any("expert" in name for name, _ in self.module.named_modules())
+            ):
+                of_second -= 0.01 * abs(self._loss_of_third(2, is_shared) - as_is)
+            return not of_second > 0 and (not is_shared or self._loss_of_third(0, is_shared) != as_is)
         except SharedBeginnings:
             return False
         finally:
             self.module.train(was_training)
-        layers = set(getattr(self.model_config.hf_config.get_text_config(), "layer_types", None) or ())
-        has_experts = any("expert" in name for name, _ in self.module.named_modules())
-        rounding = 0.01 * of_itself if has_experts and layers <= ATTENTION else 0.0
-        return not of_second > rounding and (of_first > rounding or not is_shared)
 
-    def _influence(self, changed: int, is_shared: bool) -> float:
-        """How far the loss of the last document's first tokens moves with other tokens in one of the three."""
+    def _loss_of_third(self, changed: int | None, is_shared: bool) -> float:
+        """The loss of the last document's first tokens, with other tokens in one of the three."""
         size = SHORTEST
         first = Segment(0, size)
         before = (first,) if is_shared else ()
         segments = [first, Segment(size, 2 * size, before), Segment(2 * size, 3 * size, before)]
         positions = torch.cat([torch.arange(size) + segment.position for segment in segments])[None]
         kept = torch.arange(2 * size, 2 * size + 4)
-        losses = []
-        for shift in (0, 1):
-            ids = torch.arange(3 * size) * 7 % 31
-            ids[changed * size : (changed + 1) * size] += shift
-            with torch.no_grad(), packed_documents(segments):
-                losses.append(self._negative_log_likelihood(ids[None], positions, kept, torch.arange(len(kept))))
-        return abs(float(losses[0] - losses[1]))
+        ids = torch.arange(3 * size) * 7 % 31
+        if changed is not None:
+            ids[changed * size : (changed + 1) * size] += 1
+        with torch.no_grad(), packed_documents(segments):
+            return float(self._negative_log_likelihood(ids[None], positions, kept, torch.arange(len(kept))))
 
     def _autocast(self) -> AbstractContextManager:
         if self._autocast_dtype == torch.float32:

@@ -1,13 +1,14 @@
-"""FSDP2's collectives among one rank: what it would send to itself stays where it is.
+"""FSDP2 with one rank: what it would send to itself stays where it is, and what is whole is not taken for a part.
 
-Both follow torch.distributed.fsdp's interface for custom communication (FSDPModule.set_custom_all_gather and
-set_custom_reduce_scatter).
+Gather and Reduce follow torch.distributed.fsdp's interface for custom communication: FSDPModule.set_custom_all_gather
+and set_custom_reduce_scatter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 class Gather:
@@ -42,3 +43,15 @@ def stay_home(module: torch.nn.Module) -> None:
         if isinstance(part, FSDPModule):
             part.set_custom_all_gather(Gather())
             part.set_custom_reduce_scatter(Reduce())
+
+
+def clip_whole(parameters: Iterable[torch.nn.Parameter], limit: float) -> torch.Tensor:
+    """Scale all gradients so that their norm is at most `limit`; returns the norm before.
+
+    As torch.nn.utils.clip_grad_norm_, without DTensor's planning of how shards of each shape would be combined.
+    """
+    found = (parameter.grad for parameter in parameters)
+    gradients = [part.to_local() if isinstance(part, DTensor) else part for part in found if part is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
