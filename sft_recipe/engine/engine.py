@@ -174,18 +174,18 @@ class SFTEngine(FSDPEngineWithLMHead):
         try:
             as_is = self._loss_of_third(None, is_shared)
             of_second = abs(self._loss_of_third(1, is_shared) - as_is)
-            layers = set(getattr(self.model_config.hf_config.get_text_config(), "layer_types", None) or ())
-            if (
-                of_second > 0
-                and layers <= ATTENTION
-                and any("expert" in name for name, _ in self.module.named_modules())
-            ):
+            if of_second > 0 and self._has_experts():
                 of_second -= 0.01 * abs(self._loss_of_third(2, is_shared) - as_is)
             return not of_second > 0 and (not is_shared or self._loss_of_third(0, is_shared) != as_is)
         except SharedBeginnings:
             return False
         finally:
             self.module.train(was_training)
+
+    def _has_experts(self) -> bool:
+        """And else only attention."""
+        layers = getattr(self.model_config.hf_config.get_text_config(), "layer_types", None)
+        return set(layers or ()) <= ATTENTION and any("expert" in name for name, _ in self.module.named_modules())
 
     def _loss_of_third(self, changed: int | None, is_shared: bool) -> float:
         """The loss of the last document's first tokens, with other tokens in one of the three."""
