@@ -35,7 +35,7 @@ def main() -> None:
     section = f"""## A long run
 
 `benchmarks/soak.py {flags}`; {machine()}.
-{len(rows)} steps in {minutes:.0f} minutes, by tenths; memory is that of the process at the end of a step, the most in GB.
+{len(rows)} steps in {minutes:.0f} minutes, by tenths; memory is the most in GB at the end of a step.
 
 {table(["steps", "tokens/s", "memory", "mean loss"], [describe(part) for part in tenths(rows)])}
 """
