@@ -325,6 +325,8 @@ def command_line(options: argparse.Namespace) -> str:
     words += [f"--peers {','.join(options.peers) or 'none'}", f"--data {data}"]
     steps = ",".join(f"{name}={number}" if name else f"{number}" for name, number in options.steps.items())
     words += [f"--rounds {options.rounds}", f"--steps {steps}", *(["--validate"] if options.validate else [])]
+    quick = {"rows": options.rows, "batch-size": options.batch_size}
+    words += [f"--{name} {value}" for name, value in quick.items() if value]
     return f"python benchmarks/train_speed.py {' '.join(words)}"
 
 
