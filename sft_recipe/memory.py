@@ -53,27 +53,31 @@ class Layout:
         except (KeyError, TypeError):
             return None
 
-    def of_layer(self, width: int) -> int:
-        """Bytes that a layer keeps for each token, where it computes in numbers of `width` bytes."""
-        norms = (
-            2 * self._norm(self.hidden, width) + 2 * width * self.hidden
-        )  # and their outputs, which linear maps keep
-        attention = width * (3 * self.query + 2 * self.key) + FP32 * self.heads  # q, out, out packed, k, v; log-sum-exp
-        head_norms = self._norm(self.query + self.key, width) if self.has_head_norm else 0
-        return norms + attention + head_norms + 4 * width * self.intermediate  # gate, its activation, up, product
+    def of_layer(self, width: int, inputs_only: bool) -> int:
+        """Bytes that a layer keeps for each token, where it computes in numbers of `width` bytes.
 
-    def of_ends(self, tokens: int, width: int, logits: int) -> int:
+        `inputs_only` where its norms and its MLP's product keep just these (engine/elementwise.py).
+        """
+        norms = 2 * self._norm(self.hidden, width, inputs_only)
+        outputs = 2 * width * self.hidden  # of the norms, which linear maps keep
+        attention = width * (3 * self.query + 2 * self.key) + FP32 * self.heads  # q, out, out packed, k, v; log-sum-exp
+        head_norms = self._norm(self.query + self.key, width, inputs_only) if self.has_head_norm else 0
+        mlp = (3 if inputs_only else 4) * width * self.intermediate  # gate, up, product; the gate's activation
+        return norms + outputs + attention + head_norms + mlp
+
+    def of_ends(self, tokens: int, width: int, inputs_only: bool, logits: int) -> int:
         """Bytes before the first and after the last layer, where at most so many `logits` exist at once.
 
         The last norm, the head's input and its gradient; a part of the logits and theirs; the gradient of the head.
         """
-        each = self._norm(self.hidden, width) + 2 * width * self.hidden
+        each = self._norm(self.hidden, width, inputs_only) + 2 * width * self.hidden
         part = 2 * width * min(tokens * self.vocabulary, logits)
         return tokens * each + part + width * self.vocabulary * self.hidden
 
     @staticmethod
-    def _norm(size: int, width: int) -> int:
-        return (FP32 + width) * size  # the input in fp32, and what is multiplied with the weight
+    def _norm(size: int, width: int, inputs_only: bool) -> int:
+        # Its input; or that in fp32, and what is multiplied with the weight.
+        return (width if inputs_only else FP32 + width) * size
 
 
 @dataclass(frozen=True)
@@ -109,11 +113,20 @@ class Plan:
 
 
 def plan_memory(
-    config: Config, layout: Layout, total: int, trainable: int, width: int, longest: int, logits: int, device: int
+    config: Config,
+    layout: Layout,
+    total: int,
+    trainable: int,
+    width: int,
+    inputs_only: bool,
+    longest: int,
+    logits: int,
+    device: int,
 ) -> Plan:
     """For a model of `total` parameters that computes in numbers of `width` bytes, on devices of `device` bytes.
 
-    `longest` is the longest example's number of tokens, `logits` how many exist at once at most.
+    `inputs_only` as in Layout.of_layer; `longest` is the longest example's number of tokens, `logits` how many exist at
+    once at most.
     """
     fsdp, data = config.fsdp, config.data
     shards = fsdp.fsdp_size if fsdp.fsdp_size > 0 else config.trainer.world_size
@@ -125,7 +138,7 @@ def plan_memory(
     outside = 2 * layout.vocabulary * layout.hidden
     in_parts = min(total, outside + 2 * total // layout.layers)
     accumulates = of_step > ranks * data.token_budget and fsdp.use_no_sync_for_gradient_accumulation
-    layer, ends = layout.of_layer(width), layout.of_ends(tokens, width, logits)
+    layer, ends = layout.of_layer(width, inputs_only), layout.of_ends(tokens, width, inputs_only, logits)
     on_device = not fsdp.offload_policy
     return Plan(
         weights=on_device * master * total // shards,

@@ -25,19 +25,31 @@ LLAMA = dict(
 )  # fmt: skip
 
 
-def small_plan(*overrides, layout=SMALL, total=1000, trainable=1000, width=2, longest=100, logits=10**6, device=10**6):
+def small_plan(
+    *overrides,
+    layout=SMALL,
+    total=1000,
+    trainable=1000,
+    width=2,
+    inputs_only=False,
+    longest=100,
+    logits=10**6,
+    device=10**6,
+):
     config = load_config(["data.max_length=10", "data.train_batch_size=4", *overrides])
-    return plan_memory(config, layout, total, trainable, width, longest, logits, device)
+    return plan_memory(config, layout, total, trainable, width, inputs_only, longest, logits, device)
 
 
 def test_a_layers_bytes_for_each_token():
     norms = 2 * 8 * (4 + 2) + 2 * 8 * 2  # inputs in fp32, what is multiplied with the weights; outputs
     attention = 2 * (8 + 4 + 4 + 8 + 8) + 4 * 2  # q, k, v, out, out packed; a log-sum-exp for each head
     mlp = 2 * 4 * 16  # gate, its activation, up, their product
-    assert SMALL.of_layer(width=2) == norms + attention + mlp == 328
+    assert SMALL.of_layer(width=2, inputs_only=False) == norms + attention + mlp == 328
+    lean = 2 * 8 * 2 + 2 * 8 * 2 + attention + 2 * 3 * 16  # inputs and outputs; gate, up, their product
+    assert SMALL.of_layer(width=2, inputs_only=True) == lean == 232
     ends = 10 * (8 * (4 + 2) + 2 * 2 * 8) + 2 * 32 * 8  # the last norm, the head's input and gradient; the head's own
-    assert SMALL.of_ends(tokens=10, width=2, logits=10**6) == ends + 2 * 2 * 10 * 32 == 2592
-    assert SMALL.of_ends(tokens=10, width=2, logits=100) == ends + 2 * 2 * 100
+    assert SMALL.of_ends(tokens=10, width=2, inputs_only=False, logits=10**6) == ends + 2 * 2 * 10 * 32 == 2592
+    assert SMALL.of_ends(tokens=10, width=2, inputs_only=False, logits=100) == ends + 2 * 2 * 100
 
 
 def test_the_plan_of_one_rank():
@@ -62,6 +74,7 @@ def test_the_plan_of_one_rank():
         (["trainer.n_gpus_per_node=2"], {"layout": DEEP, "total": 10000}, {"gathered": 2 * (1000 + 512)}),
         (["fsdp.reshard_after_forward=true"], {"layout": DEEP, "total": 10000}, {"gathered": 2 * (1000 + 512)}),
         (["fsdp=fsdp2_offload"], {}, {"weights": 0, "optimizer": 0}),
+        ([], {"inputs_only": True}, {"activations": 10 * 3 * 232 + 2592 - 10 * 4 * 8}),
         ([], {"longest": 2}, {"activations": 8 * 3 * 328 + 2176}),
         (["data.micro_batch_size_per_gpu=2"], {}, {"activations": 20 * 3 * 328 + 4672}),
     ],
@@ -92,6 +105,7 @@ def test_of_a_model_with_other_names_nothing_is_claimed():
     assert Layout.of({"n_embd": 768, "n_layer": 12}) is None
 
 
+@pytest.mark.parametrize("inputs_only", [False, True], ids=["as it is", "inputs only"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("family", "settings"),
@@ -102,11 +116,12 @@ def test_of_a_model_with_other_names_nothing_is_claimed():
     ],
     ids=["tiny", "SmolLM2-135M", "Qwen3"],
 )
-def test_autograd_keeps_what_the_plan_says(family, settings, dtype):
+def test_autograd_keeps_what_the_plan_says(family, settings, dtype, inputs_only):
     import transformers
 
     use_cpu()
     from sft_recipe.engine.attention import PACKED, packed_documents
+    from sft_recipe.engine.elementwise import keep_inputs_only
     from sft_recipe.engine.loss import return_loss
     from sft_recipe.engine.packs import side_by_side
 
@@ -127,6 +142,8 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype):
         return tensor
 
     assert return_loss(model)
+    if inputs_only:
+        keep_inputs_only(model)
     lengths = [50, 30, 48]
     ids, targets = torch.arange(128)[None], torch.arange(128)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -137,7 +154,8 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype):
         loss = model(**inputs, kept=targets, targets=targets)
     assert loss.requires_grad
     layout, width = Layout.of(config.to_dict()), dtype.itemsize
-    planned = 128 * layout.layers * layout.of_layer(width) + layout.of_ends(128, width, logits=0)
+    planned = 128 * layout.layers * layout.of_layer(width, inputs_only)
+    planned += layout.of_ends(128, width, inputs_only, logits=0)
     assert sum(size for size, _ in kept.values()) == pytest.approx(planned, rel=0.07)
 
 

@@ -23,6 +23,7 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine.fsdp.transformer_impl import FSDP
 
 from sft_recipe.engine.attention import PACKED, SharedBeginnings, can_pack, packed_documents
+from sft_recipe.engine.elementwise import keep_inputs_only
 from sft_recipe.engine.loss import return_loss
 from sft_recipe.engine.one_rank import clip_whole, stay_home
 from sft_recipe.engine.packs import SHORTEST, Pack, Segment, share_beginnings, side_by_side
@@ -239,6 +240,8 @@ class SFTEngine(FSDPEngineWithLMHead):
         self._returns_loss = return_loss(model)
         if not self._returns_loss:
             log.warning("%s has no head of its own: the logits of all tokens are computed.", type(model).__name__)
+        if get_device_name() == "cpu":
+            keep_inputs_only(model)
         module = super()._build_fsdp_module(module)
         if torch.distributed.get_world_size() == 1:
             stay_home(module)

@@ -16,6 +16,10 @@ from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
+# How many matrix products of other shapes oneDNN, and PyTorch before it, remember. Unless told, that is 1,024, and as
+# each is made in the middle of a step, their small pieces keep the heap from being whole again after it.
+SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "32"}
+
 # Of malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 LARGEST = 2**30  # bytes that one tensor may have to come from the heap
@@ -135,6 +139,8 @@ def use_cpu() -> None:
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
     if get_platform().device_name != "cpu":
         raise RuntimeError(f"verl chose the platform {get_platform().device_name} before the CPU was registered")
+    for name, count in SHAPES.items():
+        os.environ.setdefault(name, count)
     share_one_heap()
 
 

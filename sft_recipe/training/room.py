@@ -36,7 +36,8 @@ def choose_checkpointing(
     width = {"bf16": 2, "fp32": 4}[compute_dtype(config.fsdp, device)]
     memory = torch.tensor(device_memory(device))
     dist.all_reduce(memory, op=dist.ReduceOp.MIN)
-    plan = plan_memory(config, shape.layout, shape.total, shape.trainable, width, longest, PART[device], int(memory))
+    sizes = shape.layout, shape.total, shape.trainable
+    plan = plan_memory(config, *sizes, width, device == "cpu", longest, PART[device], int(memory))
     if config.model.enable_gradient_checkpointing == "auto":
         model = config.model.model_copy(update={"enable_gradient_checkpointing": not plan.fits(checkpointing=False)})
         config = config.model_copy(update={"model": model})

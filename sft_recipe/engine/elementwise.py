@@ -1,0 +1,125 @@
+"""RMSNorm and the product of a gated MLP on CPUs, which keep their inputs only for the backward.
+
+That computes the rest again, as in Liger Kernel (https://arxiv.org/abs/2410.10989, section 3.1). Autograd would keep
+two further tensors of a norm, one of them in fp32, and one of a product.
+"""
+
+from collections.abc import Callable, Iterator
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+BLOCK = 2**18  # numbers of a norm at a time: what is computed on the way stays in a core's cache
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def keep_inputs_only(model: nn.Module) -> None:
+    """Change all norms and gated MLPs of `model` that are of the usual kind; others stay as they are.
+
+    Which are is tried: their class must give, bit for bit, what is computed here.
+    """
+    for module in model.modules():
+        if _is_usual_norm(module):
+            module.forward = MethodType(_norm, module)
+        elif _is_usual_mlp(module):
+            module.forward = MethodType(_mlp, module)
+
+
+def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    if hidden_states.dtype != self.weight.dtype:  # the product takes the wider one
+        return type(self).forward(self, hidden_states)
+    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.down_proj(_GatedProduct.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
+
+
+def _is_usual_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if list(module._parameters) != ["weight"] or weight.dim() != 1 or not hasattr(module, "variance_epsilon"):
+        return False
+    alike = SimpleNamespace(weight=_numbers(len(weight)).bfloat16(), variance_epsilon=module.variance_epsilon)
+    return _is_same(type(module).forward, _norm, alike, _numbers(7, len(weight)).bfloat16())
+
+
+def _is_usual_mlp(module: nn.Module) -> bool:
+    if not {*MLP, "act_fn"} <= set(module._modules) or next(module.act_fn.parameters(), None) is not None:
+        return False
+    parts: dict[str, Any] = {name: (lambda x, by=by: x * by) for by, name in enumerate(MLP, start=2)}
+    alike = SimpleNamespace(**parts, act_fn=module.act_fn)
+    return _is_same(type(module).forward, _mlp, alike, _numbers(7, 64))
+
+
+def _is_same(one: Callable, other: Callable, alike: Any, x: torch.Tensor) -> bool:
+    try:
+        return torch.equal(one(alike, x), other(alike, x))
+    except (AttributeError, TypeError):  # it wants more of its module, or more to be given, than the usual kind
+        return False
+
+
+def _numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), device="cpu")
+
+
+class _RMSNorm(torch.autograd.Function):
+    """weight * x / sqrt(mean(x^2) + epsilon) over the last dimension, in fp32 up to the product with the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        scale = torch.empty(x.numel() // x.shape[-1], 1, dtype=torch.float32)
+        for rows, source, target in _blocks(x, result):
+            wide = source.to(torch.float32, copy=True)
+            torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon), out=scale[rows])
+            torch.mul(wide.mul_(scale[rows]).to(x.dtype), weight, out=target)
+        ctx.save_for_backward(x, weight, scale)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # With n = x * scale: dx = scale * (g * w - n * mean(g * w * n)), dw = sum over rows of g * n.
+        [gradient] = gradients
+        x, weight, scale = ctx.saved_tensors
+        wide_weight, of_weight = weight.float(), torch.zeros(len(weight))
+        of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for rows, source, upstream, target in _blocks(x, gradient, of_x):
+            normed, wide = source.float() * scale[rows], upstream.to(torch.float32, copy=True)
+            product = wide * normed
+            if ctx.needs_input_grad[1]:
+                of_weight += product.sum(0)
+            mean = torch.mv(product, wide_weight).div_(len(weight))[:, None]
+            target.copy_(wide.mul_(wide_weight).addcmul_(normed, mean, value=-1).mul_(scale[rows]))
+        return of_x, of_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+class _GatedProduct(torch.autograd.Function):
+    """activation(gate) * up, elementwise."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: Callable) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        [gradient] = gradients
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.activation(leaf)
+        [of_gate] = torch.autograd.grad(activated, leaf, gradient * up)
+        return of_gate, activated.detach() * gradient, None
+
+
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+    """The same rows of tensors of one shape (..., width), as a slice and as parts (rows, width) of each."""
+    width = tensors[0].shape[-1]
+    flat = [tensor.reshape(-1, width) for tensor in tensors]  # a view of what is written to: that is contiguous
+    step = max(1, BLOCK // width)
+    for start in range(0, len(flat[0]), step):
+        rows = slice(start, start + step)
+        yield rows, *(tensor[rows] for tensor in flat)
