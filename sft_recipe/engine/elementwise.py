@@ -38,8 +38,8 @@ def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_usual_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    if list(module._parameters) != ["weight"] or weight.dim() != 1 or not hasattr(module, "variance_epsilon"):
+    weight = module._parameters.get("weight")
+    if len(module._parameters) != 1 or weight is None or not hasattr(module, "variance_epsilon"):
         return False
     alike = SimpleNamespace(weight=_numbers(len(weight)).bfloat16(), variance_epsilon=module.variance_epsilon)
     return _is_same(type(module).forward, _norm, alike, _numbers(7, len(weight)).bfloat16())

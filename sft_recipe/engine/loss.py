@@ -93,7 +93,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         [upstream] = gradients
-        of_hidden, *of_weights = (None if part is None else part * upstream.to(part) for part in ctx.saved_tensors)
+        of_hidden, *of_weights = (None if part is None else part.mul_(upstream) for part in ctx.saved_tensors)
         return of_hidden, *[None] * 4, *of_weights
 
 
