@@ -217,7 +217,7 @@ def _fork(arguments: list[str]) -> int:
     os.setsid()  # a Ctrl-C reaches it once, from the launcher
     for name in [name for name in os.environ if name in RANK_VARIABLES or name.startswith("TORCHELASTIC_")]:
         del os.environ[name]  # of something else: this rank is alone
-    return main_sft.start(arguments, launcher)
+    main_sft.start(arguments, launcher)
 
 
 def _set_threads(ranks: int) -> None:

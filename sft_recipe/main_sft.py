@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
 import sys
 import warnings
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sft_recipe import timing
 from sft_recipe.errors import ConfigError, RecipeError, TrainingError, is_debugging
@@ -214,8 +215,8 @@ def _join_process_group(device: str) -> None:
     )
 
 
-def start(args: list[str], launcher: int | None) -> int:
-    """The life of a rank's process, which ends with that of `launcher`, its parent, if any; returns the exit code 0."""
+def start(args: list[str], launcher: int | None) -> NoReturn:
+    """The life of a rank's process, which ends with that of `launcher`, its parent, if any."""
     timing.take_on()
     if launcher:
         die_with_parent(launcher)  # ranks without their launcher would train on unseen
@@ -224,10 +225,13 @@ def start(args: list[str], launcher: int | None) -> int:
         signal.signal(number, lambda number, _frame: os._exit(128 + number))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     code = main(args)
+    if code == 0:
+        atexit._run_exitfuncs()
     sys.stdout.flush()
-    if code:
-        os._exit(code)  # other ranks may hang in a collective with this one, and would keep it from leaving in order
-    return code
+    sys.stderr.flush()
+    # Other ranks may hang in a collective with this one, and would keep it from leaving in order; and threads of
+    # PyTorch's, which outlive the interpreter, now and then abort a process whose work is done.
+    os._exit(code)
 
 
 if __name__ == "__main__":
