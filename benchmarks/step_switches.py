@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.one_step import OneRank
 from benchmarks.results import machine, table, write_section
-from sft_recipe.engine.one_rank import Gather, Reduce
+from sft_recipe.engine.one_rank import Reduce
 
 DEFAULTS = ["data.train_files=data/example_sft.json", "data.max_length=512", "data.train_batch_size=16",
             "data.micro_batch_size_per_gpu=4", "fsdp.reshard_after_forward=false"]  # fmt: skip
@@ -33,6 +33,7 @@ def main() -> None:
     rank = OneRank([*DEFAULTS, *overrides])
     ours = rank.engine.module.config._attn_implementation
     model, returns_loss = rank.engine.module, vars(rank.engine.module)["forward"]
+    changed = {part: vars(part)["forward"] for part in model.modules() if part is not model and "forward" in vars(part)}
     switches: dict[str, Callable[[bool], None]] = {
         "attention in blocks of each document, not under a mask": lambda on: use_attention(
             rank, ours if on else "sdpa"
@@ -41,6 +42,7 @@ def main() -> None:
             rank, on and rank.engine.module.config._attn_implementation == ours
         ),
         "head and loss in parts, at supervised tokens": lambda on: use_loss(rank, model, returns_loss if on else None),
+        "norms and gated products keep their inputs only": lambda on: keep_less(changed, on),
         "one rank sends nothing to itself": lambda on: send(model, not on),
         "weights gathered and cast once per step": lambda on: keep_weights(rank, on),
         "fused Adam": lambda on: fuse_adam(rank, on),
@@ -108,10 +110,18 @@ def use_loss(rank: OneRank, model: torch.nn.Module, forward: Callable | None) ->
         vars(model).pop("forward", None)
 
 
+def keep_less(changed: dict[torch.nn.Module, Callable], on: bool) -> None:
+    """With the forward that norms and MLPs were given, or that of their class."""
+    for part, forward in changed.items():
+        if on:
+            part.forward = forward
+        else:
+            vars(part).pop("forward", None)
+
+
 def send(model: torch.nn.Module, sends: bool) -> None:
     for part in model.modules():
         if isinstance(part, FSDPModule):
-            part.set_custom_all_gather(DefaultAllGather() if sends else Gather())
             part.set_custom_reduce_scatter(DefaultReduceScatter() if sends else Reduce())
 
 

@@ -22,7 +22,7 @@ from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine.fsdp.transformer_impl import FSDP
 
-from sft_recipe.engine.attention import PACKED, SharedBeginnings, can_pack, packed_documents
+from sft_recipe.engine.attention import PACKED, SharedBeginnings, best_attention, packed_documents
 from sft_recipe.engine.elementwise import keep_inputs_only
 from sft_recipe.engine.loss import return_loss
 from sft_recipe.engine.one_rank import clip_whole, stay_home
@@ -230,9 +230,9 @@ class SFTEngine(FSDPEngineWithLMHead):
 
     def _build_module(self) -> torch.nn.Module:
         model = self.model_config.hf_config
-        if model._attn_implementation == PACKED and not can_pack(model):
+        if model._attn_implementation == PACKED and best_attention(model) != PACKED:
             log.warning("%s brings its own attention: packed documents are masked from each other.", model.model_type)
-            model._attn_implementation = "sdpa"
+            model._attn_implementation = best_attention(model)
         return super()._build_module()
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -240,10 +240,11 @@ class SFTEngine(FSDPEngineWithLMHead):
         self._returns_loss = return_loss(model)
         if not self._returns_loss:
             log.warning("%s has no head of its own: the logits of all tokens are computed.", type(model).__name__)
-        if get_device_name() == "cpu":
+        on_cpu = get_device_name() == "cpu"
+        if on_cpu:
             keep_inputs_only(model)
         module = super()._build_fsdp_module(module)
-        if torch.distributed.get_world_size() == 1:
+        if on_cpu and torch.distributed.get_world_size() == 1:
             stay_home(module)
         return module
 

@@ -1,7 +1,6 @@
 """FSDP2 with one rank: what it would send to itself stays where it is, and what is whole is not taken for a part.
 
-Gather and Reduce follow torch.distributed.fsdp's interface for custom communication: FSDPModule.set_custom_all_gather
-and set_custom_reduce_scatter.
+Reduce follows torch.distributed.fsdp's interface for custom communication, FSDPModule.set_custom_reduce_scatter.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,18 +10,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
-class Gather:
-    """All-gather whose input is its output: FSDP2 makes it a part of that, here the whole."""
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(self, *_: object, **__: object) -> None:
-        pass
-
-
 class Reduce:
-    """Reduce-scatter whose output is its input: FSDP2 asks for one after the other, and copies between the two."""
+    """Reduce-scatter whose output is its input: FSDP2 asks for one after the other, and copies between the two.
+
+    For CPUs: a GPU's streams may use the memory of the input again before all has been read from the output.
+    """
 
     _input: torch.Tensor | None = None
 
@@ -34,14 +26,14 @@ class Reduce:
         return self._input
 
     def __call__(self, *_: object, **__: object) -> None:
-        raise NotImplementedError("more than one rank")
+        """FSDP2 calls this among several ranks only."""
+        raise AssertionError("a reduce-scatter of one rank was asked to send")
 
 
 def stay_home(module: torch.nn.Module) -> None:
-    """Use these in all FSDP2 modules of a model that one rank trains."""
+    """Use it in all FSDP2 modules of a model that one rank trains on a CPU."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
-            part.set_custom_all_gather(Gather())
             part.set_custom_reduce_scatter(Reduce())
 
 
