@@ -100,10 +100,12 @@ def packed_documents(segments: Sequence[Segment]) -> Iterator[None]:
         _segments.reset(token)
 
 
-def can_pack(config: PretrainedConfig) -> bool:
-    """Whether the model takes its attention, and so its mask, from transformers' registry."""
+def best_attention(config: PretrainedConfig) -> str:
+    """PACKED where the model takes its attention, and so its mask, from transformers' registry; else what it has."""
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    return bool(getattr(model_class, "_supports_attention_backend", False))
+    if getattr(model_class, "_supports_attention_backend", False):
+        return PACKED
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
 
 def documents_mask(

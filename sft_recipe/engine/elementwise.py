@@ -18,7 +18,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 def keep_inputs_only(model: nn.Module) -> None:
     """Change all norms and gated MLPs of `model` that are of the usual kind; others stay as they are.
 
-    Which are is tried: their class must give, bit for bit, what is computed here.
+    Which are is tried: their class must give, bit for bit and for large and small numbers, what is computed here.
     """
     for module in model.modules():
         if _is_usual_norm(module):
@@ -27,9 +27,10 @@ def keep_inputs_only(model: nn.Module) -> None:
             module.forward = MethodType(_mlp, module)
 
 
-def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    if hidden_states.dtype != self.weight.dtype:  # the product takes the wider one
-        return type(self).forward(self, hidden_states)
+def _norm(self: Any, hidden_states: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+    # Some norms may be given a gate as well; and a weight of another width would widen the product.
+    if more or named or hidden_states.dtype != self.weight.dtype:
+        return type(self).forward(self, hidden_states, *more, **named)
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
@@ -39,24 +40,25 @@ def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _is_usual_norm(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    if len(module._parameters) != 1 or weight is None or not hasattr(module, "variance_epsilon"):
+    if len(module._parameters) != 1 or weight is None or weight.dim() != 1 or not hasattr(module, "variance_epsilon"):
         return False
     alike = SimpleNamespace(weight=_numbers(len(weight)).bfloat16(), variance_epsilon=module.variance_epsilon)
-    return _is_same(type(module).forward, _norm, alike, _numbers(7, len(weight)).bfloat16())
+    return _is_same(type(module).forward, _norm, alike, len(weight))
 
 
 def _is_usual_mlp(module: nn.Module) -> bool:
     if not {*MLP, "act_fn"} <= set(module._modules) or next(module.act_fn.parameters(), None) is not None:
         return False
     parts: dict[str, Any] = {name: (lambda x, by=by: x * by) for by, name in enumerate(MLP, start=2)}
-    alike = SimpleNamespace(**parts, act_fn=module.act_fn)
-    return _is_same(type(module).forward, _mlp, alike, _numbers(7, 64))
+    return _is_same(type(module).forward, _mlp, SimpleNamespace(**parts, act_fn=module.act_fn), 64)
 
 
-def _is_same(one: Callable, other: Callable, alike: Any, x: torch.Tensor) -> bool:
+def _is_same(one: Callable, other: Callable, alike: Any, width: int) -> bool:
+    sizes = torch.logspace(-5, 2, 64)[:, None]  # of a row's numbers
+    x = (_numbers(64, width) * sizes).bfloat16()[None]
     try:
         return torch.equal(one(alike, x), other(alike, x))
-    except (AttributeError, TypeError):  # it wants more of its module, or more to be given, than the usual kind
+    except Exception:  # it wants more of its module, or of what it is given, than the usual kind
         return False
 
 

@@ -38,6 +38,7 @@ LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_
 LEAKING = {
     "convolution": ("lfm2", dict(layer_types=["conv", "full_attention"])),
     "convolution at the end": ("lfm2", dict(layer_types=["full_attention", "conv"])),
+    "state space": ("mamba2", dict(num_heads=8, n_groups=2, state_size=8, chunk_size=16)),
     "linear attention and experts": (
         "qwen3_next",
         dict(layer_types=["linear_attention", "full_attention"], **EXPERTS, **LINEAR),

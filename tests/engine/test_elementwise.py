@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 from sft_recipe.engine import elementwise
 from sft_recipe.engine.elementwise import keep_inputs_only
@@ -105,18 +106,33 @@ def test_norms_and_products_keep_their_inputs_only():
 def test_what_is_of_another_kind_stays_as_it_is():
     class Shifted(LlamaRMSNorm):
         def forward(self, hidden_states):
-            return super().forward(hidden_states) + 1e-3
+            return LlamaRMSNorm.forward(self, hidden_states) + 1e-3
+
+    class EpsilonOutside(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            wide = hidden_states.float()
+            root = wide.pow(2).mean(-1, keepdim=True).sqrt()
+            return self.weight * (wide / (root + self.variance_epsilon)).to(hidden_states.dtype)
 
     class Scaled(LlamaMLP):
         def forward(self, x):
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.001)
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.01)
+
+    class Wide(LlamaMLP):
+        def forward(self, x):
+            return self.down_proj((self.act_fn(self.gate_proj(x).float()) * self.up_proj(x)).to(x.dtype))
 
     class Dropping(LlamaMLP):
         def forward(self, x):
-            return nn.functional.dropout(super().forward(x), training=self.training)
+            return nn.functional.dropout(LlamaMLP.forward(self, x), 0.1)
+
+    class Strict(LlamaMLP):
+        def forward(self, x):
+            raise ValueError("not a batch of mine")
 
     config = AutoConfig.for_model("llama", **SIZES)
-    for module in (Shifted(32), Scaled(config), Dropping(config), nn.LayerNorm(32), nn.RMSNorm(32)):
+    mlps = [kind(config) for kind in (Scaled, Wide, Dropping, Strict)]
+    for module in (Shifted(32), EpsilonOutside(32), *mlps, nn.LayerNorm(32), nn.RMSNorm(32)):
         keep_inputs_only(module)
         assert not is_changed(module)
     gemma = build("gemma3_text")
@@ -142,11 +158,20 @@ def test_any_activation(activation):
 
 
 def test_of_frozen_weights_no_gradient_is_made():
-    norm = LlamaRMSNorm(32).requires_grad_(False)
+    norm = LlamaRMSNorm(32)
     keep_inputs_only(norm)
-    x = torch.randn(1, 10, 32, requires_grad=True)
-    norm(x).backward(torch.randn(1, 10, 32))
-    assert norm.weight.grad is None and x.grad is not None
+    x, upstream = torch.randn(1, 10, 32, requires_grad=True), torch.randn(1, 10, 32)
+    assert norm(x).grad_fn.apply(upstream)[1] is not None
+    norm.requires_grad_(False)
+    assert norm(x).grad_fn.apply(upstream)[1] is None
+
+
+def test_a_norm_that_may_be_given_a_gate_still_takes_it():
+    norm, x, gate = MambaRMSNormGated(32), torch.randn(3, 32), torch.randn(3, 32)
+    wanted = norm(x, gate), norm(x)
+    keep_inputs_only(norm)
+    assert torch.equal(norm(x, gate), wanted[0]) and torch.equal(norm(x, gate=gate), wanted[0])
+    assert torch.equal(norm(x), wanted[1]) and not torch.equal(*wanted)
 
 
 def test_an_input_of_another_width_than_the_weight_is_left_to_the_model():
