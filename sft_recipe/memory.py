@@ -31,14 +31,14 @@ class Layout:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Layout | None":
-        """From a model's config.json; None where it does not tell, as of older or other architectures."""
+        """From a model's config.json; None where it does not tell, as of other architectures or layers that differ."""
         settings = settings.get("text_config") or settings
         try:
             heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
             size = settings.get("head_dim") or hidden // heads
             experts = settings.get("num_experts_per_tok") or 0
             width = experts * (settings.get("moe_intermediate_size") or settings["intermediate_size"])
-            return cls(
+            found = cls(
                 layers=settings["num_hidden_layers"],
                 hidden=hidden,
                 intermediate=width + (settings.get("shared_expert_intermediate_size") or 0) * (experts > 0)
@@ -52,6 +52,7 @@ class Layout:
             )
         except (KeyError, TypeError):
             return None
+        return found if all(isinstance(size, int) for size in vars(found).values()) else None
 
     def of_layer(self, width: int, inputs_only: bool) -> int:
         """Bytes that a layer keeps for each token, where it computes in numbers of `width` bytes.

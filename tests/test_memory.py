@@ -101,8 +101,9 @@ def test_sizes_are_read_from_the_models_config(change, expected):
     assert {key: getattr(layout, key) for key in expected} == expected
 
 
-def test_of_a_model_with_other_names_nothing_is_claimed():
-    assert Layout.of({"n_embd": 768, "n_layer": 12}) is None
+@pytest.mark.parametrize("settings", [{"n_embd": 768, "n_layer": 12}, LLAMA | {"intermediate_size": [14336] * 32}])
+def test_of_a_model_with_other_names_or_layers_that_differ_nothing_is_claimed(settings):
+    assert Layout.of(settings) is None
 
 
 @pytest.mark.parametrize("inputs_only", [False, True], ids=["as it is", "inputs only"])
