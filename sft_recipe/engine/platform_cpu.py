@@ -22,8 +22,8 @@ SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "32"}
 
 # Of malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-LARGEST = 2**30  # bytes that one tensor may have to come from the heap
-NEVER = 2**31 - 1
+LARGEST = 2**30, 2**25  # bytes that one tensor may have to come from the heap; what glibc before 2.35 takes
+NEVER = -1
 
 
 class _CpuModule(ModuleType):
@@ -147,13 +147,14 @@ def use_cpu() -> None:
 def share_one_heap() -> None:
     """Let all threads allocate from one heap that keeps what it has, where the C library is glibc.
 
-    It gives each thread its own, and the backward pass runs in a thread: it could not use again what the forward freed.
-    And it gives large pieces back to the system, which has to clear them, page by page, whenever they come again.
+    It gives each thread its own, and what one has freed another cannot use. And it gives large pieces back to the
+    system, which has to clear them, page by page, whenever they come again.
     """
     with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, LARGEST), (M_TRIM_THRESHOLD, NEVER)):
-            library.mallopt(option, value)
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(M_ARENA_MAX, 1)
+        if any(set_option(M_MMAP_THRESHOLD, size) for size in LARGEST):  # the first that it takes
+            set_option(M_TRIM_THRESHOLD, NEVER)
 
 
 def has_fast_bf16() -> bool:
