@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_recipe.engine import attention, blockwise, packs
-from sft_recipe.engine.attention import PACKED, can_pack, packed_documents
+from sft_recipe.engine.attention import PACKED, best_attention, packed_documents
 from sft_recipe.engine.packs import share_beginnings, side_by_side
 from sft_recipe.errors import ModelError
 
@@ -87,6 +87,19 @@ def gradients(model, logits, ids):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def check_equal(reference, expected, model, found, ids, atol):
+    """The logits `found` of a model are the `expected` ones of another, and their gradients within `atol`."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    wanted, got = gradients(reference, expected, ids), gradients(model, found, ids)
+    assert wanted.keys() == got.keys() and len(got) > 10
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=atol, msg=name)
+
+
+def computes_no_full_mask(caplog):
+    return attention.__name__ not in [record.name for record in caplog.records]
+
+
 @pytest.fixture(scope="module")
 def alike(ids):
     """The same lengths: two share 4 tokens, two 10, and one is the beginning of another."""
@@ -104,12 +117,8 @@ def test_shared_beginnings_equal_padded(kind, blocks, alike, caplog, monkeypatch
     monkeypatch.setattr(blockwise, "ROWS", blocks)
     reference, model = build(kind, "eager"), build(kind, PACKED)
     expected, found = padded_logits(reference, alike), shared_logits(model, alike)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    wanted, got = gradients(reference, expected, alike), gradients(model, found, alike)
-    assert wanted.keys() == got.keys() and len(got) > 10
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-5, msg=name)
-    assert attention.__name__ not in [record.name for record in caplog.records]
+    check_equal(reference, expected, model, found, alike, atol=1e-5)
+    assert computes_no_full_mask(caplog)
 
 
 def test_an_unknown_mask_shares_nothing(alike, monkeypatch):
@@ -127,12 +136,8 @@ def test_packed_equals_padded(kind, recomputes, ids, caplog):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     expected, found = padded_logits(reference, ids), packed_logits(model, ids)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    wanted, got = gradients(reference, expected, ids), gradients(model, found, ids)
-    assert wanted.keys() == got.keys() and len(got) > 10
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-6, msg=name)
-    assert attention.__name__ not in [record.name for record in caplog.records]  # no mask was computed in full
+    check_equal(reference, expected, model, found, ids, atol=1e-6)
+    assert computes_no_full_mask(caplog)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "mistral"])
@@ -201,8 +206,8 @@ def test_an_unknown_mask_is_computed_in_full_and_keeps_documents_apart(ids, capl
 
 
 def test_models_with_attention_of_their_own_are_told_apart():
-    assert can_pack(AutoConfig.for_model("llama"))
-    assert not can_pack(AutoConfig.for_model("bloom"))
+    kinds = "llama", "bloom", "falcon", "mamba2"
+    assert [best_attention(AutoConfig.for_model(kind)) for kind in kinds] == [PACKED, "eager", "sdpa", "eager"]
 
 
 def test_a_model_that_looks_into_its_mask_says_what_to_set(ids):

@@ -39,22 +39,25 @@ def check(pack, documents):
     assert -1 not in tokens
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_every_beginning_stands_once(seed, monkeypatch):
-    monkeypatch.setattr(packs, "SHORTEST", 1)
+def shared(seed, shortest, monkeypatch):
+    """Some random documents and a right pack of them, which shares nothing that is shorter."""
+    monkeypatch.setattr(packs, "SHORTEST", shortest)
     documents = random_documents(seed)
     pack = share_beginnings(documents)
     check(pack, documents)
+    return documents, pack
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_every_beginning_stands_once(seed, monkeypatch):
+    documents, pack = shared(seed, 1, monkeypatch)
     beginnings = {tuple(document[: end + 1]) for document in documents for end in range(len(document))}
     assert pack.segments[-1].end == len(beginnings)
 
 
 @pytest.mark.parametrize("seed", range(100))
 def test_short_ones_stay_where_they_are(seed, monkeypatch):
-    monkeypatch.setattr(packs, "SHORTEST", 4)
-    documents = random_documents(seed)
-    pack = share_beginnings(documents)
-    check(pack, documents)
+    _, pack = shared(seed, 4, monkeypatch)
     assert all(len(before) >= 4 for segment in pack.segments for before in segment.before)
 
 
