@@ -77,25 +77,15 @@ JOBS = {
     },
 }
 SHAPES: dict[str, dict[str, Any]] = {  # of models with random weights: speed does not depend on what they know
-    "Qwen2.5-1.5B": dict(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    ),
-    "Qwen2.5-7B": dict(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-        tie_word_embeddings=False,
-    ),
-}
+    name: dict(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=28, num_attention_heads=heads,
+        num_key_value_heads=groups, vocab_size=vocabulary, tie_word_embeddings=is_tied,
+    )
+    for name, hidden, intermediate, heads, groups, vocabulary, is_tied in (
+        ("Qwen2.5-1.5B", 1536, 8960, 12, 2, 151936, True),
+        ("Qwen2.5-7B", 3584, 18944, 28, 4, 152064, False),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
