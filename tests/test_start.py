@@ -18,11 +18,9 @@ LAUNCHER = """
 import os, sys
 from sft_recipe import launch, main_sft
 launcher = os.getpid()
-main_sft.start = lambda arguments, parent: 75 if parent == launcher and "RANK" not in os.environ else 1
+main_sft.start = lambda arguments, parent: os._exit(75 if parent == launcher and "RANK" not in os.environ else 1)
 os.environ["RANK"] = "7"
 code = launch.main(sys.argv[1:])
-if os.getpid() != launcher:
-    os._exit(code)
 print(code, [name for name in {heavy} if name in sys.modules])
 """
 
@@ -36,16 +34,33 @@ modules = [(name, module) for name, module in list(sys.modules.items()) if name.
 print([name for name, module in modules for value in vars(module).values() if type(value).__name__ in kinds])
 """
 
+END = """
+import atexit, sys
+from sft_recipe import main_sft
+class Torn:
+    def __del__(self):
+        print("torn down")
+torn = Torn()
+atexit.register(print, "goodbye")
+main_sft.main = lambda arguments: int(arguments[0])
+main_sft.start(sys.argv[1:], None)
+"""
 
-def run(program, *words):
+
+def run(program, *words, code=0):
     command = [sys.executable, "-c", program, *words]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return done.stdout.splitlines()
 
 
 def test_the_launcher_of_a_single_rank_imports_next_to_nothing_and_hands_its_exit_code_on():
     assert run(LAUNCHER.format(heavy=HEAVY))[-1] == "75 []"
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, ["goodbye"]), (3, [])])
+def test_a_rank_says_goodbye_where_all_went_well_and_leaves_its_threads_alone(code, said):
+    assert run(END, str(code), code=code) == said
 
 
 def test_a_rank_imports_nothing_that_training_does_not_use(model_dir, tmp_path):
