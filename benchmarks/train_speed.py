@@ -249,6 +249,8 @@ class Bench:
         """The loss of the untrained model."""
         path = WORK / "results" / f"before-{_digest(job.as_dict(), self.data[job.name].folder.name)}.json"
         if not path.is_file():
+            if self.options.report:
+                return None
             try:
                 path.write_text(json.dumps(self._judged(self.models[job.model], job)))
             except RunFailed as problem:
