@@ -1,11 +1,12 @@
 """Our keys reach verl's; what means nothing on a CPU is switched off there; Megatron's config is built from ours."""
 
 import importlib
+import os
 
 import pytest
 
 from sft_recipe.compose import load_config
-from sft_recipe.engine.platform_cpu import PlatformCPU, measured_peak_flops, use_cpu
+from sft_recipe.engine.platform_cpu import SHAPES, PlatformCPU, measured_peak_flops, use_cpu
 from sft_recipe.errors import PreflightError
 
 
@@ -26,6 +27,14 @@ def test_the_cpu_is_verls_platform(verl_config):
     assert get_device_name() == "cpu"
     assert isinstance(PlatformCPU().current_device().type, str)
     assert get_torch_device().max_memory_allocated() > 0
+
+
+def test_few_shapes_of_matrix_products_are_remembered_unless_the_user_says_otherwise(monkeypatch):
+    one, other = SHAPES
+    monkeypatch.setenv(one, "7")
+    monkeypatch.delenv(other, raising=False)
+    use_cpu()
+    assert (os.environ[one], os.environ[other]) == ("7", SHAPES[other])
 
 
 def test_the_engine_that_verl_makes_is_ours(verl_config):
