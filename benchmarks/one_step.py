@@ -23,7 +23,7 @@ class OneRank:
         from sft_recipe.training.prepare import prepare
 
         self.prepared = prepare(self.config, 0, say=print)
-        self.engine = self._build()
+        self.engine = self.build()
 
     def batch(self, step: int) -> TensorDict:
         """What step `step` (from 0) trains on, planned as a run plans it."""
@@ -63,7 +63,8 @@ class OneRank:
             use_cpu()
         torch.distributed.init_process_group("gloo" if self.device == "cpu" else "nccl")
 
-    def _build(self) -> Any:
+    def build(self) -> Any:
+        """Another engine of the same configuration."""
         from sft_recipe.engine.engine import SFTEngine
         from sft_recipe.engine.verl_config import build_verl_config, shares_prefixes
 

@@ -11,19 +11,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.one_step import OneRank
 from benchmarks.results import machine, table, write_section
-from sft_recipe.engine.one_rank import Reduce
 
 DEFAULTS = ["data.train_files=data/example_sft.json", "data.max_length=512", "data.train_batch_size=16",
-            "data.micro_batch_size_per_gpu=4", "fsdp.reshard_after_forward=false"]  # fmt: skip
+            "data.micro_batch_size_per_gpu=4"]  # fmt: skip
+WHOLE = "one rank holds the whole model, without FSDP"
 
 
 def main() -> None:
@@ -31,29 +30,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options, overrides = parser.parse_known_args()
     rank = OneRank([*DEFAULTS, *overrides])
+    engines = {True: rank.engine}  # by whether it holds the whole model
+    if rank.engine.holds_whole_model():
+        with patch.object(type(rank.engine), "holds_whole_model", return_value=False):
+            engines[False] = rank.build()
+    models = [one.module for one in engines.values()]
+    changed = {part: vars(part)["forward"] for one in models for part in one.modules() if "forward" in vars(part)}
     ours = rank.engine.module.config._attn_implementation
-    model, returns_loss = rank.engine.module, vars(rank.engine.module)["forward"]
-    changed = {part: vars(part)["forward"] for part in model.modules() if part is not model and "forward" in vars(part)}
-    switches: dict[str, Callable[[bool], None]] = {
-        "attention in blocks of each document, not under a mask": lambda on: use_attention(
+    switches: dict[str, Callable[[OneRank, bool], None]] = {
+        "attention in blocks of each document, not under a mask": lambda rank, on: use_attention(
             rank, ours if on else "sdpa"
         ),
-        "shared beginnings once (needs the former)": lambda on: share(
+        "shared beginnings once (needs the former)": lambda rank, on: share(
             rank, on and rank.engine.module.config._attn_implementation == ours
         ),
-        "head and loss in parts, at supervised tokens": lambda on: use_loss(rank, model, returns_loss if on else None),
-        "norms and gated products keep their inputs only": lambda on: keep_less(changed, on),
-        "one rank sends nothing to itself": lambda on: send(model, not on),
-        "weights gathered and cast once per step": lambda on: keep_weights(rank, on),
-        "fused Adam": lambda on: fuse_adam(rank, on),
+        "head and loss in parts, at supervised tokens": lambda rank, on: use_loss(rank, changed, on),
+        "norms and gated products keep their inputs only": lambda rank, on: keep_less(rank, changed, on),
+        "fused Adam": fuse_adam,
     }
-    variants = {"all on": [], **{f"without: {name}": [name] for name in switches}, "all off": list(switches)}
+    names = [*switches, *([WHOLE] if False in engines else [])]
+    variants = {"all on": [], **{f"without: {name}": [name] for name in names}, "all off": names}
     batch = rank.batch(1)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(options.rounds + 1):
         for variant, off in variants.items():
+            rank.engine = engines[WHOLE not in off]
             for name, switch in switches.items():
-                switch(name not in off)
+                switch(rank, name not in off)
             spent = timed(rank, batch)
             if turn:  # the first warms up
                 seconds[variant].append(spent)
@@ -102,34 +105,24 @@ def share(rank: OneRank, shares: bool) -> None:
     rank.engine.wants_shared_beginnings = shares
 
 
-def use_loss(rank: OneRank, model: torch.nn.Module, forward: Callable | None) -> None:
-    rank.engine._returns_loss = forward is not None
-    if forward:
-        model.forward = forward
-    else:
-        vars(model).pop("forward", None)
+def use_loss(rank: OneRank, changed: dict[torch.nn.Module, Callable], on: bool) -> None:
+    rank.engine._returns_loss = on
+    set_forward(rank.engine.module, changed, on)
 
 
-def keep_less(changed: dict[torch.nn.Module, Callable], on: bool) -> None:
-    """With the forward that norms and MLPs were given, or that of their class."""
-    for part, forward in changed.items():
-        if on:
-            part.forward = forward
-        else:
-            vars(part).pop("forward", None)
-
-
-def send(model: torch.nn.Module, sends: bool) -> None:
+def keep_less(rank: OneRank, changed: dict[torch.nn.Module, Callable], on: bool) -> None:
+    model = rank.engine.module
     for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.set_custom_reduce_scatter(DefaultReduceScatter() if sends else Reduce())
+        if part in changed and part is not model:
+            set_forward(part, changed, on)
 
 
-def keep_weights(rank: OneRank, kept: bool) -> None:
-    object.__setattr__(rank.engine.engine_config, "reshard_after_forward", not kept)
-    if hasattr(rank.engine.module, "set_reshard_after_forward"):  # FSDP1 has no such choice once it is built
-        rank.engine.module.set_reshard_after_forward(not kept)
-        rank.engine.module.set_reshard_after_backward(True)
+def set_forward(part: torch.nn.Module, changed: dict[torch.nn.Module, Callable], on: bool) -> None:
+    """The forward that it was given, or that of its class."""
+    if on:
+        part.forward = changed[part]
+    else:
+        vars(part).pop("forward", None)
 
 
 def fuse_adam(rank: OneRank, fused: bool) -> None:

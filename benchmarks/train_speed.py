@@ -41,6 +41,7 @@ from benchmarks.speed.measure import (  # noqa: E402
 )
 from benchmarks.speed.report import MEBIBYTE, JobResult, section  # noqa: E402
 from benchmarks.speed.systems import PEERS, Configuration, configurations, fastest, our_command  # noqa: E402
+from sft_recipe.engine.platform_cpu import has_fast_bf16, measured_peak_flops  # noqa: E402
 from sft_recipe.errors import RecipeError  # noqa: E402
 
 CACHE = Path("~/.cache/sft_recipe").expanduser()
@@ -203,7 +204,7 @@ class Bench:
         if job.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         saved = folder / "final"
-        peak_flops = measured_peak(job.device)
+        peak_flops = measured_peak(job)
         if one.environment:
             told = self._told(task, folder, saved if judge else None)
             command = [self.pythons[one.environment], str(INSIDE / one.runner), str(told)]
@@ -274,12 +275,10 @@ class Bench:
         out.print(f"{what} failed: {problem}{hint}", style="red", markup=False)
 
 
-def measured_peak(device: str) -> float:
-    """FLOP/s of matrix products in bfloat16: on a CPU measured now, on a GPU what its maker says."""
-    from sft_recipe.engine.platform_cpu import measured_peak_flops
-
-    if device == "cpu":
-        return measured_peak_flops(torch.bfloat16, seconds=1.0)
+def measured_peak(job: Job) -> float:
+    """FLOP/s of the job's matrix products: on a CPU measured now, on a GPU what its maker says of bfloat16."""
+    if job.device == "cpu":
+        return measured_peak_flops({"bf16": torch.bfloat16, "fp32": torch.float32}[job.compute], seconds=1.0)
     from verl.utils.flops_counter import get_device_flops
 
     return get_device_flops("B") * 1e9
@@ -288,7 +287,7 @@ def measured_peak(device: str) -> float:
 def main() -> None:
     options = parse_options()
     jobs = [job for name, job in JOBS[options.device].items() if name in options.jobs]
-    quick = {"rows": options.rows, "batch_size": options.batch_size}
+    quick = {"rows": options.rows, "batch_size": options.batch_size, "compute": options.compute}
     jobs = [replace(job, **{name: value for name, value in quick.items() if value}) for job in jobs]
     bench = Bench(options)
     bench.set_up(jobs)
@@ -296,7 +295,8 @@ def main() -> None:
     text = section(results, bench.failures, options.device, command_line(options))
     out.print(text, markup=False, soft_wrap=True)
     if not options.no_results:
-        write_section("train_speed" if options.device == "cpu" else "train_speed_gpu", text)
+        kind = "_gpu" if options.device == "cuda" else "_fp32" if options.compute == "fp32" else ""
+        write_section(f"train_speed{kind}", text)
         out.print("Written to benchmarks/RESULTS.md")
 
 
@@ -305,6 +305,9 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     names = list(dict.fromkeys(name for jobs in JOBS.values() for name in jobs))
     peers = ",".join(PEERS)
     parser.add_argument("--device", choices=list(JOBS), default="cpu")
+    fast = "bf16" if has_fast_bf16() or torch.cuda.is_available() else "fp32"
+    computes = f"numbers that all compute in ({fast}: what is fast here)"
+    parser.add_argument("--compute", choices=["bf16", "fp32"], default=fast, help=computes)
     parser.add_argument("--jobs", type=_names_of(names), default=names, help=f"some of {','.join(names)}")
     parser.add_argument("--peers", type=_names_of(list(PEERS)), default=list(PEERS), help=f"some of {peers}, or none")
     parser.add_argument("--data", type=Path, default=ROOT / "data/example_alpaca.json", help="what is trained")
@@ -323,7 +326,7 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
 def command_line(options: argparse.Namespace) -> str:
     """To be read; without folders of this machine."""
     data = options.data.name if options.data.is_absolute() else options.data
-    words = [f"--device {options.device}", f"--jobs {','.join(options.jobs)}"]
+    words = [f"--device {options.device}", f"--compute {options.compute}", f"--jobs {','.join(options.jobs)}"]
     words += [f"--peers {','.join(options.peers) or 'none'}", f"--data {data}"]
     steps = ",".join(f"{name}={number}" if name else f"{number}" for name, number in options.steps.items())
     words += [f"--rounds {options.rounds}", f"--steps {steps}", *(["--validate"] if options.validate else [])]

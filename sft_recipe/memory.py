@@ -119,15 +119,15 @@ def plan_memory(
     total: int,
     trainable: int,
     width: int,
-    inputs_only: bool,
+    on_cpu: bool,
     longest: int,
     logits: int,
     device: int,
 ) -> Plan:
     """For a model of `total` parameters that computes in numbers of `width` bytes, on devices of `device` bytes.
 
-    `inputs_only` as in Layout.of_layer; `longest` is the longest example's number of tokens, `logits` how many exist at
-    once at most.
+    `on_cpu` norms and MLPs keep their inputs only, and a rank that is alone holds the model whole (engine/whole.py);
+    `longest` is the longest example's number of tokens, `logits` how many exist at once at most.
     """
     fsdp, data = config.fsdp, config.data
     shards = fsdp.fsdp_size if fsdp.fsdp_size > 0 else config.trainer.world_size
@@ -139,11 +139,17 @@ def plan_memory(
     outside = 2 * layout.vocabulary * layout.hidden
     in_parts = min(total, outside + 2 * total // layout.layers)
     accumulates = of_step > ranks * data.token_budget and fsdp.use_no_sync_for_gradient_accumulation
-    layer, ends = layout.of_layer(width, inputs_only), layout.of_ends(tokens, width, inputs_only, logits)
+    layer, ends = layout.of_layer(width, on_cpu), layout.of_ends(tokens, width, on_cpu, logits)
     on_device = not fsdp.offload_policy
+    if on_cpu and config.trainer.world_size == 1:
+        weights = master * trainable + width * (total - trainable)
+        gathered = 0 if width == master else width * trainable
+    else:
+        weights = on_device * master * total // shards
+        gathered = width * (in_parts if reshards_after_forward(config) else total)
     return Plan(
-        weights=on_device * master * total // shards,
-        gathered=width * (in_parts if reshards_after_forward(config) else total),
+        weights=weights,
+        gathered=gathered,
         # Until the last micro-batch they are whole, in fp32, on each rank.
         gradients=FP32 * trainable if accumulates else on_device * master * trainable // shards,
         optimizer=on_device * 2 * master * trainable // shards,

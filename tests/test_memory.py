@@ -31,13 +31,13 @@ def small_plan(
     total=1000,
     trainable=1000,
     width=2,
-    inputs_only=False,
+    on_cpu=False,
     longest=100,
     logits=10**6,
     device=10**6,
 ):
     config = load_config(["data.max_length=10", "data.train_batch_size=4", *overrides])
-    return plan_memory(config, layout, total, trainable, width, inputs_only, longest, logits, device)
+    return plan_memory(config, layout, total, trainable, width, on_cpu, longest, logits, device)
 
 
 def test_a_layers_bytes_for_each_token():
@@ -74,7 +74,10 @@ def test_the_plan_of_one_rank():
         (["trainer.n_gpus_per_node=2"], {"layout": DEEP, "total": 10000}, {"gathered": 2 * (1000 + 512)}),
         (["fsdp.reshard_after_forward=true"], {"layout": DEEP, "total": 10000}, {"gathered": 2 * (1000 + 512)}),
         (["fsdp=fsdp2_offload"], {}, {"weights": 0, "optimizer": 0}),
-        ([], {"inputs_only": True}, {"activations": 10 * 3 * 232 + 2592 - 10 * 4 * 8}),
+        ([], {"on_cpu": True}, {"activations": 10 * 3 * 232 + 2592 - 10 * 4 * 8, "weights": 4000, "gathered": 2000}),
+        ([], {"on_cpu": True, "width": 4}, {"weights": 4000, "gathered": 0}),
+        ([], {"on_cpu": True, "trainable": 50}, {"weights": 4 * 50 + 2 * 950, "gathered": 2 * 50}),
+        (["trainer.n_gpus_per_node=2"], {"on_cpu": True}, {"weights": 2000, "gathered": 2000}),
         ([], {"longest": 2}, {"activations": 8 * 3 * 328 + 2176}),
         (["data.micro_batch_size_per_gpu=2"], {}, {"activations": 20 * 3 * 328 + 4672}),
     ],

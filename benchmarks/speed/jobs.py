@@ -46,6 +46,7 @@ class Job:
     model: str = "SmolLM2-135M-Instruct"
     device: str = "cpu"
     weights: str = "fp32"  # master weights; frozen ones with LoRA
+    compute: str = "bf16"  # in which numbers it computes: those that the hardware multiplies fast
     lr: float = 2e-5
     weight_decay: float = 0.01
     clip: float = 1.0

@@ -86,7 +86,9 @@ class Verdict:
 
 def section(results: Sequence[JobResult], failures: Mapping[str, str], device: str, command: str) -> str:
     """For RESULTS.md; without what a failed run said, which may name folders of this machine."""
-    parts = ["## Training speed" + (" on a GPU" if device == "cuda" else ""), f"    {command}"]
+    where = " on a GPU" if device == "cuda" else ""
+    where += ", in fp32" if any(result.job.compute == "fp32" for result in results) else ""
+    parts = [f"## Training speed{where}", f"    {command}"]
     parts += [f"{machine()}. {versions(results)}", NOTES, FORMULA]
     rows = [[verdict.target, verdict.reached, verdict.word] for verdict in verdicts(results, device)]
     parts.append(table(["target", "reached", "verdict"], rows))
@@ -110,7 +112,8 @@ def describe(result: JobResult) -> str:
     kind = f"LoRA r={job.lora.rank}, alpha={job.lora.alpha}, all linear layers but the head" if job.lora else "full"
     epoch = ", an epoch" if result.is_epoch else ", a part of an epoch: systems see different rows"
     text = (
-        f"{job.model}, {kind}, bf16 over {job.weights} weights, {counts.rows} rows of {counts.tokens:,} tokens, "
+        f"{job.model}, {kind}, {job.compute} over {job.weights} weights, {counts.rows} rows of "
+        f"{counts.tokens:,} tokens, "
         f"{counts.supervised:,} of them supervised; {job.batch_size} examples a step, each at most "
         f"{job.max_length:,} tokens, {result.steps} steps{epoch}; AdamW, lr {job.lr:g} constant, "
         f"weight decay {job.weight_decay}, clip {job.clip}, seed {job.seed}."

@@ -64,7 +64,7 @@ def _on_cpu(job: Job) -> list[Configuration]:
 
     def padded(system: str, environment: str, version: str, examples: int, **options: Any) -> Configuration:
         by_length = ", by length" if examples > 1 else ""
-        name = f"{version}, bf16, {examples} {'examples' if examples > 1 else 'example'} at once{by_length}"
+        name = f"{version}, {job.compute}, {examples} {'examples' if examples > 1 else 'example'} at once{by_length}"
         options |= {"examples": examples}
         name += ", loss in chunks" if "loss" in options else ""
         return Configuration(system, name, examples * job.max_length, environment, f"run_{system}.py", options)
@@ -79,7 +79,7 @@ def _on_cpu(job: Job) -> list[Configuration]:
         *([] if job.long else [padded("trl", "trl", "1.16.0", 2)]),
         Configuration(
             "llamafactory",
-            f"0.9.5, bf16, neat_packing into {job.max_length:,} tokens",
+            f"0.9.5, {job.compute}, neat_packing into {job.max_length:,} tokens",
             job.max_length,
             "llamafactory",
             "run_llamafactory.py",
@@ -100,7 +100,7 @@ def _on_cpu(job: Job) -> list[Configuration]:
         ),
         Configuration(
             "verl",
-            f"0.9.1, fsdp2, bf16, micro-batches of {verl_tokens:,} tokens",
+            f"0.9.1, fsdp2, {job.compute}, micro-batches of {verl_tokens:,} tokens",
             verl_tokens,
             "verl",
             "run_verl.py",
@@ -146,7 +146,7 @@ def our_command(
         "trainer.save_freq": -1,
         "trainer.seed": job.seed,
         "trainer.device": job.device,
-        "fsdp.mixed_precision.param_dtype": "bf16",
+        "fsdp.mixed_precision.param_dtype": job.compute,
         "fsdp.model_dtype": job.weights,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

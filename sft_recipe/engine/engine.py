@@ -15,9 +15,10 @@ from tensordict import TensorDict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
+from verl.utils import fsdp_utils
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
-from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
+from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine.fsdp.transformer_impl import FSDP
@@ -25,8 +26,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDP
 from sft_recipe.engine.attention import PACKED, SharedBeginnings, best_attention, packed_documents
 from sft_recipe.engine.elementwise import keep_inputs_only
 from sft_recipe.engine.loss import return_loss
-from sft_recipe.engine.one_rank import clip_whole, stay_home
 from sft_recipe.engine.packs import SHORTEST, Pack, Segment, share_beginnings, side_by_side
+from sft_recipe.engine.whole import WholeModel, clip_whole
 from sft_recipe.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -53,10 +54,16 @@ class SFTEngine(FSDPEngineWithLMHead):
     on_micro_batch: Callable[[], None] = staticmethod(lambda: None)  # called before each
     wants_shared_beginnings = False  # whether tokens with which several documents of a micro-batch begin run once
     _keeps_apart: bool | None = None  # whether the model's documents do not see each other; looked at once
+    _computing: Callable[[], AbstractContextManager] = staticmethod(nullcontext)  # the model computes inside it only
 
     def is_mp_src_rank_with_outputs(self) -> bool:
         """Every rank has the loss, also where several share a sequence."""
         return True
+
+    @staticmethod
+    def holds_whole_model() -> bool:
+        """Whether this rank trains without FSDP."""
+        return get_device_name() == "cpu" and torch.distributed.get_world_size() == 1
 
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False
@@ -70,21 +77,22 @@ class SFTEngine(FSDPEngineWithLMHead):
         tokens = data["loss_mask"].values().sum().to(get_device_name())
         torch.distributed.all_reduce(tokens, group=group)
         scale = torch.distributed.get_world_size() / tokens.clamp(min=1)
-        if self._keeps_apart is None:
-            self._look_whether_documents_keep_apart()
-        micro_batches = list(_micro_batches(data, self.wants_shared_beginnings))
         losses = []
-        for index, (segments, *inputs) in enumerate(micro_batches):
-            self.on_micro_batch()
-            is_last = index == len(micro_batches) - 1
-            sync: AbstractContextManager = (
-                nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)
-            )
-            with sync, torch.set_grad_enabled(not forward_only), packed_documents(segments):
-                loss = self._negative_log_likelihood(*inputs) * scale
-                if not forward_only:
-                    loss.backward()
-            losses.append(loss.detach())
+        with self._computing():
+            if self._keeps_apart is None:
+                self._look_whether_documents_keep_apart()
+            micro_batches = list(_micro_batches(data, self.wants_shared_beginnings))
+            for index, (segments, *inputs) in enumerate(micro_batches):
+                self.on_micro_batch()
+                is_last = index == len(micro_batches) - 1
+                sync: AbstractContextManager = (
+                    nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)
+                )
+                with sync, torch.set_grad_enabled(not forward_only), packed_documents(segments):
+                    loss = self._negative_log_likelihood(*inputs) * scale
+                    if not forward_only:
+                        loss.backward()
+                losses.append(loss.detach())
         if forward_only:
             self._reshard()
         return {"model_output": {}, "loss": [self._over_sequence_ranks(torch.stack(losses).sum())], "metrics": {}}
@@ -97,7 +105,7 @@ class SFTEngine(FSDPEngineWithLMHead):
         elif torch.distributed.get_world_size() == 1:
             norm = clip_whole(self.module.parameters(), limit)
         else:
-            norm = fsdp2_clip_grad_norm_(self.module.parameters(), max_norm=limit)
+            norm = fsdp_utils.fsdp2_clip_grad_norm_(self.module.parameters(), max_norm=limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if torch.isfinite(norm):
             self.optimizer.step()
@@ -237,15 +245,17 @@ class SFTEngine(FSDPEngineWithLMHead):
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
         model = module.get_base_model() if isinstance(module, PeftModel) else module
-        self._returns_loss = return_loss(model)
-        if not self._returns_loss:
+        head = return_loss(model)
+        self._returns_loss = head is not None
+        if head is None:
             log.warning("%s has no head of its own: the logits of all tokens are computed.", type(model).__name__)
-        on_cpu = get_device_name() == "cpu"
-        if on_cpu:
+        if get_device_name() == "cpu":
             keep_inputs_only(model)
-        module = super()._build_fsdp_module(module)
-        if on_cpu and torch.distributed.get_world_size() == 1:
-            stay_home(module)
+        if not self.holds_whole_model():
+            with _kept_with_the_root(head or []):
+                return super()._build_fsdp_module(module)
+        self._autocast_dtype = PrecisionType.to_dtype(self.engine_config.mixed_precision["param_dtype"])
+        self._computing = WholeModel(module, self._autocast_dtype).computing
         return module
 
     def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
@@ -255,6 +265,22 @@ class SFTEngine(FSDPEngineWithLMHead):
         return LambdaLR(
             optimizer, lambda step: schedule(step, steps, warmup, config.lr_scheduler_type, config.min_lr_ratio)
         )
+
+
+@contextlib.contextmanager
+def _kept_with_the_root(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """verl's FSDP2 wraps no module that holds these: they are whole as long as the root's forward and backward run.
+
+    It would wrap an untied head, which is whole only inside that module's own call.
+    """
+    select, kept = fsdp_utils._select_fsdp2_wrap_targets, set(weights)
+    fsdp_utils._select_fsdp2_wrap_targets = lambda *given: [
+        part for part in select(*given) if kept.isdisjoint(part.parameters())
+    ]
+    try:
+        yield
+    finally:
+        fsdp_utils._select_fsdp2_wrap_targets = select
 
 
 def schedule(step: int, total: int, warmup: int, kind: str, min_ratio: float) -> float:

@@ -6,54 +6,63 @@ outputs.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from sft_recipe.errors import ModelError
 
 PART = {"cpu": 2**25, "cuda": 2**28}  # logits at a time: few for the memory, many for the matrix products
 EXACT = {"cpu": 2**19, "cuda": 2**25}  # of those in fp32 at a time: few for a core's caches, many for a GPU's launches
 
 
-def return_loss(model: PreTrainedModel) -> bool:
+def return_loss(model: PreTrainedModel) -> list[nn.Parameter] | None:
     """Change `model` so that it takes `kept` and `targets`, (tokens,) both, and returns its loss at those positions.
 
-    That is the negative log-likelihood of `targets`, summed, in fp32. `kept` may name a position more than once. False,
-    and nothing is changed, for a model that has no body and head to be called apart.
+    That is the negative log-likelihood of `targets`, summed, in fp32. `kept` may name a position more than once.
+    Returns the weights of the head, which must be whole wherever the model's own forward runs; None, and nothing is
+    changed, for a model that has no body and head to be called apart. The changed forward raises ModelError where they
+    are not.
     """
     prefix = model.base_model_prefix
     body, original = getattr(model, prefix, None), model.forward
     if body is None or body is model:
-        return False
+        return None
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
-        outputs = MoeModelOutputWithPast(last_hidden_state=hidden[None])
+        outputs = MoeModelOutputWithPast(last_hidden_state=hidden)
         with _forward(body, lambda *_, **__: outputs):
-            return original(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]
+            return original(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits
 
     size = model.config.get_text_config().hidden_size
     try:
         with torch.no_grad():
-            vocabulary = logits(next(model.parameters()).new_zeros(1, size)).shape[1]
+            vocabulary = logits(next(model.parameters()).new_zeros(1, 1, size)).shape[2]
     except Exception:  # a forward that wants more of its body than the last hidden states
-        return False
+        return None
     # Tied ones have a name in the body too.
     every = model.named_parameters(remove_duplicate=False)
-    outside = {id(weight): name for name, weight in every if not name.startswith(f"{prefix}.")}
+    head = {weight: name for name, weight in every if not name.startswith(f"{prefix}.")}
+    shapes = {name: weight.shape for weight, name in head.items()}
 
     def forward(kept: torch.Tensor, targets: torch.Tensor, **inputs: Any) -> torch.Tensor:
         given = {name: value for name, value in inputs.items() if value is not None}
-        hidden = body(**given).last_hidden_state[0, kept]
-        weights = (attrgetter(name)(model) for name in outside.values())  # as FSDP has put them for this forward
+        hidden = body(**given).last_hidden_state[:, kept]
+        weights = [attrgetter(name)(model) for name in shapes]  # as FSDP has put them for this forward
+        for weight, (name, shape) in zip(weights, shapes.items(), strict=True):
+            if isinstance(weight, DTensor) or weight.shape != shape:
+                raise ModelError(f"{name} is sharded where the loss needs it whole, so that it would not be learnt")
         return _SummedCrossEntropy.apply(hidden, targets, logits, vocabulary, torch.is_grad_enabled(), *weights)
 
     model.forward = forward
-    return True
+    return list(head)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -73,12 +82,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
         losses, for_hidden = [], []
         sums: list[torch.Tensor | None] = [None] * len(trained)
         rows = max(1, PART[hidden.device.type] // vocabulary)
-        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-            with torch.set_grad_enabled(is_training):
+        for part, target in zip(hidden.split(rows, dim=1), targets.split(rows), strict=True):
+            saved: set[int] = set()
+            with torch.set_grad_enabled(is_training), _watching_saved(saved):
                 part = part.detach().requires_grad_(is_training)
                 logits = logits_of(part)
-            loss, gradient = _loss_and_gradient(logits.detach(), target, is_training)
-            losses.append(loss)
+            # In place of the logits, where their own backward does not ask for them.
+            found = logits.detach()
+            gradient = torch.empty_like(found) if _place(found) in saved else found
+            losses.append(_loss_and_gradient(found[0], target, gradient[0], is_training))
             if is_training:
                 of_part, *of_trained = torch.autograd.grad(logits, [part, *trained], gradient, allow_unused=True)
                 for_hidden.append(of_part)
@@ -87,7 +99,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             found = dict(zip(map(id, trained), sums, strict=True))
             of_weights = (found.get(id(weight)) for weight in weights)
             rounded = (None if part is None else part.to(hidden.dtype) for part in of_weights)
-            ctx.save_for_backward(torch.cat(for_hidden), *rounded)
+            ctx.save_for_backward(torch.cat(for_hidden, dim=1), *rounded)
         return torch.stack(losses).sum()
 
     @staticmethod
@@ -98,10 +110,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, is_training: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss of logits (tokens, vocabulary), and softmax(logits) less 1 at the target."""
-    gradient = torch.empty_like(logits) if is_training else logits
+    logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor, is_training: bool
+) -> torch.Tensor:
+    """The summed loss of logits (tokens, vocabulary); `gradient`, which may be the logits, gets softmax(logits) less 1
+    at the target if `is_training`.
+    """
     rows = max(1, EXACT[logits.device.type] // logits.shape[1])
     losses = []
     for part, target, result in zip(
@@ -111,7 +124,21 @@ def _loss_and_gradient(
         losses.append(-shares.gather(1, target).sum())
         if is_training:
             result.copy_(shares.exp_().scatter_add_(1, target, shares.new_full((1, 1), -1.0).expand_as(target)))
-    return torch.stack(losses).sum(), gradient
+    return torch.stack(losses).sum()
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _watching_saved(places: set[int]) -> AbstractContextManager:
+    """Adds the places of all that autograd saves for a backward."""
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        places.add(_place(tensor))
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def _add(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:

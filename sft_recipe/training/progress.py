@@ -216,6 +216,8 @@ def _machine(config: Config, device: str) -> str:
 def _strategy(config: Config, device: str) -> str:
     from sft_recipe.engine.verl_config import effective_strategy
 
+    if device == "cpu" and config.trainer.world_size == 1 and config.fsdp.strategy != "megatron":
+        return "no FSDP (one CPU rank holds the whole model)"
     used = effective_strategy(config.fsdp, device)
     return used if used == config.fsdp.strategy else f"{used} ({config.fsdp.strategy} does not run on a CPU)"
 

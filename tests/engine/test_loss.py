@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_recipe.engine import loss
 from sft_recipe.engine.loss import return_loss
+from sft_recipe.errors import ModelError
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
@@ -78,6 +79,15 @@ def test_weights_may_be_views_of_another_tensor():
     (0.37 * model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])).backward()
     wanted = expected_loss(reference)[1]["lm_head.weight"]
     torch.testing.assert_close(flat.grad.view(64, 32), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_is_not_whole_is_not_silently_left_untrained():
+    model = build(tie_word_embeddings=False)
+    assert return_loss(model) == [model.lm_head.weight]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flatten()[:100])  # as a shard
+    ids, kept = inputs(model)
+    with pytest.raises(ModelError, match="lm_head.weight is sharded"):
+        model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])
 
 
 def test_a_model_without_a_body_is_left_alone():

@@ -38,7 +38,9 @@ COMMON = [
     "fsdp.mixed_precision.param_dtype=fp32",
     "trainer.device=cpu",
 ]
-SHAPES = {"full": [], "lora": ["lora.enabled=true", "lora.merge=true"]}
+LORA = ["lora.enabled=true", "lora.merge=true"]
+SHAPES = {"full": [], "untied": [], "lora": LORA, "lora_on_head": [*LORA, "lora.target_modules=[v_proj,lm_head]"]}
+UNTIED = ("untied", "lora_on_head")
 STRATEGIES = ["fsdp", "fsdp2"]
 
 
@@ -47,17 +49,14 @@ def work(tmp_path_factory):
     """A model, data, and the output folders of every run, made by one process and by two."""
     folder = tmp_path_factory.mktemp("step")
     tiny.build_model(folder / "model")
+    tiny.build_model(folder / "untied_model", tie_word_embeddings=False)
     (folder / "data.json").write_text(json.dumps(RECORDS, ensure_ascii=False))
-    base = [
-        *COMMON,
-        f"model.path={folder}/model",
-        f"data.train_files={folder}/data.json",
-        f"data.cache_dir={folder}/cache",
-    ]
+    base = [*COMMON, f"data.train_files={folder}/data.json", f"data.cache_dir={folder}/cache"]
+    base.append(f"model.path={folder}/model")
     several = []
     for shape, extra in SHAPES.items():
         for strategy in STRATEGIES:
-            arguments = [*base, *extra, f"fsdp.strategy={strategy}"]
+            arguments = [*base, *extra, f"fsdp.strategy={strategy}", f"model.path={model_of(folder, shape)}"]
             assert run_here(*arguments, f"trainer.output_dir={folder}/{shape}-{strategy}-1") == 0
             several.append([*arguments, f"trainer.output_dir={folder}/{shape}-{strategy}-2"])
     checkpointed = [*base, "model.enable_gradient_checkpointing=true", "data.micro_batch_size_per_gpu=2"]
@@ -75,6 +74,10 @@ def work(tmp_path_factory):
     result = run_ranks(2, *several)
     assert result.returncode == 0, result.stderr
     return folder
+
+
+def model_of(folder, shape):
+    return folder / ("untied_model" if shape in UNTIED else "model")
 
 
 def plain_loss(model, tokenizer) -> torch.Tensor:
@@ -100,12 +103,13 @@ def moved(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_full_step_equals_a_plain_loop(work, tokenizer, strategy, ranks):
-    check_full(work, tokenizer, work / f"full-{strategy}-{ranks}")
+@pytest.mark.parametrize("shape", ["full", "untied"])
+def test_full_step_equals_a_plain_loop(work, tokenizer, shape, strategy, ranks):
+    check_full(model_of(work, shape), tokenizer, work / f"{shape}-{strategy}-{ranks}")
 
 
 def test_gradient_checkpointing_and_larger_packs_change_nothing(work, tokenizer):
-    check_full(work, tokenizer, work / "checkpointing-fsdp2-1")
+    check_full(work / "model", tokenizer, work / "checkpointing-fsdp2-1")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -130,8 +134,8 @@ def test_weights_that_stay_gathered_are_never_stale(work, ranks):
     assert kept[2][2] < kept[1][2] < kept[0][2]
 
 
-def check_full(work, tokenizer, output):
-    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+def check_full(folder, tokenizer, output):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     loss = plain_loss(model, tokenizer)
     loss.backward()
     assert metrics(output)[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -144,10 +148,11 @@ def check_full(work, tokenizer, output):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_lora_step_equals_a_plain_peft_loop(work, tokenizer, strategy, ranks):
-    output = work / f"lora-{strategy}-{ranks}"
+@pytest.mark.parametrize(("shape", "adapters"), [("lora", 14), ("lora_on_head", 3)])
+def test_lora_step_equals_a_plain_peft_loop(work, tokenizer, shape, adapters, strategy, ranks):
+    output = work / f"{shape}-{strategy}-{ranks}"
     adapter = output / "checkpoints/step_1/lora_adapter"
-    base = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model_of(work, shape), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     # Where training began: A as it is (its gradient is zero while B is), B zero.
     trained = {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name}
@@ -159,7 +164,7 @@ def test_lora_step_equals_a_plain_peft_loop(work, tokenizer, strategy, ranks):
     loss.backward()
     assert metrics(output)[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
     gradients = {name: value.grad for name, value in model.named_parameters() if "lora_B" in name}
-    assert len(gradients) == 14 and all(gradient.abs().max() > 0 for gradient in gradients.values())
+    assert len(gradients) == adapters and all(gradient.abs().max() > 0 for gradient in gradients.values())
     for name, gradient in gradients.items():
         torch.testing.assert_close(-trained[name], gradient, rtol=1e-4, atol=1e-6)
 

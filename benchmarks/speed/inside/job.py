@@ -33,7 +33,7 @@ def trainer_arguments(job, known):
         warmup_steps=0,
         seed=job.seed,
         use_cpu=not cuda,
-        bf16=True,
+        bf16=job.compute == "bf16",
         gradient_checkpointing=cuda,
         logging_steps=1,
         save_strategy="no",

@@ -129,6 +129,8 @@ sys.argv = [
     "checkpoint.save_contents=[model,hf_model]",
     f"hydra.run.dir={job.out}/hydra",
 ]
+if job.compute == "fp32":
+    sys.argv.append("+engine.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}")
 if job.weights == "bf16":
     sys.argv.append("engine.model_dtype=bf16")
 if job.lora:

@@ -1,0 +1,123 @@
+"""A model held whole by one rank, against a plain copy of it in the dtype that it computes in."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sft_recipe.engine.whole import WholeModel, clip_whole
+
+IDS = torch.arange(3, 23)[None]
+
+
+def build(**settings):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(**sizes, **settings))
+
+
+def in_bf16(model):
+    """Another model with the same weights, rounded."""
+    other = deepcopy(model)
+    for weight in other.parameters():
+        weight.data = weight.data.bfloat16()
+    return other
+
+
+def backward(model, shift=0):
+    loss = model(input_ids=IDS + shift).logits.float().logsumexp(-1).sum()
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_gradients_of_all_micro_batches_are_summed_in_fp32(is_tied):
+    model = build(tie_word_embeddings=is_tied)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    sums: dict[str, torch.Tensor] = {}
+    losses = []
+    for shift in range(3):
+        plain = in_bf16(model)
+        losses.append(backward(plain, shift))
+        for name, weight in plain.named_parameters():
+            sums[name] = sums.get(name, 0) + weight.grad.float()
+    whole = WholeModel(model, torch.bfloat16)
+    for step in range(2):
+        model.zero_grad()
+        with whole.computing():
+            assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+            assert [backward(model, shift) for shift in range(3)] == losses
+        for name, weight in model.named_parameters():
+            assert weight.dtype == torch.float32 and torch.equal(weight, before[name])
+            assert torch.equal(weight.grad, sums[name]), (step, name)
+
+
+def test_the_copies_are_of_the_weights_as_they_are_now():
+    model = build()
+    copies = WholeModel(model, torch.bfloat16)
+    with copies.computing():
+        first = backward(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    with copies.computing():
+        second = backward(model)
+    assert second == backward(in_bf16(model)) != first
+
+
+def test_tied_weights_stay_one():
+    model = build(tie_word_embeddings=True)
+    copies = WholeModel(model, torch.bfloat16)
+    with copies.computing():
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(copies.copies) == len(list(model.parameters()))
+
+
+def test_weights_that_are_not_trained_are_converted_for_good():
+    model = build()
+    model.model.layers.requires_grad_(False)
+    copies = WholeModel(model, torch.bfloat16)
+    assert {weight.dtype for weight in model.model.layers.parameters()} == {torch.bfloat16}
+    assert set(copies.copies) == {weight for weight in model.parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_stay_where_they_are(dtype):
+    model, plain = build(), build()
+    whole = WholeModel(model, dtype)
+    places = []
+    for _ in range(2):
+        for one in (model, plain):
+            one.zero_grad()
+        with whole.computing():
+            for shift in range(2):
+                backward(model, shift)
+        for shift in range(2):
+            backward(plain, shift)
+        places.append([weight.grad.data_ptr() for weight in model.parameters()])
+        if dtype == torch.float32:
+            pairs = zip(model.parameters(), plain.parameters(), strict=True)
+            assert not whole.copies and all(torch.equal(one.grad, other.grad) for one, other in pairs)
+    assert places[0] == places[1]
+
+
+def test_an_error_leaves_the_weights_in_their_places():
+    model = build()
+    before = list(model.parameters())
+    with pytest.raises(ZeroDivisionError), WholeModel(model, torch.bfloat16).computing():
+        raise ZeroDivisionError
+    assert all(one is other for one, other in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("limit", [0.5, 100.0])
+def test_clipping_is_torchs_own(limit):
+    weights = [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2))]
+    for number, weight in enumerate(weights[:2]):
+        weight.grad = torch.full_like(weight, number + 1.0)
+    others = deepcopy(weights)
+    for weight, other in zip(weights, others, strict=True):
+        other.grad = None if weight.grad is None else weight.grad.clone()
+    assert clip_whole(weights, limit) == nn.utils.clip_grad_norm_(others, limit)
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(weights[:2], others[:2], strict=True))
