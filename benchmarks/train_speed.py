@@ -27,7 +27,6 @@ from tokenizers import Tokenizer  # noqa: E402
 
 from benchmarks.peers import ENVIRONMENTS, InstallFailed, python_of  # noqa: E402
 from benchmarks.results import write_section  # noqa: E402
-from benchmarks.speed.flops import Shape  # noqa: E402
 from benchmarks.speed.jobs import JOBS, SHAPES, Data, Job, make_data, plain_model  # noqa: E402
 from benchmarks.speed.measure import (  # noqa: E402
     INSIDE,
@@ -43,6 +42,8 @@ from benchmarks.speed.report import MEBIBYTE, JobResult, section  # noqa: E402
 from benchmarks.speed.systems import PEERS, Configuration, configurations, fastest, our_command  # noqa: E402
 from sft_recipe.engine.platform_cpu import has_fast_bf16, measured_peak_flops  # noqa: E402
 from sft_recipe.errors import RecipeError  # noqa: E402
+from sft_recipe.flops import Products, of_layer  # noqa: E402
+from sft_recipe.memory import Layout  # noqa: E402
 
 CACHE = Path("~/.cache/sft_recipe").expanduser()
 WORK = CACHE / "benchmarks" / "train_speed"
@@ -151,9 +152,12 @@ class Bench:
         for task in self._tasks(job):
             runs.setdefault(task.configuration, {})[task.round] = self.found[task]
         config = json.loads((self.models[job.model] / "config.json").read_text())
-        shape = Shape.of(config, job.lora.rank if job.lora else 0)
+        layout, rank = Layout.of(config), job.lora.rank if job.lora else 0
+        assert layout is not None
+        adapters = layout.layers * sum(rank * (left + right) for left, right in of_layer(layout))
+        products, counts = Products.of(layout, adapters), self.data[job.name].counts
         before = self._judged_before(job) if self._can_judge(job) and runs else None
-        return JobResult(job, self.data[job.name].counts, shape, self.steps(job), runs, self._chosen(job), before)
+        return JobResult(job, counts, products, self.steps(job), runs, self._chosen(job), before)
 
     def _kept_or_run(self, task: Task) -> Measurement | None:
         """What is kept where that is asked for, else a new run. Raises RunFailed."""
@@ -281,7 +285,7 @@ def measured_peak(job: Job) -> float:
         return measured_peak_flops({"bf16": torch.bfloat16, "fp32": torch.float32}[job.compute], seconds=1.0)
     from verl.utils.flops_counter import get_device_flops
 
-    return get_device_flops("B") * 1e9
+    return get_device_flops("B")
 
 
 def main() -> None:

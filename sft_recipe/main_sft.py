@@ -113,7 +113,7 @@ def _run(config: Config, watch: Watch, held: ExitStack) -> int:
         longest = int(prepared.train.lengths.max())
         config, memory = choose_checkpointing(config, shape, longest, device, notice if is_first else _unsaid)
         timing.mark("model's shape")
-        trainer = SFTTrainer(config, prepared, device, resume, watch)
+        trainer = SFTTrainer(config, prepared, device, shape, resume, watch)
         timing.mark("model and optimizer")
         if is_first:
             steps = trainer.steps_per_epoch, trainer.total_steps, trainer.resume_global_step

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import train_speed
 from benchmarks.speed import jobs
-from benchmarks.speed.flops import Shape
 from benchmarks.speed.inside.chatml import encode
 from benchmarks.speed.jobs import JOBS, Counts, Job, long_prompts, make_data, read_turns
 from benchmarks.speed.measure import INSIDE, Measurement, RunFailed, counted_by_recipe, keep, kept, read_stopwatch, run
 from benchmarks.speed.report import VALIDATION_TARGET, JobResult, notes, section, verdicts
 from benchmarks.speed.systems import OURS, PEERS, Configuration, configurations, fastest, our_command
+from sft_recipe.flops import Products, of_layer
 from sft_recipe.launch import parse
+from sft_recipe.memory import Layout
 
 DATA = Path(__file__).parents[1] / "data" / "example_alpaca.json"
 CPU = JOBS["cpu"]
@@ -88,17 +89,20 @@ CONFIG = dict(
 
 def test_the_operations_of_training_by_hand():
     # a layer: 4x4 and 4x4 for queries and outputs, 4x2 twice for keys and values, 4x6 three times
-    shape = Shape.of(CONFIG)
-    assert shape == Shape(layers=2 * (16 + 16 + 8 + 8 + 72), head=40, adapters=0, attention=2 * 2 * 2)
+    shape = Products.of(Layout.of(CONFIG))
+    assert shape == Products(layers=2 * (16 + 16 + 8 + 8 + 72), head=40, adapters=0, attention=2 * 2 * 2)
     # two documents of 3 and 2 tokens: 6 + 3 pairs, of 2 products each, 2 operations, forward once and backward twice
     assert shape.flops(5, 3, 9) == 6 * 240 * 5 + 6 * 40 * 3 + 2 * 2 * 3 * (2 * 2 * 2) * 9
 
 
 def test_frozen_weights_need_no_gradient_of_their_own():
-    shape = Shape.of(CONFIG, lora_rank=3)
-    adapters = 2 * 3 * (8 + 6 + 6 + 8 + 10 + 10 + 10)
-    assert shape.adapters == adapters
-    assert shape.flops(5, 3, 9) == 4 * 240 * 5 + 4 * 40 * 3 + 6 * adapters * 5 + 12 * 8 * 9
+    both_sides = 8 + 6 + 6 + 8 + 10 + 10 + 10
+    assert sum(left + right for left, right in of_layer(Layout.of(CONFIG))) == both_sides
+    adapters = 2 * 3 * both_sides
+    assert (
+        Products.of(Layout.of(CONFIG), adapters).flops(5, 3, 9)
+        == 4 * 240 * 5 + 4 * 40 * 3 + 6 * adapters * 5 + 12 * 8 * 9
+    )
 
 
 @pytest.mark.parametrize("name", jobs.SHAPES)
@@ -107,7 +111,7 @@ def test_a_model_of_random_weights_has_the_products_that_are_counted(name, tmp_p
     jobs.write_random_model(jobs.SHAPES[name] | tiny | {"num_key_value_heads": 2}, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     weights = {name: part.weight.numel() for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-    shape = Shape.of(json.loads((tmp_path / "config.json").read_text()))
+    shape = Products.of(Layout.of(json.loads((tmp_path / "config.json").read_text())))
     assert (shape.head, shape.layers) == (weights.pop("lm_head"), sum(weights.values()))
 
 
@@ -161,7 +165,7 @@ def result(**changes) -> JobResult:
         HF: {0: measured(1, validation_loss=1.5), 1: measured(100), 2: measured(250), 3: measured(200)},
         PURE: {0: measured(500, 10)},
     }
-    facts = dict(job=job, counts=Counts(10, 1000, 600, 10, 5000), shape=Shape(10, 5, 0, 2), steps=2, runs=runs)
+    facts = dict(job=job, counts=Counts(10, 1000, 600, 10, 5000), products=Products(10, 5, 0, 2), steps=2, runs=runs)
     return JobResult(**(facts | dict(chosen=[LARGE, HF]) | changes))
 
 

@@ -7,10 +7,10 @@ from statistics import median
 
 from benchmarks.peers import ENVIRONMENTS, TORCH
 from benchmarks.results import machine, table
-from benchmarks.speed.flops import FORMULA, Shape
 from benchmarks.speed.jobs import CONTEXT, JOBS, SHORT_ANSWER, Counts, Job
 from benchmarks.speed.measure import Measurement
 from benchmarks.speed.systems import LEFT_OUT, OURS, PEERS, Configuration
+from sft_recipe.flops import FORMULA, Products
 
 MEBIBYTE = 2**20
 DISTURBED = 0.05  # of the machine's CPUs
@@ -35,7 +35,7 @@ class JobResult:
 
     job: Job
     counts: Counts
-    shape: Shape
+    products: Products
     steps: int
     runs: Mapping[Configuration, Mapping[int, Measurement]]
     chosen: Sequence[Configuration]
@@ -61,7 +61,7 @@ class JobResult:
         """Of the matrix product peak. Attention's pairs are taken in proportion to the tokens."""
         tokens, supervised = sum(measured.tokens), sum(measured.supervised)
         pairs = self.counts.pairs * tokens / self.counts.tokens
-        return self.shape.flops(tokens, supervised, pairs) / measured.seconds / measured.peak_flops
+        return self.products.flops(tokens, supervised, pairs) / measured.seconds / measured.peak_flops
 
     def loss(self, configuration: Configuration) -> float | None:
         return next((run.validation_loss for run in self.runs[configuration].values() if run.validation_loss), None)

@@ -5,6 +5,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +26,9 @@ from sft_recipe.data.batches import plan_micro_batches, step_examples, steps_per
 from sft_recipe.data.cache import Examples
 from sft_recipe.engine.engine import SFTEngine
 from sft_recipe.engine.platform_cpu import measured_peak_flops
-from sft_recipe.engine.verl_config import build_verl_config, find_model_class_quickly, shares_prefixes
+from sft_recipe.engine.verl_config import build_verl_config, compute_dtype, find_model_class_quickly, shares_prefixes
 from sft_recipe.errors import TrainingError, is_debugging
+from sft_recipe.flops import Products
 from sft_recipe.training.checkpoint import Checkpoints
 from sft_recipe.training.evaluate import evaluate
 from sft_recipe.training.manifest import fingerprint, read_manifest
@@ -34,6 +36,7 @@ from sft_recipe.training.prepare import Prepared
 from sft_recipe.training.progress import RunLog, notice
 from sft_recipe.training.save_model import MODEL, ModelSaver
 from sft_recipe.training.saving import STATE, Export, Saving
+from sft_recipe.training.shape import Shape
 from sft_recipe.training.state import FsdpState, MegatronState
 from sft_recipe.training.stop import STOPPED, Requests
 from sft_recipe.training.watch import COLLECTIVE_TIMEOUT, Watch
@@ -44,10 +47,13 @@ BAD_STEPS_IN_A_ROW = 10
 class SFTTrainer(VerlSFTTrainer):
     """One run, from step `first_step` to its end. Every rank makes one; all methods are collective."""
 
-    def __init__(self, config: Config, prepared: Prepared, device: str, resume: Path | None, watch: Watch):
+    def __init__(
+        self, config: Config, prepared: Prepared, device: str, shape: Shape, resume: Path | None, watch: Watch
+    ):
         self.recipe = config
         self.prepared = prepared
         self.device = device
+        self.shape = shape
         self.resume = resume
         self.watch = watch
         self.steps_per_epoch = steps_per_epoch(len(prepared.train), config.data.train_batch_size)
@@ -134,9 +140,6 @@ class SFTTrainer(VerlSFTTrainer):
         pass  # a step's examples are a function of its number: see batches.py
 
     def _init_engine(self) -> None:
-        if self.device == "cpu":
-            dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.engine_config.mixed_precision["param_dtype"]]
-            flops_counter._DEVICE_FLOPS["cpu"] = measured_peak_flops(dtype, seconds=0.1)
         find_model_class_quickly()
         self.training_client.reset()
 
@@ -191,6 +194,7 @@ class SFTTrainer(VerlSFTTrainer):
         metrics = self._metrics(self.training_client.train_batch(batch))
         self.skipped_steps += not math.isfinite(metrics["grad_norm"])
         tokens = int(self.prepared.train.lengths[numbers].sum())
+        supervised = sum(int(self.prepared.train[i][1].sum()) for i in numbers)
         seconds = time.perf_counter() - started
         return {
             "step": step,
@@ -199,13 +203,34 @@ class SFTTrainer(VerlSFTTrainer):
             "train/grad_norm": metrics["grad_norm"],
             "train/lr": learning_rate,
             "train/tokens": tokens,
-            "train/supervised_tokens": sum(int(self.prepared.train[i][1].sum()) for i in numbers),
+            "train/supervised_tokens": supervised,
             "train/skipped_steps": self.skipped_steps,
             "perf/seconds": round(seconds, 4),
             "perf/tokens_per_s": tokens / seconds,
-            "perf/mfu": metrics.get("mfu"),
+            "perf/mfu": self._mfu(self.prepared.train.lengths[numbers], supervised, seconds),
             "perf/memory_gb": metrics["perf/max_memory_allocated_gb"],
         }
+
+    def _mfu(self, lengths: np.ndarray, supervised: int, seconds: float) -> float | None:
+        """The share of the matrix products' peak that a step reached; None where the model's sizes are not known.
+
+        See flops.py; the head's products count at supervised tokens only, and embeddings are no product.
+        """
+        layout = self.shape.layout
+        if layout is None:
+            return None
+        products = Products.of(layout, self.shape.trainable if self.recipe.lora.enabled else 0)
+        sizes = lengths.astype(np.int64)
+        flops = products.flops(int(sizes.sum()), supervised, int((sizes * (sizes + 1) // 2).sum()))
+        return flops / seconds / self._peak_flops / dist.get_world_size()
+
+    @cached_property
+    def _peak_flops(self) -> float:
+        """Of this rank's device, FLOP/s: measured on a CPU, after the first step; of a GPU what its maker says."""
+        if self.device == "cuda":
+            return flops_counter.get_device_flops("B")
+        dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+        return measured_peak_flops(dtypes[compute_dtype(self.recipe.fsdp, self.device)])
 
     def _metrics(self, output: TensorDict | None) -> dict[str, Any]:
         """Of a batch; Megatron has them on one rank of those that share a model only."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from sft_recipe.engine.platform_cpu import use_cpu
 from tests import tiny
 from tests.engine.test_step import RECORDS, plain_loss
 from tests.runs import metrics, run_here, run_ranks
@@ -46,6 +47,18 @@ def test_validation_loss_is_the_mean_over_all_supervised_tokens(work, tokenizer,
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints/step_2/huggingface", dtype=torch.float32)
     with torch.no_grad():
         assert rows[1]["val/loss"] == pytest.approx(plain_loss(model, tokenizer).item(), rel=1e-5)
+
+
+def test_mfu_is_the_share_of_the_peak_that_matrix_products_took(work, tmp_path, monkeypatch):
+    use_cpu()
+    monkeypatch.setattr("sft_recipe.training.trainer.measured_peak_flops", lambda dtype: 1e9)
+    run = arguments(work, tmp_path, "data.train_batch_size=1", "trainer.total_training_steps=1")
+    assert run_here(*run) == 0
+    [row] = metrics(tmp_path)
+    tokens, supervised = row["train/tokens"], row["train/supervised_tokens"]
+    layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64  # query, key, value, output; the MLP
+    products = 6 * (2 * layer * tokens + 512 * 32 * supervised) + 12 * 2 * 32 * tokens * (tokens + 1) / 2
+    assert row["perf/mfu"] == pytest.approx(products / (tokens / row["perf/tokens_per_s"]) / 1e9)
 
 
 def test_a_share_of_the_training_data_can_validate(work, tmp_path):

@@ -1,8 +1,8 @@
 """The arithmetic that training needs: floating point operations of matrix products, and nothing that is done twice."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from sft_recipe.memory import Layout
 
 FORMULA = """\
 Share of the peak: operations of the matrix products that the trained tokens need / seconds / peak. The operations are
@@ -12,7 +12,7 @@ head) x pairs; pairs are n (n + 1) / 2 for each document of n tokens. With LoRA 
 
 
 @dataclass(frozen=True)
-class Shape:
+class Products:
     """Weights in matrix products: of all layers, of the head, of all adapters; and layers x heads x head size."""
 
     layers: int
@@ -21,23 +21,20 @@ class Shape:
     attention: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], lora_rank: int = 0) -> "Shape":
-        """From a model's config.json (Llama, Qwen2), with adapters on all linear layers but the head."""
-        hidden, inner, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-        heads = config["num_attention_heads"]
-        size = config.get("head_dim") or hidden // heads
-        queries, keys = heads * size, config["num_key_value_heads"] * size
-        products = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
-        products += [(hidden, inner), (hidden, inner), (inner, hidden)]
-        return cls(
-            layers * sum(left * right for left, right in products),
-            hidden * config["vocab_size"],
-            layers * sum(lora_rank * (left + right) for left, right in products),
-            layers * queries,
-        )
+    def of(cls, layout: Layout, adapters: int = 0) -> "Products":
+        """`adapters` is their number of weights, 0 for full fine-tuning."""
+        layers = layout.layers * sum(left * right for left, right in of_layer(layout))
+        return cls(layers, layout.hidden * layout.vocabulary, adapters, layout.layers * layout.query)
 
     def flops(self, tokens: float, supervised: float, pairs: float) -> float:
         """Of forward and backward passes together."""
         passes = 4 if self.adapters else 6
         weights = passes * (self.layers * tokens + self.head * supervised) + 6 * self.adapters * tokens
         return weights + 12 * self.attention * pairs
+
+
+def of_layer(layout: Layout) -> list[tuple[int, int]]:
+    """Inputs and outputs of a layer's linear maps: query, key, value, output; gate, up, down."""
+    hidden, query, key, inner = layout.hidden, layout.query, layout.key, layout.intermediate
+    attention = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
+    return [*attention, (hidden, inner), (hidden, inner), (inner, hidden)]
