@@ -12,7 +12,7 @@ from tests.runs import ROOT, launch, metrics
 
 
 def loss_of(folder, path):
-    """Mean loss over the answers and their end tokens, by plain transformers, in the numbers that any CPU is fast in."""
+    """Mean loss over the answers and their end tokens, by plain transformers in fp32: not every CPU is fast in bf16."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     total, count = 0.0, 0

@@ -20,11 +20,12 @@ MODEL = "huggingface"
 class ModelSaver:
     """Writes `folder/huggingface`, which `AutoModelForCausalLM.from_pretrained` loads as it is.
 
-    Full fine-tuning: the model, in the dtype of the weights that training began with. LoRA: the PEFT adapter; with
-    `lora.merge` the merged model, and the adapter beside it in `folder/lora_adapter`.
+    Full fine-tuning: the model. LoRA: the PEFT adapter; with `lora.merge` the merged model, and the adapter beside it
+    in `folder/lora_adapter`. Models are saved in the dtype that training found them in, or in the one that it computed
+    in where that is wider: rounded to bf16, weights lose most of what a few small updates have changed.
     """
 
-    def __init__(self, config: Config, prepared: Prepared, module: torch.nn.Module):
+    def __init__(self, config: Config, prepared: Prepared, module: torch.nn.Module, computed_in: torch.dtype):
         self.lora = config.lora
         self.model = prepared.model
         self.tokenizer = prepared.tokenizer
@@ -32,7 +33,7 @@ class ModelSaver:
         self.trust_remote_code = config.model.trust_remote_code
         self.hf_config = AutoConfig.from_pretrained(self.model.folder, trust_remote_code=self.trust_remote_code)
         self.hf_config.update(config.model.override_config)
-        self.dtype = self.hf_config.dtype or torch.float32
+        self.dtype = max(self.hf_config.dtype or torch.float32, computed_in, key=lambda dtype: dtype.itemsize)
         self.module = module
         with torch.device("meta"):  # here, and not in `save`: building sets torch's default dtype for a while
             self.shell = AutoModelForCausalLM.from_config(self.hf_config, trust_remote_code=self.trust_remote_code)

@@ -156,7 +156,7 @@ class SFTTrainer(VerlSFTTrainer):
             self.engine.on_micro_batch = self.watch.go_on
             self.engine.wants_shared_beginnings = shares_prefixes(config, self.device)
             self.state = FsdpState(self.engine, config.lora.enabled, group)
-            saver = ModelSaver(config, self.prepared, self.engine.module)
+            saver = ModelSaver(config, self.prepared, self.engine.module, self._computed_in)
             self.export = Export(lambda folder: saver.save(folder / STATE, folder), saver.size())
         self.ckpt_handler = SimpleNamespace(load_checkpoint=self._resume)
 
@@ -229,8 +229,11 @@ class SFTTrainer(VerlSFTTrainer):
         """Of this rank's device, FLOP/s: measured on a CPU, after the first step; of a GPU what its maker says."""
         if self.device == "cuda":
             return flops_counter.get_device_flops("B")
-        dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-        return measured_peak_flops(dtypes[compute_dtype(self.recipe.fsdp, self.device)])
+        return measured_peak_flops(self._computed_in)
+
+    @property
+    def _computed_in(self) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[compute_dtype(self.recipe.fsdp, self.device)]
 
     def _metrics(self, output: TensorDict | None) -> dict[str, Any]:
         """Of a batch; Megatron has them on one rank of those that share a model only."""

@@ -145,12 +145,17 @@ def test_the_resolved_configuration_is_saved_and_usable(work, tmp_path):
     assert again.optim.lr == 3e-4 and again.model.path == f"{work}/model"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_saved_model_is_whole_and_keeps_its_dtype(work, tmp_path, dtype, tokenizer):
-    source = AutoModelForCausalLM.from_pretrained(work / "model", dtype=getattr(torch, dtype))
+@pytest.mark.parametrize(
+    ("found", "computed", "dtype"),
+    [("float32", "fp32", "float32"), ("float32", "bf16", "float32"), ("bfloat16", "bf16", "bfloat16"),
+     ("float16", "bf16", "float16"), ("bfloat16", "fp32", "float32")],
+)  # fmt: skip
+def test_the_saved_model_is_whole_and_no_less_exact_than_it_was(work, tmp_path, found, computed, dtype, tokenizer):
+    source = AutoModelForCausalLM.from_pretrained(work / "model", dtype=getattr(torch, found))
     source.save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
-    assert run_here(*arguments(work, tmp_path / "out", f"model.path={tmp_path}/source")) == 0
+    run = arguments(work, tmp_path / "out", f"model.path={tmp_path}/source")
+    assert run_here(*run, f"fsdp.mixed_precision.param_dtype={computed}") == 0
     saved = tmp_path / "out/checkpoints/step_2/huggingface"
     model, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
