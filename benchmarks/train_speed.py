@@ -27,7 +27,7 @@ from tokenizers import Tokenizer  # noqa: E402
 
 from benchmarks.peers import ENVIRONMENTS, InstallFailed, python_of  # noqa: E402
 from benchmarks.results import write_section  # noqa: E402
-from benchmarks.speed.jobs import JOBS, SHAPES, Data, Job, make_data, plain_model  # noqa: E402
+from benchmarks.speed.jobs import JOBS, SHAPES, Data, Job, make_data, plain_model, products_of  # noqa: E402
 from benchmarks.speed.measure import (  # noqa: E402
     INSIDE,
     Measurement,
@@ -42,8 +42,6 @@ from benchmarks.speed.report import MEBIBYTE, JobResult, section  # noqa: E402
 from benchmarks.speed.systems import PEERS, Configuration, configurations, fastest, our_command  # noqa: E402
 from sft_recipe.engine.platform_cpu import has_fast_bf16, measured_peak_flops  # noqa: E402
 from sft_recipe.errors import RecipeError  # noqa: E402
-from sft_recipe.flops import Products, of_layer  # noqa: E402
-from sft_recipe.memory import Layout  # noqa: E402
 
 CACHE = Path("~/.cache/sft_recipe").expanduser()
 WORK = CACHE / "benchmarks" / "train_speed"
@@ -151,11 +149,8 @@ class Bench:
         runs: dict[Configuration, dict[int, Measurement]] = {}
         for task in self._tasks(job):
             runs.setdefault(task.configuration, {})[task.round] = self.found[task]
-        config = json.loads((self.models[job.model] / "config.json").read_text())
-        layout, rank = Layout.of(config), job.lora.rank if job.lora else 0
-        assert layout is not None
-        adapters = layout.layers * sum(rank * (left + right) for left, right in of_layer(layout))
-        products, counts = Products.of(layout, adapters), self.data[job.name].counts
+        products = products_of(self.models[job.model], job.lora.rank if job.lora else 0)
+        counts = self.data[job.name].counts
         before = self._judged_before(job) if self._can_judge(job) and runs else None
         return JobResult(job, counts, products, self.steps(job), runs, self._chosen(job), before)
 
@@ -290,6 +285,7 @@ def measured_peak(job: Job) -> float:
 
 def main() -> None:
     options = parse_options()
+    options.compute = options.compute or fast_numbers(options.device)
     jobs = [job for name, job in JOBS[options.device].items() if name in options.jobs]
     quick = {"rows": options.rows, "batch_size": options.batch_size, "compute": options.compute}
     jobs = [replace(job, **{name: value for name, value in quick.items() if value}) for job in jobs]
@@ -309,9 +305,7 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     names = list(dict.fromkeys(name for jobs in JOBS.values() for name in jobs))
     peers = ",".join(PEERS)
     parser.add_argument("--device", choices=list(JOBS), default="cpu")
-    fast = "bf16" if has_fast_bf16() or torch.cuda.is_available() else "fp32"
-    computes = f"numbers that all compute in ({fast}: what is fast here)"
-    parser.add_argument("--compute", choices=["bf16", "fp32"], default=fast, help=computes)
+    parser.add_argument("--compute", choices=["bf16", "fp32"], help="numbers that all compute in on a CPU (fast ones)")
     parser.add_argument("--jobs", type=_names_of(names), default=names, help=f"some of {','.join(names)}")
     parser.add_argument("--peers", type=_names_of(list(PEERS)), default=list(PEERS), help=f"some of {peers}, or none")
     parser.add_argument("--data", type=Path, default=ROOT / "data/example_alpaca.json", help="what is trained")
@@ -324,7 +318,14 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="run only what no measurement is kept of")
     parser.add_argument("--report", action="store_true", help="run nothing; make the report from what is kept")
     parser.add_argument("--no-results", action="store_true", help="leave benchmarks/RESULTS.md as it is")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if options.device == "cuda" and options.compute == "fp32":
+        parser.error("--compute fp32 is for --device cpu")
+    return options
+
+
+def fast_numbers(device: str) -> str:
+    return "bf16" if device == "cuda" or has_fast_bf16() else "fp32"
 
 
 def command_line(options: argparse.Namespace) -> str:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from sft_recipe.memory import Layout
 
 FORMULA = """\
@@ -21,9 +23,8 @@ class Products:
     attention: int
 
     @classmethod
-    def of(cls, layout: Layout, adapters: int = 0) -> "Products":
-        """`adapters` is their number of weights, 0 for full fine-tuning."""
-        layers = layout.layers * sum(left * right for left, right in of_layer(layout))
+    def of(cls, layout: Layout, layers: int, adapters: int = 0) -> "Products":
+        """`layers` and `adapters` are their numbers of weights, no adapters for full fine-tuning."""
         return cls(layers, layout.hidden * layout.vocabulary, adapters, layout.layers * layout.query)
 
     def flops(self, tokens: float, supervised: float, pairs: float) -> float:
@@ -33,8 +34,14 @@ class Products:
         return weights + 12 * self.attention * pairs
 
 
-def of_layer(layout: Layout) -> list[tuple[int, int]]:
-    """Inputs and outputs of a layer's linear maps: query, key, value, output; gate, up, down."""
-    hidden, query, key, inner = layout.hidden, layout.query, layout.key, layout.intermediate
-    attention = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
-    return [*attention, (hidden, inner), (hidden, inner), (inner, hidden)]
+def weights_in_products(model: nn.Module, layout: Layout) -> int:
+    """How many weights of a model's layers each token is multiplied with: of experts, those that it is sent to."""
+    outside = {id(model.get_output_embeddings().weight)}
+    outside |= {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    found = 0
+    for weight in model.parameters():
+        if weight.dim() == 2 and id(weight) not in outside:
+            found += weight.numel()
+        elif weight.dim() == 3:  # (experts, inputs, outputs), or with those turned
+            found += weight.numel() * layout.experts // weight.shape[0]
+    return found

@@ -28,6 +28,7 @@ class Layout:
     query: int
     key: int
     has_head_norm: bool = False
+    experts: int = 0  # that each token is sent to
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Layout | None":
@@ -49,6 +50,7 @@ class Layout:
                 query=heads * size,
                 key=(settings.get("num_key_value_heads") or heads) * size,
                 has_head_norm="qwen3" in settings.get("model_type", ""),
+                experts=experts,
             )
         except (KeyError, TypeError):
             return None
@@ -140,18 +142,16 @@ def plan_memory(
     in_parts = min(total, outside + 2 * total // layout.layers)
     accumulates = of_step > ranks * data.token_budget and fsdp.use_no_sync_for_gradient_accumulation
     layer, ends = layout.of_layer(width, on_cpu), layout.of_ends(tokens, width, on_cpu, logits)
-    on_device = not fsdp.offload_policy
+    on_device = on_cpu or not fsdp.offload_policy
+    gathered = width * (in_parts if reshards_after_forward(config) else total)
+    # Until the last micro-batch they are whole, in fp32, on each rank.
+    gradients = FP32 * trainable if accumulates else on_device * master * trainable // shards
     if on_cpu and config.trainer.world_size == 1:
-        weights = master * trainable + width * (total - trainable)
-        gathered = 0 if width == master else width * trainable
-    else:
-        weights = on_device * master * total // shards
-        gathered = width * (in_parts if reshards_after_forward(config) else total)
+        gathered, gradients = 0 if width == master else width * trainable, FP32 * trainable
     return Plan(
-        weights=weights,
+        weights=on_device * master * total // shards,
         gathered=gathered,
-        # Until the last micro-batch they are whole, in fp32, on each rank.
-        gradients=FP32 * trainable if accumulates else on_device * master * trainable // shards,
+        gradients=gradients,
         optimizer=on_device * 2 * master * trainable // shards,
         # One layer more than there are: its gradients, in flight.
         activations=tokens * layer * (layout.layers + 1) + ends,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import train_speed
 from benchmarks.speed import jobs
@@ -16,7 +16,7 @@ from benchmarks.speed.jobs import JOBS, Counts, Job, long_prompts, make_data, re
 from benchmarks.speed.measure import INSIDE, Measurement, RunFailed, counted_by_recipe, keep, kept, read_stopwatch, run
 from benchmarks.speed.report import VALIDATION_TARGET, JobResult, notes, section, verdicts
 from benchmarks.speed.systems import OURS, PEERS, Configuration, configurations, fastest, our_command
-from sft_recipe.flops import Products, of_layer
+from sft_recipe.flops import Products, weights_in_products
 from sft_recipe.launch import parse
 from sft_recipe.memory import Layout
 
@@ -84,25 +84,43 @@ def test_every_form_of_the_data_holds_the_same_rows(characters, tmp_path):
 
 CONFIG = dict(
     hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=10
-)
+)  # fmt: skip
 
 
-def test_the_operations_of_training_by_hand():
+@pytest.fixture
+def small_model(tmp_path):
+    LlamaConfig(**CONFIG, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_operations_of_training_by_hand(small_model):
     # a layer: 4x4 and 4x4 for queries and outputs, 4x2 twice for keys and values, 4x6 three times
-    shape = Products.of(Layout.of(CONFIG))
-    assert shape == Products(layers=2 * (16 + 16 + 8 + 8 + 72), head=40, adapters=0, attention=2 * 2 * 2)
+    products = jobs.products_of(small_model)
+    assert products == Products(layers=2 * (16 + 16 + 8 + 8 + 72), head=40, adapters=0, attention=2 * 2 * 2)
     # two documents of 3 and 2 tokens: 6 + 3 pairs, of 2 products each, 2 operations, forward once and backward twice
-    assert shape.flops(5, 3, 9) == 6 * 240 * 5 + 6 * 40 * 3 + 2 * 2 * 3 * (2 * 2 * 2) * 9
+    assert products.flops(5, 3, 9) == 6 * 240 * 5 + 6 * 40 * 3 + 2 * 2 * 3 * (2 * 2 * 2) * 9
 
 
-def test_frozen_weights_need_no_gradient_of_their_own():
-    both_sides = 8 + 6 + 6 + 8 + 10 + 10 + 10
-    assert sum(left + right for left, right in of_layer(Layout.of(CONFIG))) == both_sides
-    adapters = 2 * 3 * both_sides
-    assert (
-        Products.of(Layout.of(CONFIG), adapters).flops(5, 3, 9)
-        == 4 * 240 * 5 + 4 * 40 * 3 + 6 * adapters * 5 + 12 * 8 * 9
-    )
+def test_frozen_weights_need_no_gradient_of_their_own(small_model):
+    adapters = 2 * 3 * (8 + 6 + 6 + 8 + 10 + 10 + 10)
+    products = jobs.products_of(small_model, lora_rank=3)
+    assert products.adapters == adapters
+    assert products.flops(5, 3, 9) == 4 * 240 * 5 + 4 * 40 * 3 + 6 * adapters * 5 + 12 * 8 * 9
+
+
+MLPS = {
+    "gated": ("llama", {}, 3 * 4 * 6),
+    "plain": ("gpt_neox", {}, 2 * 4 * 6),
+    "two of four experts, and their router": ("mixtral", dict(num_local_experts=4), 2 * 3 * 4 * 6 + 4 * 4),
+}
+
+
+@pytest.mark.parametrize("kind", MLPS)
+def test_the_weights_of_layers_are_those_that_a_token_meets(kind):
+    name, settings, mlp = MLPS[kind]
+    config = AutoConfig.for_model(name, **{**CONFIG, "num_key_value_heads": 2, **settings})
+    model = AutoModelForCausalLM.from_config(config)
+    assert weights_in_products(model, Layout.of(config.to_dict())) == 2 * (4 * 4 * 4 + mlp)
 
 
 @pytest.mark.parametrize("name", jobs.SHAPES)
@@ -111,8 +129,8 @@ def test_a_model_of_random_weights_has_the_products_that_are_counted(name, tmp_p
     jobs.write_random_model(jobs.SHAPES[name] | tiny | {"num_key_value_heads": 2}, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     weights = {name: part.weight.numel() for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-    shape = Products.of(Layout.of(json.loads((tmp_path / "config.json").read_text())))
-    assert (shape.head, shape.layers) == (weights.pop("lm_head"), sum(weights.values()))
+    products = jobs.products_of(tmp_path)
+    assert (products.head, products.layers) == (weights.pop("lm_head"), sum(weights.values()))
 
 
 @pytest.mark.parametrize("device", JOBS)

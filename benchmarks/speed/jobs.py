@@ -10,11 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from benchmarks.speed.inside.chatml import encode
 from sft_recipe.data.formats import read_conversations
+from sft_recipe.flops import Products, weights_in_products
+from sft_recipe.memory import Layout
 from sft_recipe.models import convert_gguf, embedded_gguf
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -211,12 +214,25 @@ def plain_model(name: str, folder: Path, cache: Path) -> Path:
 
 def write_random_model(shape: dict[str, Any], folder: Path) -> None:
     """A model of Qwen2.5's kind with random weights, in bfloat16."""
-    import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(**shape, rope_theta=1e6, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2, pad_token_id=2)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def products_of(folder: Path, lora_rank: int = 0) -> Products:
+    """Of the model in a folder, with adapters on all linear layers but the head where `lora_rank` is not 0."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head, layout = model.get_output_embeddings(), Layout.of(config.to_dict())
+    assert layout is not None
+    linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    adapters = sum(lora_rank * (part.in_features + part.out_features) for part in linear)
+    return Products.of(layout, weights_in_products(model, layout), adapters)
 
 
 def _as_text(turns: Sequence[dict[str, str]]) -> str:

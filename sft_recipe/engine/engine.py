@@ -21,7 +21,7 @@ from verl.utils.device import get_device_name
 from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
-from verl.workers.engine.fsdp.transformer_impl import FSDP
+from verl.workers.engine.fsdp import transformer_impl
 
 from sft_recipe.engine.attention import PACKED, SharedBeginnings, best_attention, packed_documents
 from sft_recipe.engine.elementwise import keep_inputs_only
@@ -100,7 +100,7 @@ class SFTEngine(FSDPEngineWithLMHead):
     def optimizer_step(self) -> float:
         """Clip and step; a norm that is not finite skips the step. Returns the norm before clipping."""
         limit = self.optimizer_config.clip_grad
-        if isinstance(self.module, FSDP):
+        if isinstance(self.module, transformer_impl.FSDP):
             norm = self.module.clip_grad_norm_(limit)
         elif torch.distributed.get_world_size() == 1:
             norm = clip_whole(self.module.parameters(), limit)
@@ -255,7 +255,8 @@ class SFTEngine(FSDPEngineWithLMHead):
             with _kept_with_the_root(head or []):
                 return super()._build_fsdp_module(module)
         self._autocast_dtype = PrecisionType.to_dtype(self.engine_config.mixed_precision["param_dtype"])
-        self._computing = WholeModel(module, self._autocast_dtype).computing
+        layers = model._no_split_modules or ()
+        self._computing = WholeModel(module, self._autocast_dtype, self._is_lora, layers).computing
         return module
 
     def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
@@ -269,18 +270,36 @@ class SFTEngine(FSDPEngineWithLMHead):
 
 @contextlib.contextmanager
 def _kept_with_the_root(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """verl's FSDP2 wraps no module that holds these: they are whole as long as the root's forward and backward run.
+    """verl wraps no module that holds these: they are whole as long as the root's forward and backward run.
 
-    It would wrap an untied head, which is whole only inside that module's own call.
+    Of FSDP2 it would wrap an untied head, of FSDP1 its adapters, which are whole only inside their own calls.
     """
-    select, kept = fsdp_utils._select_fsdp2_wrap_targets, set(weights)
-    fsdp_utils._select_fsdp2_wrap_targets = lambda *given: [
-        part for part in select(*given) if kept.isdisjoint(part.parameters())
-    ]
+    select, policy_for, kept = (
+        fsdp_utils._select_fsdp2_wrap_targets,
+        transformer_impl.get_fsdp_wrap_policy,
+        set(weights),
+    )
+
+    def select_others(*given: Any) -> list[torch.nn.Module]:
+        return [part for part in select(*given) if kept.isdisjoint(part.parameters())]
+
+    def policy_for_others(**given: Any) -> Callable | None:
+        if (policy := policy_for(**given)) is None:
+            return None
+
+        def wraps(module: torch.nn.Module, recurse: bool, **rest: Any) -> bool:
+            is_kept = not recurse and not kept.isdisjoint(module.parameters())
+            return not is_kept and policy(module=module, recurse=recurse, **rest)
+
+        return wraps
+
+    fsdp_utils._select_fsdp2_wrap_targets = select_others
+    transformer_impl.get_fsdp_wrap_policy = policy_for_others
     try:
         yield
     finally:
         fsdp_utils._select_fsdp2_wrap_targets = select
+        transformer_impl.get_fsdp_wrap_policy = policy_for
 
 
 def schedule(step: int, total: int, warmup: int, kind: str, min_ratio: float) -> float:

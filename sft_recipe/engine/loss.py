@@ -41,16 +41,20 @@ def return_loss(model: PreTrainedModel) -> list[nn.Parameter] | None:
         with _forward(body, lambda *_, **__: outputs):
             return original(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits
 
-    size = model.config.get_text_config().hidden_size
-    try:
-        with torch.no_grad():
-            vocabulary = logits(next(model.parameters()).new_zeros(1, 1, size)).shape[2]
-    except Exception:  # a forward that wants more of its body than the last hidden states
-        return None
     # Tied ones have a name in the body too.
     every = model.named_parameters(remove_duplicate=False)
     head = {weight: name for name, weight in every if not name.startswith(f"{prefix}.")}
-    shapes = {name: weight.shape for weight, name in head.items()}
+    size = model.config.get_text_config().hidden_size
+    try:
+        with torch.enable_grad():
+            found = logits(next(model.parameters()).new_zeros(1, 1, size))
+        trained = [weight for weight in head if weight.requires_grad]
+        gradients = torch.autograd.grad(found.sum(), trained, allow_unused=True) if trained else []
+    except Exception:  # a forward that wants more of its body than the last hidden states
+        return None
+    vocabulary = found.shape[2]
+    reached = {weight for weight, gradient in zip(trained, gradients, strict=True) if gradient is not None}
+    shapes = {name: weight.shape for weight, name in head.items() if weight in reached}
 
     def forward(kept: torch.Tensor, targets: torch.Tensor, **inputs: Any) -> torch.Tensor:
         given = {name: value for name, value in inputs.items() if value is not None}
@@ -93,6 +97,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
             losses.append(_loss_and_gradient(found[0], target, gradient[0], is_training))
             if is_training:
                 of_part, *of_trained = torch.autograd.grad(logits, [part, *trained], gradient, allow_unused=True)
+                if any(one is None for one in of_trained):
+                    raise ModelError("the loss does not reach a weight of the head, so that it would not be learnt")
                 for_hidden.append(of_part)
                 sums = [_add(*pair) for pair in zip(sums, of_trained, strict=True)]
         if is_training:
@@ -136,7 +142,7 @@ def _watching_saved(places: set[int]) -> AbstractContextManager:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         places.add(_place(tensor))
-        return tensor
+        return tensor.detach()  # what an operation gives must not keep the operation alive
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 

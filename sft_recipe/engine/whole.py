@@ -5,65 +5,84 @@ of the copies are summed in those of the weights (Micikevicius et al. 2018, http
 3.1).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 
 class WholeModel:
-    """Lets a model compute in `dtype`, and keeps its gradients where they are from step to step.
+    """Lets a model compute in `dtype`, and sums its gradients in fp32, in places that stay from step to step.
 
     Made in the middle of a backward, they would lie between activations, and leave gaps where later ones do not fit.
-    Weights that are not trained need no other dtype than that of the computation, and are converted for good.
+    With `converts_frozen` weights that are not trained are converted for good; `layers` are the names of the classes
+    whose inputs are cast to `dtype`, as FSDP2 would.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype):
+    def __init__(self, module: nn.Module, dtype: torch.dtype, converts_frozen: bool, layers: Collection[str] = ()):
         self.places: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.copies: dict[nn.Parameter, nn.Parameter] = {}  # tied weights have one
+        self.sums: list[_Sum] = []
         for weight in module.parameters():
             differs = weight.is_floating_point() and weight.dtype != dtype
-            if not weight.requires_grad:
-                weight.data = weight.data.to(dtype) if differs else weight.data
-                continue
-            if differs:
-                self.copies[weight] = nn.Parameter(torch.empty_like(weight, dtype=dtype))
-            _sum_gradients(self.copies.get(weight, weight), weight)
+            if differs and converts_frozen and not weight.requires_grad:
+                weight.data = weight.data.to(dtype)
+            elif differs:
+                self.copies[weight] = nn.Parameter(torch.empty_like(weight, dtype=dtype), weight.requires_grad)
+            if weight.requires_grad:
+                self.sums.append(_Sum(self.copies.get(weight, weight), weight))
         for part in module.modules():
             self.places += [(part, name, weight) for name, weight in part._parameters.items() if weight in self.copies]
+            if self.copies and type(part).__name__ in layers:
+                part.register_forward_pre_hook(lambda _, *inputs: _cast(inputs, dtype), with_kwargs=True)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Inside, the model computes with copies of its weights as they are now."""
+        """Inside, the model computes with copies of its weights as they are now; after it they have their gradients."""
         with torch.no_grad():
             for weight, copy in self.copies.items():
                 copy.copy_(weight)
         for part, name, weight in self.places:
             part._parameters[name] = self.copies[weight]
+        for one in self.sums:
+            one.is_empty = True
         try:
             yield
         finally:
             for part, name, weight in self.places:
                 part._parameters[name] = weight
+        for one in self.sums:
+            one.hand_over()
 
 
-def _sum_gradients(leaf: nn.Parameter, weight: nn.Parameter) -> None:
-    """Sum what backward passes leave in `leaf.grad` in one tensor, which is `weight.grad` until that is set to None."""
-    total = torch.empty_like(weight)
+class _Sum:
+    """Of what backward passes leave in the gradient of `leaf`, for that of `weight`."""
 
-    def add(_: torch.Tensor) -> None:
+    def __init__(self, leaf: nn.Parameter, weight: nn.Parameter):
+        self.weight = weight
+        self.total = torch.empty_like(weight, dtype=torch.float32)
+        self.is_empty = True
+        leaf.register_post_accumulate_grad_hook(self.add)
+
+    def add(self, leaf: torch.Tensor) -> None:
         assert leaf.grad is not None
-        if weight.grad is not total:  # what autograd made, or nothing yet
-            total.copy_(leaf.grad)
-            weight.grad = total
-        elif leaf is not weight:
-            total.add_(leaf.grad)
-        if leaf is not weight:
-            leaf.grad = None
+        if self.is_empty:
+            self.total.copy_(leaf.grad)
+        else:
+            self.total.add_(leaf.grad)
+        self.is_empty, leaf.grad = False, None
 
-    leaf.register_post_accumulate_grad_hook(add)
+    def hand_over(self) -> None:
+        if not self.is_empty:
+            self.weight.grad = self.total.to(self.weight.dtype)  # in fp32 the sum itself
+
+
+def _cast(inputs: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(torch.Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, inputs)
 
 
 def clip_whole(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The model without its memory: what it counts, and what is wrong with it, told before any weight is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_recipe.config import Config, LoraConfig
 from sft_recipe.errors import ConfigError, ModelError
+from sft_recipe.flops import Products, weights_in_products
 from sft_recipe.memory import Layout
 from sft_recipe.models import ResolvedModel
 
@@ -19,6 +20,7 @@ class Shape:
     total: int
     trainable: int
     layout: Layout | None = None
+    products: Products | None = None
 
 
 def model_shape(config: Config, model: ResolvedModel, device: str) -> Shape:
@@ -34,10 +36,11 @@ def model_shape(config: Config, model: ResolvedModel, device: str) -> Shape:
         raise ModelError(f"{model.name}: transformers does not say how {type(built).__name__} is split for FSDP")
     total = sum(parameter.numel() for parameter in built.parameters())
     layout = Layout.of(built.config.to_dict())
+    products = Products.of(layout, weights_in_products(built, layout)) if layout else None
     if not config.lora.enabled:
-        return Shape(total, total, layout)
+        return Shape(total, total, layout, products)
     adapters = sum(parameter.numel() for parameter in _with_adapters(built, config.lora).parameters()) - total
-    return Shape(total + adapters, adapters, layout)
+    return Shape(total + adapters, adapters, layout, products and replace(products, adapters=adapters))
 
 
 def _on_meta(config: Config, model: ResolvedModel, attention: str) -> Any:

@@ -28,7 +28,6 @@ from sft_recipe.engine.engine import SFTEngine
 from sft_recipe.engine.platform_cpu import measured_peak_flops
 from sft_recipe.engine.verl_config import build_verl_config, compute_dtype, find_model_class_quickly, shares_prefixes
 from sft_recipe.errors import TrainingError, is_debugging
-from sft_recipe.flops import Products
 from sft_recipe.training.checkpoint import Checkpoints
 from sft_recipe.training.evaluate import evaluate
 from sft_recipe.training.manifest import fingerprint, read_manifest
@@ -212,24 +211,21 @@ class SFTTrainer(VerlSFTTrainer):
         }
 
     def _mfu(self, lengths: np.ndarray, supervised: int, seconds: float) -> float | None:
-        """The share of the matrix products' peak that a step reached; None where the model's sizes are not known.
+        """The share of the matrix products' peak that a step reached; None where sizes or peak are not known.
 
         See flops.py; the head's products count at supervised tokens only, and embeddings are no product.
         """
-        layout = self.shape.layout
-        if layout is None:
+        products = self.shape.products
+        if products is None or math.isinf(self._peak_flops):
             return None
-        products = Products.of(layout, self.shape.trainable if self.recipe.lora.enabled else 0)
         sizes = lengths.astype(np.int64)
         flops = products.flops(int(sizes.sum()), supervised, int((sizes * (sizes + 1) // 2).sum()))
         return flops / seconds / self._peak_flops / dist.get_world_size()
 
     @cached_property
     def _peak_flops(self) -> float:
-        """Of this rank's device, FLOP/s: measured on a CPU, after the first step; of a GPU what its maker says."""
-        if self.device == "cuda":
-            return flops_counter.get_device_flops("B")
-        return measured_peak_flops(self._computed_in)
+        """Of this rank's device, FLOP/s: measured on a CPU, after the first step; of a GPU its maker's for bf16."""
+        return flops_counter.get_device_flops("B") if self.device == "cuda" else measured_peak_flops(self._computed_in)
 
     @property
     def _computed_in(self) -> torch.dtype:

@@ -90,6 +90,26 @@ def test_a_head_that_is_not_whole_is_not_silently_left_untrained():
         model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])
 
 
+def test_a_weight_that_the_loss_does_not_reach_is_told():
+    """As of FSDP1, which computes with a view of another tensor."""
+    model = build(tie_word_embeddings=False)
+    assert return_loss(model)
+    weight = model.lm_head.weight
+    model.lm_head.forward = lambda hidden: hidden @ weight.detach().T.clone().requires_grad_()
+    ids, kept = inputs(model)
+    with pytest.raises(ModelError, match="does not reach a weight of the head"):
+        model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])
+
+
+def test_a_weight_beside_the_head_that_no_logit_uses_is_no_matter():
+    model = build()
+    model.other = torch.nn.Linear(3, 3)
+    assert return_loss(model)
+    ids, kept = inputs(model)
+    model(input_ids=ids, kept=kept, targets=ids[0, kept + 1]).backward()
+    assert model.other.weight.grad is None and model.lm_head.weight.grad.any()
+
+
 def test_a_model_without_a_body_is_left_alone():
     model = build()
     model.base_model_prefix = "nowhere"

@@ -4,6 +4,7 @@ Plain SGD with learning rate 1 and no clipping makes the gradient visible from o
 """
 
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sft_recipe.engine.platform_cpu import use_cpu
 from tests import tiny
 from tests.runs import metrics, run_here, run_ranks
 
@@ -53,6 +55,9 @@ def work(tmp_path_factory):
     (folder / "data.json").write_text(json.dumps(RECORDS, ensure_ascii=False))
     base = [*COMMON, f"data.train_files={folder}/data.json", f"data.cache_dir={folder}/cache"]
     base.append(f"model.path={folder}/model")
+    use_cpu()
+    from sft_recipe.engine.engine import SFTEngine
+
     several = []
     for shape, extra in SHAPES.items():
         for strategy in STRATEGIES:
@@ -64,8 +69,10 @@ def work(tmp_path_factory):
     for gathers in ("true", "false"):
         long = [*base, "trainer.total_training_steps=3", "optim.lr=0.1", f"data.val_files={folder}/data.json"]
         long += ["trainer.test_freq=1", f"fsdp.reshard_after_forward={gathers}", "fsdp.strategy=fsdp2"]
-        assert run_here(*long, f"trainer.output_dir={folder}/resharding-{gathers}-1") == 0
+        with patch.object(SFTEngine, "holds_whole_model", return_value=False):  # as on one GPU
+            assert run_here(*long, f"trainer.output_dir={folder}/resharding-{gathers}-1") == 0
         several.append([*long, f"trainer.output_dir={folder}/resharding-{gathers}-2"])
+    assert run_here(*long, f"trainer.output_dir={folder}/whole-1") == 0
     (folder / "three.json").write_text(json.dumps(RECORDS[:1] * 3))  # two for one rank, one for the other
     alone = [*base, f"data.train_files={folder}/three.json", "data.train_batch_size=3", "data.max_length=40"]
     for strategy in STRATEGIES:
@@ -119,6 +126,12 @@ def test_a_rank_with_nothing_to_learn_changes_nothing(work, strategy):
     weights = [load_file(run / "checkpoints/step_1/huggingface/model.safetensors") for run in (one, two)]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_one_rank_computes_alike_with_fsdp2_and_without(work):
+    rows = metrics(work / "resharding-false-1"), metrics(work / "whole-1")
+    losses = [[(row["train/loss"], row["train/grad_norm"], row["val/loss"]) for row in of_run] for of_run in rows]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,11 +1,12 @@
 """A model held whole by one rank, against a plain copy of it in the dtype that it computes in."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, XGLMConfig, XGLMForCausalLM
 
 from sft_recipe.engine.whole import WholeModel, clip_whole
 
@@ -43,7 +44,7 @@ def test_gradients_of_all_micro_batches_are_summed_in_fp32(is_tied):
         losses.append(backward(plain, shift))
         for name, weight in plain.named_parameters():
             sums[name] = sums.get(name, 0) + weight.grad.float()
-    whole = WholeModel(model, torch.bfloat16)
+    whole = WholeModel(model, torch.bfloat16, False)
     for step in range(2):
         model.zero_grad()
         with whole.computing():
@@ -56,7 +57,7 @@ def test_gradients_of_all_micro_batches_are_summed_in_fp32(is_tied):
 
 def test_the_copies_are_of_the_weights_as_they_are_now():
     model = build()
-    copies = WholeModel(model, torch.bfloat16)
+    copies = WholeModel(model, torch.bfloat16, False)
     with copies.computing():
         first = backward(model)
     with torch.no_grad():
@@ -69,24 +70,67 @@ def test_the_copies_are_of_the_weights_as_they_are_now():
 
 def test_tied_weights_stay_one():
     model = build(tie_word_embeddings=True)
-    copies = WholeModel(model, torch.bfloat16)
+    copies = WholeModel(model, torch.bfloat16, False)
     with copies.computing():
         assert model.lm_head.weight is model.model.embed_tokens.weight
     assert len(copies.copies) == len(list(model.parameters()))
 
 
-def test_weights_that_are_not_trained_are_converted_for_good():
+@pytest.mark.parametrize("converts", [True, False])
+def test_weights_that_are_not_trained_are_converted_for_good_where_that_is_wanted(converts):
     model = build()
     model.model.layers.requires_grad_(False)
-    copies = WholeModel(model, torch.bfloat16)
-    assert {weight.dtype for weight in model.model.layers.parameters()} == {torch.bfloat16}
-    assert set(copies.copies) == {weight for weight in model.parameters() if weight.requires_grad}
+    expected = in_bf16(model)
+    whole = WholeModel(model, torch.bfloat16, converts)
+    outside = torch.bfloat16 if converts else torch.float32
+    assert {weight.dtype for weight in model.model.layers.parameters()} == {outside}
+    with whole.computing():
+        assert backward(model) == backward(expected)
+    assert all(weight.grad is None for weight in model.model.layers.parameters())
+
+
+def test_gradients_of_weights_in_bf16_are_summed_in_fp32_and_rounded_once():
+    model = in_bf16(build())
+    whole = WholeModel(model, torch.bfloat16, False)
+    sums: dict[str, torch.Tensor] = {}
+    for shift in range(8):
+        other = deepcopy(model)
+        backward(other, shift)
+        for name, weight in other.named_parameters():
+            sums[name] = sums.get(name, 0) + weight.grad.float()
+    with whole.computing():
+        for shift in range(8):
+            backward(model, shift)
+    assert all(torch.equal(weight.grad, sums[name].bfloat16()) for name, weight in model.named_parameters())
+
+
+def test_a_failed_step_leaves_nothing_for_the_next():
+    model, other = build(), build()
+    whole = WholeModel(model, torch.float32, False)
+    with pytest.raises(ZeroDivisionError), whole.computing():
+        backward(model)
+        raise ZeroDivisionError
+    for one, context in ((model, whole.computing()), (other, nullcontext())):
+        with context:
+            backward(one, 2)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(one.grad, its.grad) for one, its in pairs)
+
+
+def test_layers_compute_in_its_numbers_whatever_they_are_given():
+    """XGLM adds positions in fp32."""
+    config = XGLMConfig(vocab_size=64, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4)
+    model = XGLMForCausalLM(config)
+    whole = WholeModel(model, torch.bfloat16, False, model._no_split_modules)
+    with whole.computing():
+        backward(model)
+    assert all(weight.grad.any() for name, weight in model.named_parameters() if "fc1.weight" in name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_stay_where_they_are(dtype):
     model, plain = build(), build()
-    whole = WholeModel(model, dtype)
+    whole = WholeModel(model, dtype, False)
     places = []
     for _ in range(2):
         for one in (model, plain):
@@ -106,7 +150,7 @@ def test_gradients_stay_where_they_are(dtype):
 def test_an_error_leaves_the_weights_in_their_places():
     model = build()
     before = list(model.parameters())
-    with pytest.raises(ZeroDivisionError), WholeModel(model, torch.bfloat16).computing():
+    with pytest.raises(ZeroDivisionError), WholeModel(model, torch.bfloat16, False).computing():
         raise ZeroDivisionError
     assert all(one is other for one, other in zip(before, model.parameters(), strict=True))
 
