@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -118,13 +119,14 @@ def share(rank: OneRank, shares: bool) -> None:
 
 def use_loss(rank: OneRank, changed: dict[torch.nn.Module, Callable], on: bool) -> None:
     rank.engine._returns_loss = on
-    set_forward(rank.engine.module, changed, on)
+    for part in rank.engine.module.modules():
+        if part in changed and isinstance(part, PreTrainedModel):
+            set_forward(part, changed, on)
 
 
 def keep_less(rank: OneRank, changed: dict[torch.nn.Module, Callable], on: bool) -> None:
-    model = rank.engine.module
-    for part in model.modules():
-        if part in changed and part is not model:
+    for part in rank.engine.module.modules():
+        if part in changed and not isinstance(part, PreTrainedModel):
             set_forward(part, changed, on)
 
 
