@@ -97,6 +97,7 @@ def _on_cpu(job: Job) -> list[Configuration]:
                 same_job=weights == "fp32",
             )
             for weights, name in (("fp32", "fp32"), ("bf16", "weights in bf16 (not the same job: updates are lost)"))
+            if weights == "fp32" or job.compute == "bf16"
         ),
         Configuration(
             "verl",
