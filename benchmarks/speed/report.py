@@ -24,9 +24,9 @@ earlier runs left in caches; peers that group rows by length take the longest on
 memory of the training process up to its last step (of the GPU where there is one). Tokens are real ones, not padding:
 peers' are counted on their way into the model, ours are those of `metrics.jsonl`. The ratio is ours over the peer, by
 pairs of runs of the same round. Validation loss: mean over the answers' tokens through <|im_end|>, judged by plain
-transformers in fp32 over 99 other rows, after a whole epoch. The model lies there in fp32, and all save it so;
-ours would save one that it found in bf16 in bf16, whose rounding takes back much of so few small updates. Brackets
-hold the least and the most."""
+transformers in fp32 over 99 other rows, after a whole epoch. The model lies there in fp32, and all save it so: what is
+found, computed and saved in bf16 loses much of so few small updates to rounding. Brackets hold the
+least and the most."""
 
 
 @dataclass(frozen=True)
