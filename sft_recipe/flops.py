@@ -36,8 +36,9 @@ class Products:
 
 def weights_in_products(model: nn.Module, layout: Layout) -> int:
     """How many weights of a model's layers each token is multiplied with: of experts, those that it is sent to."""
-    outside = {id(model.get_output_embeddings().weight)}
-    outside |= {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    ends = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    ends += [part for part in [model.get_output_embeddings()] if part is not None]
+    outside = {id(part.weight) for part in ends}
     found = 0
     for weight in model.parameters():
         if weight.dim() == 2 and id(weight) not in outside:

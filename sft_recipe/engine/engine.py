@@ -274,11 +274,8 @@ def _kept_with_the_root(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]
 
     Of FSDP2 it would wrap an untied head, of FSDP1 its adapters, which are whole only inside their own calls.
     """
-    select, policy_for, kept = (
-        fsdp_utils._select_fsdp2_wrap_targets,
-        transformer_impl.get_fsdp_wrap_policy,
-        set(weights),
-    )
+    kept = set(weights)
+    select, policy_for = fsdp_utils._select_fsdp2_wrap_targets, transformer_impl.get_fsdp_wrap_policy
 
     def select_others(*given: Any) -> list[torch.nn.Module]:
         return [part for part in select(*given) if kept.isdisjoint(part.parameters())]

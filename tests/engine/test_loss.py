@@ -136,6 +136,13 @@ def test_every_head_gives_the_loss_and_gradients_of_all_logits(head, recomputes)
     check_head(build(kind, **settings), recomputes)
 
 
+def test_logits_that_their_own_backward_needs_are_not_written_over():
+    """As of a tanh, which remembers what it gave."""
+    model = build(tie_word_embeddings=False)
+    model.lm_head.register_forward_hook(lambda module, given, logits: logits.tanh())
+    check_head(model, recomputes=False)
+
+
 @pytest.mark.parametrize("on_head", [False, True], ids=["head without adapter", "head with adapter"])
 def test_lora_gives_the_loss_and_gradients_of_all_logits(on_head):
     modules = ["q_proj", "lm_head"] if on_head else ["q_proj"]
