@@ -69,7 +69,7 @@ def _in_dropping_rows(die: Callable[[], None]) -> None:
 def _in_forward(die: Callable[[], None]) -> None:
     from sft_recipe.engine.engine import SFTEngine
 
-    _wrap(SFTEngine, "_negative_log_likelihood", after=lambda *_: die())
+    _wrap(SFTEngine, "_loss", after=lambda *_: die())
 
 
 def _in_optimizer_step(die: Callable[[], None]) -> None:

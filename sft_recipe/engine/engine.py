@@ -89,7 +89,7 @@ class SFTEngine(FSDPEngineWithLMHead):
                     nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)
                 )
                 with sync, torch.set_grad_enabled(not forward_only), packed_documents(segments):
-                    loss = self._negative_log_likelihood(*inputs) * scale
+                    loss = self._loss(*inputs, scale=scale)
                     if not forward_only:
                         loss.backward()
                 losses.append(loss.detach())
@@ -135,10 +135,16 @@ class SFTEngine(FSDPEngineWithLMHead):
         finally:
             self.to(device="cpu", **parts)
 
-    def _negative_log_likelihood(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, kept: torch.Tensor, targets: torch.Tensor
+    def _loss(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        kept: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        scale: torch.Tensor,
     ) -> torch.Tensor:
-        """Summed over the supervised tokens of one pack, in fp32.
+        """The negative log-likelihood, summed over the supervised tokens of one pack, in fp32, times `scale`.
 
         input_ids and position_ids (1, rows); of each supervised token the row before it and itself, (supervised,) both.
         """
@@ -156,9 +162,9 @@ class SFTEngine(FSDPEngineWithLMHead):
         inputs = dict(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
         with self._autocast():
             if self._returns_loss:
-                return self.module(**inputs, kept=kept, targets=targets)
+                return self.module(**inputs, kept=kept, targets=targets, scale=scale)
             logits = self.module(**inputs).logits[0, kept]
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return F.cross_entropy(logits.float(), targets, reduction="sum") * scale
 
     def _look_whether_documents_keep_apart(self) -> None:
         """Try it, once: nothing is shared where the model cannot. Raises ModelError where a pack's documents mix."""
@@ -208,7 +214,7 @@ class SFTEngine(FSDPEngineWithLMHead):
         if changed is not None:
             ids[changed * size : (changed + 1) * size] += 1
         with torch.no_grad(), packed_documents(segments):
-            return float(self._negative_log_likelihood(ids[None], positions, kept, torch.arange(len(kept))))
+            return float(self._loss(ids[None], positions, kept, torch.arange(len(kept)), scale=torch.ones(())))
 
     def _autocast(self) -> AbstractContextManager:
         if self._autocast_dtype == torch.float32:

@@ -26,7 +26,9 @@ EXACT = {"cpu": 2**19, "cuda": 2**25}  # of those in fp32 at a time: few for a c
 def return_loss(model: PreTrainedModel) -> list[nn.Parameter] | None:
     """Change `model` so that it takes `kept` and `targets`, (tokens,) both, and returns its loss at those positions.
 
-    That is the negative log-likelihood of `targets`, summed, in fp32. `kept` may name a position more than once.
+    That is the negative log-likelihood of `targets`, summed, times `scale`, a number in a tensor, in fp32. `kept` may
+    name a position more than once. It is to be differentiated as it is: a head's weight may have been given its
+    gradient before the backward pass.
     Returns the weights of the head, which must be whole wherever the model's own forward runs; None, and nothing is
     changed, for a model that has no body and head to be called apart. The changed forward raises ModelError where they
     are not.
@@ -56,27 +58,28 @@ def return_loss(model: PreTrainedModel) -> list[nn.Parameter] | None:
     reached = {weight for weight, gradient in zip(trained, gradients, strict=True) if gradient is not None}
     shapes = {name: weight.shape for weight, name in head.items() if weight in reached}
 
-    def forward(kept: torch.Tensor, targets: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def forward(kept: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, **inputs: Any) -> torch.Tensor:
         given = {name: value for name, value in inputs.items() if value is not None}
         hidden = body(**given).last_hidden_state[:, kept]
         weights = [attrgetter(name)(model) for name in shapes]  # as FSDP has put them for this forward
         for weight, (name, shape) in zip(weights, shapes.items(), strict=True):
             if isinstance(weight, DTensor) or weight.shape != shape:
                 raise ModelError(f"{name} is sharded where the loss needs it whole, so that it would not be learnt")
-        return _SummedCrossEntropy.apply(hidden, targets, logits, vocabulary, torch.is_grad_enabled(), *weights)
+        return _SummedCrossEntropy.apply(hidden, targets, scale, logits, vocabulary, torch.is_grad_enabled(), *weights)
 
     model.forward = forward
     return list(head)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """sum_i (log sum_v exp(logits[i, v]) - logits[i, targets[i]])"""
+    """scale * sum_i (log sum_v exp(logits[i, v]) - logits[i, targets[i]])"""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
         targets: torch.Tensor,
+        scale: torch.Tensor,
         logits_of: Callable[[torch.Tensor], torch.Tensor],
         vocabulary: int,
         is_training: bool,
@@ -94,11 +97,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
             # In place of the logits, where their own backward does not ask for them.
             found = logits.detach()
             gradient = torch.empty_like(found) if _place(found) in saved else found
-            losses.append(_loss_and_gradient(found[0], target, gradient[0], is_training))
+            losses.append(_loss_and_gradient(found[0], target, scale, gradient[0], is_training))
             if is_training:
+                before = [_added(weight) for weight in trained]
                 of_part, *of_trained = torch.autograd.grad(logits, [part, *trained], gradient, allow_unused=True)
-                if any(one is None for one in of_trained):
-                    raise ModelError("the loss does not reach a weight of the head, so that it would not be learnt")
+                for weight, one, added in zip(trained, of_trained, before, strict=True):
+                    if one is None and _added(weight) == added:
+                        raise ModelError("the loss does not reach a weight of the head, so that it would not be learnt")
                 for_hidden.append(of_part)
                 sums = [_add(*pair) for pair in zip(sums, of_trained, strict=True)]
         if is_training:
@@ -111,15 +116,21 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         [upstream] = gradients
-        of_hidden, *of_weights = (None if part is None else part.mul_(upstream) for part in ctx.saved_tensors)
-        return of_hidden, *[None] * 4, *of_weights
+        torch._assert_async(upstream == 1, "the loss was changed after its gradients were made")
+        of_hidden, *of_weights = ctx.saved_tensors
+        return of_hidden, *[None] * 5, *of_weights
+
+
+def _added(weight: torch.Tensor) -> int:
+    """How often a weight that sums its gradients elsewhere (whole.GradientSum) has been given one."""
+    return weight.gradient_sum.added if hasattr(weight, "gradient_sum") else 0
 
 
 def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor, is_training: bool
+    logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, gradient: torch.Tensor, is_training: bool
 ) -> torch.Tensor:
-    """The summed loss of logits (tokens, vocabulary); `gradient`, which may be the logits, gets softmax(logits) less 1
-    at the target if `is_training`.
+    """`scale` times the summed loss of logits (tokens, vocabulary); `gradient`, which may be the logits, gets as many
+    times softmax(logits) less 1 at the target if `is_training`.
     """
     rows = max(1, EXACT[logits.device.type] // logits.shape[1])
     losses = []
@@ -129,8 +140,9 @@ def _loss_and_gradient(
         shares = F.log_softmax(part, dim=1, dtype=torch.float32)
         losses.append(-shares.gather(1, target).sum())
         if is_training:
-            result.copy_(shares.exp_().scatter_add_(1, target, shares.new_full((1, 1), -1.0).expand_as(target)))
-    return torch.stack(losses).sum()
+            shares.exp_().scatter_add_(1, target, shares.new_full((1, 1), -1.0).expand_as(target))
+            torch.mul(shares, scale, out=result)
+    return torch.stack(losses).sum() * scale
 
 
 def _place(tensor: torch.Tensor) -> int:

@@ -2,14 +2,16 @@
 
 Where it is computed in another dtype than its weights have, copies in that dtype take their places, and the gradients
 of the copies are summed in those of the weights (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section
-3.1).
+3.1). Linear maps and embeddings add to the sums themselves, as in Megatron's gradient accumulation fusion.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
@@ -26,7 +28,7 @@ class WholeModel:
     def __init__(self, module: nn.Module, dtype: torch.dtype, converts_frozen: bool, layers: Collection[str] = ()):
         self.places: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.copies: dict[nn.Parameter, nn.Parameter] = {}  # tied weights have one
-        self.sums: list[_Sum] = []
+        self.sums: dict[nn.Parameter, GradientSum] = {}
         for weight in module.parameters():
             differs = weight.is_floating_point() and weight.dtype != dtype
             if differs and converts_frozen and not weight.requires_grad:
@@ -34,8 +36,10 @@ class WholeModel:
             elif differs:
                 self.copies[weight] = nn.Parameter(torch.empty_like(weight, dtype=dtype), weight.requires_grad)
             if weight.requires_grad:
-                self.sums.append(_Sum(self.copies.get(weight, weight), weight))
+                self.sums[weight] = GradientSum(self.copies.get(weight, weight), weight)
         for part in module.modules():
+            if (forward := _adding_forward(part)) and part.weight in self.sums:
+                part.forward = MethodType(forward, part)
             self.places += [(part, name, weight) for name, weight in part._parameters.items() if weight in self.copies]
             if self.copies and type(part).__name__ in layers:
                 part.register_forward_pre_hook(lambda _, *inputs: _cast(inputs, dtype), with_kwargs=True)
@@ -48,37 +52,102 @@ class WholeModel:
                 copy.copy_(weight)
         for part, name, weight in self.places:
             part._parameters[name] = self.copies[weight]
-        for one in self.sums:
-            one.is_empty = True
+        for one in self.sums.values():
+            one.added = 0
         try:
             yield
         finally:
             for part, name, weight in self.places:
                 part._parameters[name] = weight
-        for one in self.sums:
+        for one in self.sums.values():
             one.hand_over()
 
 
-class _Sum:
-    """Of what backward passes leave in the gradient of `leaf`, for that of `weight`."""
+class GradientSum:
+    """Of what backward passes leave in the gradient of `leaf`, or add themselves, for that of `weight`."""
 
     def __init__(self, leaf: nn.Parameter, weight: nn.Parameter):
         self.weight = weight
         self.total = torch.empty_like(weight, dtype=torch.float32)
-        self.is_empty = True
+        self.added = 0  # in this step
         leaf.register_post_accumulate_grad_hook(self.add)
+        leaf.gradient_sum = self
 
     def add(self, leaf: torch.Tensor) -> None:
-        assert leaf.grad is not None
-        if self.is_empty:
-            self.total.copy_(leaf.grad)
+        if leaf.grad is not None:  # None, where all of it was added without one
+            self._add(leaf.grad)
+        leaf.grad = None
+
+    def add_product(self, of_outputs: torch.Tensor, inputs: torch.Tensor) -> None:
+        """For a weight (outputs, inputs): the gradient (..., outputs), and what met the weight (..., inputs)."""
+        left, right = of_outputs.flatten(0, -2).T, inputs.flatten(0, -2)
+        if left.dtype != torch.float32:
+            self._add(left @ right)
         else:
-            self.total.add_(leaf.grad)
-        self.is_empty, leaf.grad = False, None
+            torch.addmm(self.total, left, right, beta=1 if self.added else 0, out=self.total)
+            self.added += 1
+
+    def add_rows(self, rows: torch.Tensor, of_rows: torch.Tensor) -> None:
+        """For an embedding (rows, width): which of its rows were taken (...), and their gradients (..., width)."""
+        if not self.added:
+            self.total.zero_()
+        self.total.index_add_(0, rows.flatten(), of_rows.flatten(0, -2).float())
+        self.added += 1
+
+    def _add(self, part: torch.Tensor) -> None:
+        if self.added:
+            self.total.add_(part)
+        else:
+            self.total.copy_(part)
+        self.added += 1
 
     def hand_over(self) -> None:
-        if not self.is_empty:
+        if self.added:
             self.weight.grad = self.total.to(self.weight.dtype)  # in fp32 the sum itself
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        inputs = inputs.to(weight.dtype)
+        ctx.save_for_backward(inputs, weight)
+        ctx.sum = weight.gradient_sum
+        return F.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        [gradient] = gradients
+        inputs, weight = ctx.saved_tensors
+        ctx.sum.add_product(gradient, inputs)
+        of_inputs = gradient @ weight if ctx.needs_input_grad[0] else None
+        return of_inputs, None, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, padding: int | None) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.padding, ctx.sum = padding, weight.gradient_sum
+        return F.embedding(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, ...]:
+        [gradient] = gradients
+        [rows] = ctx.saved_tensors
+        learnt = rows != (-1 if ctx.padding is None else ctx.padding)
+        ctx.sum.add_rows(rows[learnt], gradient[learnt])
+        return None, None, None
+
+
+def _adding_forward(module: nn.Module) -> Callable | None:
+    """For modules that have their class's own, as most have."""
+    if "forward" in vars(module):
+        return None
+    if type(module).forward is nn.Linear.forward:
+        return lambda self, input: _Linear.apply(input, self.weight, self.bias)
+    if type(module).forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
+        return lambda self, input: _Embedding.apply(input, self.weight, self.padding_idx)
+    return None
 
 
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:

@@ -12,6 +12,7 @@ from sft_recipe.errors import ModelError
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+SCALE = torch.tensor(0.37)
 
 
 def build(kind="llama", dtype=torch.float32, **settings):
@@ -54,7 +55,7 @@ def test_nothing_of_the_size_of_the_logits_is_kept(monkeypatch):
     ids = torch.randint(3, 64, (1, 64))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
-        model(input_ids=ids, kept=torch.arange(63), targets=ids[0, 1:])
+        model(input_ids=ids, kept=torch.arange(63), targets=ids[0, 1:], scale=SCALE)
     weight = model.lm_head.weight.numel()
     assert {saved.numel() for saved in kept if saved.numel() >= 64 * 64 * 16} == {weight}
 
@@ -63,7 +64,7 @@ def test_no_supervised_token_is_no_loss():
     model = build()
     assert return_loss(model)
     none = torch.empty(0, dtype=torch.long)
-    found = model(input_ids=inputs(model)[0], kept=none, targets=none)
+    found = model(input_ids=inputs(model)[0], kept=none, targets=none, scale=SCALE)
     found.backward()
     assert found == 0 and all(not parameter.grad.any() for parameter in model.parameters())
 
@@ -76,7 +77,7 @@ def test_weights_may_be_views_of_another_tensor():
     del model.lm_head.weight
     model.lm_head.weight = flat.view(64, 32)
     ids, kept = inputs(model)
-    (0.37 * model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])).backward()
+    model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE).backward()
     wanted = expected_loss(reference)[1]["lm_head.weight"]
     torch.testing.assert_close(flat.grad.view(64, 32), wanted, rtol=1e-4, atol=1e-5)
 
@@ -87,7 +88,7 @@ def test_a_head_that_is_not_whole_is_not_silently_left_untrained():
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flatten()[:100])  # as a shard
     ids, kept = inputs(model)
     with pytest.raises(ModelError, match="lm_head.weight is sharded"):
-        model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])
+        model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE)
 
 
 def test_a_weight_that_the_loss_does_not_reach_is_told():
@@ -98,7 +99,15 @@ def test_a_weight_that_the_loss_does_not_reach_is_told():
     model.lm_head.forward = lambda hidden: hidden @ weight.detach().T.clone().requires_grad_()
     ids, kept = inputs(model)
     with pytest.raises(ModelError, match="does not reach a weight of the head"):
-        model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])
+        model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE)
+
+
+def test_a_loss_that_was_changed_after_its_gradients_were_made_is_told():
+    model = build()
+    assert return_loss(model)
+    ids, kept = inputs(model)
+    with pytest.raises(RuntimeError, match="changed after its gradients were made"):
+        (2 * model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE)).backward()
 
 
 def test_a_weight_beside_the_head_that_no_logit_uses_is_no_matter():
@@ -106,7 +115,7 @@ def test_a_weight_beside_the_head_that_no_logit_uses_is_no_matter():
     model.other = torch.nn.Linear(3, 3)
     assert return_loss(model)
     ids, kept = inputs(model)
-    model(input_ids=ids, kept=kept, targets=ids[0, kept + 1]).backward()
+    model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE).backward()
     assert model.other.weight.grad is None and model.lm_head.weight.grad.any()
 
 
@@ -164,8 +173,8 @@ def test_evaluation_needs_no_gradients():
     assert return_loss(model)
     ids, kept = inputs(model)
     with torch.no_grad():
-        found = model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])
-    torch.testing.assert_close(0.37 * found, expected.detach(), rtol=1e-5, atol=1e-5)
+        found = model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def check_head(model, recomputes):
@@ -184,14 +193,14 @@ def expected_loss(model):
     """With the logits of all tokens, and torch's cross-entropy in fp64."""
     ids, kept = inputs(model)
     logits = model(input_ids=ids).logits[0, kept]
-    expected = 0.37 * F.cross_entropy(logits.double(), ids[0, kept + 1], reduction="sum")
+    expected = SCALE * F.cross_entropy(logits.double(), ids[0, kept + 1], reduction="sum")
     return expected.float(), gradients_of(expected, model)
 
 
 def found_loss(model):
     assert return_loss(model.get_base_model() if isinstance(model, PeftModel) else model)
     ids, kept = inputs(model)
-    found = 0.37 * model(input_ids=ids, kept=kept, targets=ids[0, kept + 1])
+    found = model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE)
     assert found.dtype == torch.float32
     return found, gradients_of(found, model)
 

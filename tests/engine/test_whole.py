@@ -8,9 +8,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, XGLMConfig, XGLMForCausalLM
 
-from sft_recipe.engine.whole import WholeModel, clip_whole
+from sft_recipe.engine.whole import GradientSum, WholeModel, clip_whole
 
 IDS = torch.arange(3, 23)[None]
+XGLM = XGLMConfig(
+    vocab_size=64, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, dropout=0, attention_dropout=0
+)
 
 
 def build(**settings):
@@ -38,9 +41,9 @@ def test_gradients_of_all_micro_batches_are_summed_in_fp32(is_tied):
     model = build(tie_word_embeddings=is_tied)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     sums: dict[str, torch.Tensor] = {}
-    losses = []
+    losses, rounded = [], in_bf16(model)
     for shift in range(3):
-        plain = in_bf16(model)
+        plain = deepcopy(rounded)
         losses.append(backward(plain, shift))
         for name, weight in plain.named_parameters():
             sums[name] = sums.get(name, 0) + weight.grad.float()
@@ -52,20 +55,50 @@ def test_gradients_of_all_micro_batches_are_summed_in_fp32(is_tied):
             assert [backward(model, shift) for shift in range(3)] == losses
         for name, weight in model.named_parameters():
             assert weight.dtype == torch.float32 and torch.equal(weight, before[name])
-            assert torch.equal(weight.grad, sums[name]), (step, name)
+            # A row of a tied weight has two gradients, each of which is rounded here, and there their sum.
+            close = dict(rtol=2**-7, atol=2**-7 * sums[name].abs().max()) if is_tied else dict(rtol=0, atol=0)
+            torch.testing.assert_close(weight.grad, sums[name], **close, msg=f"{step} {name}")
+
+
+def check_gradients(model, plain):
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6 * other.grad.abs().max(), msg=name)
+
+
+KINDS = {
+    "tied": lambda: build(tie_word_embeddings=True, pad_token_id=5),  # which is among the tokens
+    "untied": lambda: build(tie_word_embeddings=False, pad_token_id=5),
+    "biases": lambda: build(attention_bias=True, mlp_bias=True),
+    "scaled embeddings": lambda: XGLMForCausalLM(XGLM),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_maps_and_embeddings_have_their_gradients_without_a_tensor_of_their_size(kind, monkeypatch):
+    model = KINDS[kind]()
+    plain = deepcopy(model)
+    whole = WholeModel(model, torch.float32, False)
+    copied = set()
+    add = GradientSum._add
+    monkeypatch.setattr(GradientSum, "_add", lambda self, part: copied.add(self.weight.dim()) or add(self, part))
+    with whole.computing():
+        for shift in range(3):
+            assert torch.equal(backward(model, shift), backward(plain, shift))
+    check_gradients(model, plain)
+    assert copied == {1} or (kind == "scaled embeddings" and copied == {1, 2})
 
 
 def test_the_copies_are_of_the_weights_as_they_are_now():
-    model = build()
+    model, plain = build(), build()
     copies = WholeModel(model, torch.bfloat16, False)
     with copies.computing():
         first = backward(model)
     with torch.no_grad():
-        for weight in model.parameters():
+        for weight in [*model.parameters(), *plain.parameters()]:
             weight.mul_(1.5)
     with copies.computing():
         second = backward(model)
-    assert second == backward(in_bf16(model)) != first
+    assert second == backward(in_bf16(plain)) != first
 
 
 def test_tied_weights_stay_one():
@@ -90,11 +123,11 @@ def test_weights_that_are_not_trained_are_converted_for_good_where_that_is_wante
 
 
 def test_gradients_of_weights_in_bf16_are_summed_in_fp32_and_rounded_once():
-    model = in_bf16(build())
+    model, plain = in_bf16(build()), in_bf16(build())
     whole = WholeModel(model, torch.bfloat16, False)
     sums: dict[str, torch.Tensor] = {}
     for shift in range(8):
-        other = deepcopy(model)
+        other = deepcopy(plain)
         backward(other, shift)
         for name, weight in other.named_parameters():
             sums[name] = sums.get(name, 0) + weight.grad.float()
@@ -113,14 +146,12 @@ def test_a_failed_step_leaves_nothing_for_the_next():
     for one, context in ((model, whole.computing()), (other, nullcontext())):
         with context:
             backward(one, 2)
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    assert all(torch.equal(one.grad, its.grad) for one, its in pairs)
+    check_gradients(model, other)
 
 
 def test_layers_compute_in_its_numbers_whatever_they_are_given():
     """XGLM adds positions in fp32."""
-    config = XGLMConfig(vocab_size=64, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4)
-    model = XGLMForCausalLM(config)
+    model = XGLMForCausalLM(XGLM)
     whole = WholeModel(model, torch.bfloat16, False, model._no_split_modules)
     with whole.computing():
         backward(model)
@@ -142,8 +173,8 @@ def test_gradients_stay_where_they_are(dtype):
             backward(plain, shift)
         places.append([weight.grad.data_ptr() for weight in model.parameters()])
         if dtype == torch.float32:
-            pairs = zip(model.parameters(), plain.parameters(), strict=True)
-            assert not whole.copies and all(torch.equal(one.grad, other.grad) for one, other in pairs)
+            assert not whole.copies
+            check_gradients(model, plain)
     assert places[0] == places[1]
 
 

@@ -95,12 +95,12 @@ def test_one_bad_step_changes_nothing_and_the_run_goes_on(work, tmp_path, monkey
     from sft_recipe.engine.engine import SFTEngine
 
     before = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).state_dict()
-    real = SFTEngine._negative_log_likelihood
+    real = SFTEngine._loss
 
-    def broken(self, *parts):
-        return real(self, *parts) * float("nan")
+    def broken(self, *inputs, scale):
+        return real(self, *inputs, scale=scale * float("nan"))
 
-    monkeypatch.setattr(SFTEngine, "_negative_log_likelihood", broken)
+    monkeypatch.setattr(SFTEngine, "_loss", broken)
     assert run_here(*arguments(work, tmp_path / "bad", "optim.lr=1e-2")) == 0
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "bad/checkpoints/step_2/huggingface").state_dict()
     for name, value in before.items():
