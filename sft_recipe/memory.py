@@ -143,7 +143,7 @@ def plan_memory(
     accumulates = of_step > ranks * data.token_budget and fsdp.use_no_sync_for_gradient_accumulation
     layer, ends = layout.of_layer(width, on_cpu), layout.of_ends(tokens, width, on_cpu, logits)
     on_device = on_cpu or not fsdp.offload_policy
-    gathered = width * (in_parts if reshards_after_forward(config) else total)
+    gathered = width * (in_parts if reshards_after_forward(config, on_cpu) else total)
     # Until the last micro-batch they are whole, in fp32, on each rank.
     gradients = FP32 * trainable if accumulates else on_device * master * trainable // shards
     if on_cpu and config.trainer.world_size == 1:
@@ -160,13 +160,15 @@ def plan_memory(
     )
 
 
-def reshards_after_forward(config: Config) -> bool:
-    """On by default where it frees much: among several ranks, and with parameters that wait in CPU memory.
+def reshards_after_forward(config: Config, on_cpu: bool) -> bool:
+    """On by default where it frees much: among several GPUs, and with parameters that wait in CPU memory.
 
-    One rank alone frees the copy in the compute dtype, and makes it again twice in each micro-batch.
+    One rank alone frees the copy in the compute dtype, and makes it again twice in each micro-batch. Ranks on CPUs wait
+    for what they gather: with gloo it takes a fifth of a step or more.
     """
     chosen = config.fsdp.reshard_after_forward
-    return config.trainer.world_size > 1 or config.fsdp.offload_policy if chosen == "auto" else chosen
+    frees_much = not on_cpu and (config.trainer.world_size > 1 or config.fsdp.offload_policy)
+    return frees_much if chosen == "auto" else chosen
 
 
 def _gib(size: int) -> str:

@@ -80,6 +80,7 @@ def test_the_plan_of_one_rank():
         (["fsdp=fsdp2_offload"], {"on_cpu": True}, {"weights": 4000, "gradients": 4000, "optimizer": 8000}),
         (["fsdp.model_dtype=bf16"], {"on_cpu": True}, {"weights": 2000, "gathered": 0, "gradients": 4000}),
         (["trainer.n_gpus_per_node=2"], {"on_cpu": True}, {"weights": 2000, "gathered": 2000}),
+        (["trainer.n_gpus_per_node=2"], {"layout": DEEP, "total": 10000, "on_cpu": True}, {"gathered": 20000}),
         ([], {"longest": 2}, {"activations": 8 * 3 * 328 + 2176}),
         (["data.micro_batch_size_per_gpu=2"], {}, {"activations": 20 * 3 * 328 + 4672}),
     ],
@@ -157,7 +158,7 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype, inputs_only)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), packed_documents(segments), autocast:
         inputs = dict(input_ids=ids, position_ids=positions, use_cache=False, attention_mask=None)
-        loss = model(**inputs, kept=targets, targets=targets)
+        loss = model(**inputs, kept=targets, targets=targets, scale=torch.ones(()))
     assert loss.requires_grad
     layout, width = Layout.of(config.to_dict()), dtype.itemsize
     planned = 128 * layout.layers * layout.of_layer(width, inputs_only)

@@ -113,7 +113,7 @@ def fsdp_engine(config: Config, device: str) -> FSDPEngineConfig:
         param_offload=fsdp.param_offload and on_gpu,
         optimizer_offload=fsdp.optimizer_offload and on_gpu,
         offload_policy=fsdp.offload_policy and on_gpu,
-        reshard_after_forward=reshards_after_forward(config),
+        reshard_after_forward=reshards_after_forward(config, not on_gpu),
         fsdp_size=fsdp.fsdp_size,
         forward_prefetch=fsdp.forward_prefetch,
         use_no_sync_for_gradient_accumulation=fsdp.use_no_sync_for_gradient_accumulation,

@@ -80,17 +80,20 @@ def test_fsdp_runs_as_fsdp2_on_a_cpu(verl_config, model_dir, device, strategy, e
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("device", "overrides", "expected"),
     [
-        ([], False),
-        (["trainer.n_gpus_per_node=2"], True),
-        (["fsdp=fsdp2_offload"], True),
-        (["fsdp.reshard_after_forward=true"], True),
-        (["trainer.n_gpus_per_node=2", "fsdp.reshard_after_forward=false"], False),
+        ("cuda", [], False),
+        ("cuda", ["trainer.n_gpus_per_node=2"], True),
+        ("cuda", ["fsdp=fsdp2_offload"], True),
+        ("cuda", ["fsdp.reshard_after_forward=true"], True),
+        ("cuda", ["trainer.n_gpus_per_node=2", "fsdp.reshard_after_forward=false"], False),
+        ("cpu", ["trainer.n_gpus_per_node=2"], False),
+        ("cpu", ["fsdp=fsdp2_offload"], False),
+        ("cpu", ["trainer.n_gpus_per_node=2", "fsdp.reshard_after_forward=true"], True),
     ],
 )
-def test_weights_stay_gathered_on_one_rank(verl_config, model_dir, overrides, expected):
-    engine = build(verl_config, model_dir, "cuda", "fsdp.mixed_precision.param_dtype=bf16", *overrides).engine
+def test_weights_stay_gathered_where_that_is_quicker(verl_config, model_dir, device, overrides, expected):
+    engine = build(verl_config, model_dir, device, "fsdp.mixed_precision.param_dtype=bf16", *overrides).engine
     assert engine.reshard_after_forward is expected
 
 
