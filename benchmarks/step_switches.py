@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,6 +28,7 @@ ATTENTION = "attention in blocks of each document, not under a mask"
 SHARED = "shared beginnings once (needs the former)"
 LOSS = "head and loss in parts, at supervised tokens"
 LEAN = "norms and gated products keep their inputs only"
+SUMS = "linear maps and embeddings add to the sums of gradients"
 ADAM = "fused Adam"
 WHOLE = "one rank holds the whole model, without FSDP"
 PREDICTED = {  # for the defaults, on two cores that compute in fp32; written down before it was measured
@@ -34,9 +36,12 @@ PREDICTED = {  # for the defaults, on two cores that compute in fp32; written do
     SHARED: ("1.1", "a tenth more tokens in all products"),
     LOSS: ("1.06", "the head at prompts too, and logits several times through memory"),
     LEAN: ("1.00", "done for the memory"),
+    SUMS: ("1.05", "each gradient written, read and added once more"),
     ADAM: ("1.03", "ten passes over weights, gradients and moments for one"),
     WHOLE: ("1.03", "weights gathered, gradients flattened: 2 GB of copies"),
 }
+MAPS = nn.Linear, nn.Embedding
+OTHERS = *MAPS, PreTrainedModel
 
 
 def main() -> None:
@@ -55,7 +60,8 @@ def main() -> None:
         ATTENTION: lambda rank, on: use_attention(rank, ours if on else "sdpa"),
         SHARED: lambda rank, on: share(rank, on and rank.engine.module.config._attn_implementation == ours),
         LOSS: lambda rank, on: use_loss(rank, changed, on),
-        LEAN: lambda rank, on: keep_less(rank, changed, on),
+        LEAN: lambda rank, on: use_forwards(rank, changed, lambda part: not isinstance(part, OTHERS), on),
+        SUMS: lambda rank, on: use_forwards(rank, changed, lambda part: isinstance(part, MAPS), on),
         ADAM: fuse_adam,
     }
     names = [*switches, *([WHOLE] if False in engines else [])]
@@ -119,23 +125,17 @@ def share(rank: OneRank, shares: bool) -> None:
 
 def use_loss(rank: OneRank, changed: dict[torch.nn.Module, Callable], on: bool) -> None:
     rank.engine._returns_loss = on
+    use_forwards(rank, changed, lambda part: isinstance(part, PreTrainedModel), on)
+
+
+def use_forwards(rank: OneRank, changed: dict[nn.Module, Callable], of: Callable[[nn.Module], bool], on: bool) -> None:
+    """The forwards that some modules were given, or those of their classes."""
     for part in rank.engine.module.modules():
-        if part in changed and isinstance(part, PreTrainedModel):
-            set_forward(part, changed, on)
-
-
-def keep_less(rank: OneRank, changed: dict[torch.nn.Module, Callable], on: bool) -> None:
-    for part in rank.engine.module.modules():
-        if part in changed and not isinstance(part, PreTrainedModel):
-            set_forward(part, changed, on)
-
-
-def set_forward(part: torch.nn.Module, changed: dict[torch.nn.Module, Callable], on: bool) -> None:
-    """The forward that it was given, or that of its class."""
-    if on:
-        part.forward = changed[part]
-    else:
-        vars(part).pop("forward", None)
+        if part in changed and of(part):
+            if on:
+                part.forward = changed[part]
+            else:
+                vars(part).pop("forward", None)
 
 
 def fuse_adam(rank: OneRank, fused: bool) -> None:

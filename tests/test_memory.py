@@ -118,10 +118,10 @@ def test_of_a_model_with_other_names_or_layers_that_differ_nothing_is_claimed(se
     ("family", "settings"),
     [
         ("Llama", dict(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2)),
-        ("Llama", SMOLLM2),
-        ("Qwen3", SMOLLM2 | {"num_hidden_layers": 2, "head_dim": 128}),
+        ("Llama", SMOLLM2 | {"num_hidden_layers": 6, "vocab_size": 4096}),
+        ("Qwen3", SMOLLM2 | {"num_hidden_layers": 2, "vocab_size": 4096, "head_dim": 128}),
     ],
-    ids=["tiny", "SmolLM2-135M", "Qwen3"],
+    ids=["tiny", "layers of SmolLM2-135M", "Qwen3"],
 )
 def test_autograd_keeps_what_the_plan_says(family, settings, dtype, inputs_only):
     import transformers
