@@ -93,6 +93,7 @@ class SFTEngine(FSDPEngineWithLMHead):
                     if not forward_only:
                         loss.backward()
                 losses.append(loss.detach())
+                del loss  # its graph, thousands of small pieces among the activations, is not to outlive it
         if forward_only:
             self._reshard()
         return {"model_output": {}, "loss": [self._over_sequence_ranks(torch.stack(losses).sum())], "metrics": {}}

@@ -71,6 +71,8 @@ class GradientSum:
         self.total = torch.empty_like(weight, dtype=torch.float32)
         self.added = 0  # in this step
         leaf.register_post_accumulate_grad_hook(self.add)
+        # Made now and kept: else the first forward makes it, in the middle of its activations.
+        self.node = torch.autograd.graph.get_gradient_edge(leaf).node
         leaf.gradient_sum = self
 
     def add(self, leaf: torch.Tensor) -> None:

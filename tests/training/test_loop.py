@@ -1,6 +1,7 @@
 """The loop's own promises: validation counts tokens, bad gradients are skipped and counted, rows say what happened."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -47,6 +48,24 @@ def test_validation_loss_is_the_mean_over_all_supervised_tokens(work, tokenizer,
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints/step_2/huggingface", dtype=torch.float32)
     with torch.no_grad():
         assert rows[1]["val/loss"] == pytest.approx(plain_loss(model, tokenizer).item(), rel=1e-5)
+
+
+def test_the_graph_of_a_micro_batch_does_not_outlive_it(work, tmp_path, monkeypatch):
+    """Its many small pieces would lie between the activations of the next."""
+    use_cpu()
+    from sft_recipe.engine.engine import SFTEngine
+
+    real, made, alive = SFTEngine._loss, [], []
+
+    def loss(self, *inputs, scale):
+        alive.append(sum(one() is not None for one in made))
+        found = real(self, *inputs, scale=scale)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(SFTEngine, "_loss", loss)
+    assert run_here(*arguments(work, tmp_path, "data.max_length=96")) == 0
+    assert len(alive) > 5 and not any(alive)
 
 
 def test_mfu_is_the_share_of_the_peak_that_matrix_products_took(work, tmp_path, monkeypatch):
