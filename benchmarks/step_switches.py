@@ -36,7 +36,7 @@ PREDICTED = {  # for the defaults, on two cores that compute in fp32; written do
     SHARED: ("1.1", "a tenth more tokens in all products"),
     LOSS: ("1.06", "the head at prompts too, and logits several times through memory"),
     LEAN: ("1.00", "done for the memory"),
-    SUMS: ("1.05", "each gradient written, read and added once more"),
+    SUMS: ("", "not predicted: 1.03 and 1.04 in two series of pairs when it was made"),
     ADAM: ("1.03", "ten passes over weights, gradients and moments for one"),
     WHOLE: ("1.03", "weights gathered, gradients flattened: 2 GB of copies"),
 }
@@ -123,7 +123,7 @@ def share(rank: OneRank, shares: bool) -> None:
     rank.engine.wants_shared_beginnings = shares
 
 
-def use_loss(rank: OneRank, changed: dict[torch.nn.Module, Callable], on: bool) -> None:
+def use_loss(rank: OneRank, changed: dict[nn.Module, Callable], on: bool) -> None:
     rank.engine._returns_loss = on
     use_forwards(rank, changed, lambda part: isinstance(part, PreTrainedModel), on)
 
