@@ -90,10 +90,10 @@ class GradientSum:
             self.added += 1
 
     def add_rows(self, rows: torch.Tensor, of_rows: torch.Tensor) -> None:
-        """For an embedding (rows, width): which of its rows were taken (...), and their gradients (..., width)."""
+        """For an embedding (rows, width): which of its rows were taken (taken,), their gradients (taken, width)."""
         if not self.added:
             self.total.zero_()
-        self.total.index_add_(0, rows.flatten(), of_rows.flatten(0, -2).float())
+        self.total.index_add_(0, rows, of_rows.float())
         self.added += 1
 
     def _add(self, part: torch.Tensor) -> None:
