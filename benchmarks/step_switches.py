@@ -27,7 +27,7 @@ DEFAULTS = ["data.train_files=data/example_sft.json", "data.max_length=512", "da
 ATTENTION = "attention in blocks of each document, not under a mask"
 SHARED = "shared beginnings once (needs the former)"
 LOSS = "head and loss in parts, at supervised tokens"
-LEAN = "norms and gated products keep their inputs only"
+LEAN = "norms and gated products keep their inputs only, results are made again"
 SUMS = "linear maps and embeddings add to the sums of gradients"
 ADAM = "fused Adam"
 WHOLE = "one rank holds the whole model, without FSDP"
@@ -35,7 +35,7 @@ PREDICTED = {  # for the defaults, on two cores that compute in fp32; written do
     ATTENTION: ("1.3", "the scores of whole packs, 0.6 TFLOP more of 1.6"),
     SHARED: ("1.1", "a tenth more tokens in all products"),
     LOSS: ("1.06", "the head at prompts too, and logits several times through memory"),
-    LEAN: ("1.00", "done for the memory"),
+    LEAN: ("0.99", "done for the memory"),
     SUMS: ("", "not predicted: 1.03 and 1.04 in two series of pairs when it was made"),
     ADAM: ("1.03", "ten passes over weights, gradients and moments for one"),
     WHOLE: ("1.03", "weights gathered, gradients flattened: 2 GB of copies"),

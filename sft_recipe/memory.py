@@ -56,31 +56,35 @@ class Layout:
             return None
         return found if all(isinstance(size, int) for size in vars(found).values()) else None
 
-    def of_layer(self, width: int, inputs_only: bool) -> int:
+    def of_layer(self, width: int, on_cpu: bool, is_whole: bool) -> int:
         """Bytes that a layer keeps for each token, where it computes in numbers of `width` bytes.
 
-        `inputs_only` where its norms and its MLP's product keep just these (engine/elementwise.py).
+        `on_cpu` its norms and its MLP's product keep their inputs only (engine/elementwise.py), and its attention what
+        it computes the scores from again (engine/blockwise.py). Of a model that is held whole linear maps do not keep
+        what these norms and this product give, either (engine/whole.py).
         """
-        norms = 2 * self._norm(self.hidden, width, inputs_only)
-        outputs = 2 * width * self.hidden  # of the norms, which linear maps keep
-        attention = width * (3 * self.query + 2 * self.key) + FP32 * self.heads  # q, out, out packed, k, v; log-sum-exp
-        head_norms = self._norm(self.query + self.key, width, inputs_only) if self.has_head_norm else 0
-        mlp = (3 if inputs_only else 4) * width * self.intermediate  # gate, up, product; the gate's activation
+        norms = 2 * self._norm(self.hidden, width, on_cpu)
+        outputs = 0 if is_whole else 2 * width * self.hidden  # of the norms, which linear maps keep
+        attention = width * (2 * self.query + 2 * self.key)  # q, out, k, v
+        if not on_cpu:
+            attention += width * self.query + FP32 * self.heads  # out packed; log-sum-exp
+        head_norms = self._norm(self.query + self.key, width, on_cpu) if self.has_head_norm else 0
+        mlp = (2 if is_whole else 3 if on_cpu else 4) * width * self.intermediate  # gate, up; product; activation
         return norms + outputs + attention + head_norms + mlp
 
-    def of_ends(self, tokens: int, width: int, inputs_only: bool, logits: int) -> int:
+    def of_ends(self, tokens: int, width: int, on_cpu: bool, logits: int) -> int:
         """Bytes before the first and after the last layer, where at most so many `logits` exist at once.
 
         The last norm, the head's input and its gradient; a part of the logits and theirs; the gradient of the head.
         """
-        each = self._norm(self.hidden, width, inputs_only) + 2 * width * self.hidden
+        each = self._norm(self.hidden, width, on_cpu) + 2 * width * self.hidden
         part = 2 * width * min(tokens * self.vocabulary, logits)
         return tokens * each + part + width * self.vocabulary * self.hidden
 
     @staticmethod
-    def _norm(size: int, width: int, inputs_only: bool) -> int:
+    def _norm(size: int, width: int, on_cpu: bool) -> int:
         # Its input; or that in fp32, and what is multiplied with the weight.
-        return (width if inputs_only else FP32 + width) * size
+        return (width if on_cpu else FP32 + width) * size
 
 
 @dataclass(frozen=True)
@@ -141,12 +145,13 @@ def plan_memory(
     outside = 2 * layout.vocabulary * layout.hidden
     in_parts = min(total, outside + 2 * total // layout.layers)
     accumulates = of_step > ranks * data.token_budget and fsdp.use_no_sync_for_gradient_accumulation
-    layer, ends = layout.of_layer(width, on_cpu), layout.of_ends(tokens, width, on_cpu, logits)
+    is_whole = on_cpu and config.trainer.world_size == 1
+    layer, ends = layout.of_layer(width, on_cpu, is_whole), layout.of_ends(tokens, width, on_cpu, logits)
     on_device = on_cpu or not fsdp.offload_policy
     gathered = width * (in_parts if reshards_after_forward(config, on_cpu) else total)
     # Until the last micro-batch they are whole, in fp32, on each rank.
     gradients = FP32 * trainable if accumulates else on_device * master * trainable // shards
-    if on_cpu and config.trainer.world_size == 1:
+    if is_whole:
         gathered, gradients = 0 if width == master else width * trainable, FP32 * trainable
     return Plan(
         weights=on_device * master * total // shards,

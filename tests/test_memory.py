@@ -42,14 +42,16 @@ def small_plan(
 
 def test_a_layers_bytes_for_each_token():
     norms = 2 * 8 * (4 + 2) + 2 * 8 * 2  # inputs in fp32, what is multiplied with the weights; outputs
-    attention = 2 * (8 + 4 + 4 + 8 + 8) + 4 * 2  # q, k, v, out, out packed; a log-sum-exp for each head
-    mlp = 2 * 4 * 16  # gate, its activation, up, their product
-    assert SMALL.of_layer(width=2, inputs_only=False) == norms + attention + mlp == 328
-    lean = 2 * 8 * 2 + 2 * 8 * 2 + attention + 2 * 3 * 16  # inputs and outputs; gate, up, their product
-    assert SMALL.of_layer(width=2, inputs_only=True) == lean == 232
+    attention = 2 * (8 + 4 + 4 + 8)  # q, k, v, out
+    mlp = 2 * 2 * 16  # gate, up
+    on_gpu = norms + attention + 2 * 8 + 4 * 2 + mlp + 2 * 2 * 16  # out packed, log-sum-exps; product, activation
+    assert SMALL.of_layer(width=2, on_cpu=False, is_whole=False) == on_gpu == 328
+    on_cpu = 2 * 8 * 2 + 2 * 8 * 2 + attention + mlp + 2 * 16  # inputs and outputs of the norms; product
+    assert SMALL.of_layer(width=2, on_cpu=True, is_whole=False) == on_cpu == 208
+    assert SMALL.of_layer(width=2, on_cpu=True, is_whole=True) == on_cpu - 2 * 8 * 2 - 2 * 16 == 144
     ends = 10 * (8 * (4 + 2) + 2 * 2 * 8) + 2 * 32 * 8  # the last norm, the head's input and gradient; the head's own
-    assert SMALL.of_ends(tokens=10, width=2, inputs_only=False, logits=10**6) == ends + 2 * 2 * 10 * 32 == 2592
-    assert SMALL.of_ends(tokens=10, width=2, inputs_only=False, logits=100) == ends + 2 * 2 * 100
+    assert SMALL.of_ends(tokens=10, width=2, on_cpu=False, logits=10**6) == ends + 2 * 2 * 10 * 32 == 2592
+    assert SMALL.of_ends(tokens=10, width=2, on_cpu=False, logits=100) == ends + 2 * 2 * 100
 
 
 def test_the_plan_of_one_rank():
@@ -74,12 +76,16 @@ def test_the_plan_of_one_rank():
         (["trainer.n_gpus_per_node=2"], {"layout": DEEP, "total": 10000}, {"gathered": 2 * (1000 + 512)}),
         (["fsdp.reshard_after_forward=true"], {"layout": DEEP, "total": 10000}, {"gathered": 2 * (1000 + 512)}),
         (["fsdp=fsdp2_offload"], {}, {"weights": 0, "optimizer": 0}),
-        ([], {"on_cpu": True}, {"activations": 10 * 3 * 232 + 2592 - 10 * 4 * 8, "weights": 4000, "gathered": 2000}),
+        ([], {"on_cpu": True}, {"activations": 10 * 3 * 144 + 2592 - 10 * 4 * 8, "weights": 4000, "gathered": 2000}),
         ([], {"on_cpu": True, "width": 4}, {"weights": 4000, "gathered": 0}),
         ([], {"on_cpu": True, "trainable": 50}, {"weights": 4000, "gathered": 2 * 50}),
         (["fsdp=fsdp2_offload"], {"on_cpu": True}, {"weights": 4000, "gradients": 4000, "optimizer": 8000}),
         (["fsdp.model_dtype=bf16"], {"on_cpu": True}, {"weights": 2000, "gathered": 0, "gradients": 4000}),
-        (["trainer.n_gpus_per_node=2"], {"on_cpu": True}, {"weights": 2000, "gathered": 2000}),
+        (
+            ["trainer.n_gpus_per_node=2"],
+            {"on_cpu": True},
+            {"activations": 10 * 3 * 208 + 2592 - 10 * 4 * 8, "weights": 2000, "gathered": 2000},
+        ),
         (["trainer.n_gpus_per_node=2"], {"layout": DEEP, "total": 10000, "on_cpu": True}, {"gathered": 20000}),
         ([], {"longest": 2}, {"activations": 8 * 3 * 328 + 2176}),
         (["data.micro_batch_size_per_gpu=2"], {}, {"activations": 20 * 3 * 328 + 4672}),
@@ -112,7 +118,7 @@ def test_of_a_model_with_other_names_or_layers_that_differ_nothing_is_claimed(se
     assert Layout.of(settings) is None
 
 
-@pytest.mark.parametrize("inputs_only", [False, True], ids=["as it is", "inputs only"])
+@pytest.mark.parametrize("kind", ["as on a GPU", "on a CPU", "whole"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("family", "settings"),
@@ -123,7 +129,7 @@ def test_of_a_model_with_other_names_or_layers_that_differ_nothing_is_claimed(se
     ],
     ids=["tiny", "layers of SmolLM2-135M", "Qwen3"],
 )
-def test_autograd_keeps_what_the_plan_says(family, settings, dtype, inputs_only):
+def test_autograd_keeps_what_the_plan_says(family, settings, dtype, kind):
     import transformers
 
     use_cpu()
@@ -131,7 +137,9 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype, inputs_only)
     from sft_recipe.engine.elementwise import keep_inputs_only
     from sft_recipe.engine.loss import return_loss
     from sft_recipe.engine.packs import side_by_side
+    from sft_recipe.engine.whole import WholeModel
 
+    on_cpu, is_whole = kind != "as on a GPU", kind == "whole"
     settings = {"num_attention_heads": 4, "num_key_value_heads": 2, **settings}
     config = getattr(transformers, f"{family}Config")(**settings)
     with torch.device("meta"):
@@ -149,8 +157,10 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype, inputs_only)
         return tensor
 
     assert return_loss(model)
-    if inputs_only:
+    if on_cpu:
         keep_inputs_only(model)
+    if is_whole:
+        WholeModel(model, dtype, converts_frozen=False)
     lengths = [50, 30, 48]
     ids, targets = torch.arange(128)[None], torch.arange(128)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -161,8 +171,10 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype, inputs_only)
         loss = model(**inputs, kept=targets, targets=targets, scale=torch.ones(()))
     assert loss.requires_grad
     layout, width = Layout.of(config.to_dict()), dtype.itemsize
-    planned = 128 * layout.layers * layout.of_layer(width, inputs_only)
-    planned += layout.of_ends(128, width, inputs_only, logits=0)
+    planned = 128 * layout.layers * layout.of_layer(width, on_cpu, is_whole)
+    planned += layout.of_ends(128, width, on_cpu, logits=0)
+    if is_whole:  # the head's gradient is in the sums already
+        planned -= width * layout.vocabulary * layout.hidden
     assert sum(size for size, _ in kept.values()) == pytest.approx(planned, rel=0.07)
 
 

@@ -1,10 +1,13 @@
 """RMSNorm and the product of a gated MLP on CPUs, which keep their inputs only for the backward.
 
 That computes the rest again, as in Liger Kernel (https://arxiv.org/abs/2410.10989, section 3.1). Autograd would keep
-two further tensors of a norm, one of them in fp32, and one of a product.
+two further tensors of a norm, one of them in fp32, and one of a product. Their results can be made again too, by those
+who would keep them.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -27,15 +30,51 @@ def keep_inputs_only(model: nn.Module) -> None:
             module.forward = MethodType(_mlp, module)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a tensor is made again, bit for bit, from `sources`, which another backward keeps anyway."""
+
+    make: Callable[..., torch.Tensor]
+    sources: tuple[torch.Tensor, ...]
+    version: int  # of the tensor: it is another when that has been changed in place
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "Recipe | None":
+        found = getattr(tensor, "recipe", None)
+        return found if found and found.version == tensor._version else None
+
+
+class _Once:
+    """A function of tensors that keeps its result, for others who ask, until it is told to forget it."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]):
+        self.function = function
+        self.result: torch.Tensor | None = None
+
+    def __call__(self, *sources: torch.Tensor) -> torch.Tensor:
+        if self.result is None:
+            self.result = self.function(*sources)
+        return self.result
+
+    def forget(self) -> None:
+        self.result = None
+
+
 def _norm(self: Any, hidden_states: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
     # Some norms may be given a gate as well; and a weight of another width would widen the product.
     if more or named or hidden_states.dtype != self.weight.dtype:
         return type(self).forward(self, hidden_states, *more, **named)
-    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+    again = _Once(_normed)
+    result, scale = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, again.forget)
+    result.recipe = Recipe(again, (hidden_states, self.weight, scale), result._version)
+    return result
 
 
 def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return self.down_proj(_GatedProduct.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    product = _GatedProduct.apply(gate, up, self.act_fn)
+    product.recipe = Recipe(partial(_product, self.act_fn), (gate, up), product._version)
+    return self.down_proj(product)
 
 
 def _is_usual_norm(module: nn.Module) -> bool:
@@ -67,23 +106,28 @@ def _numbers(*shape: int) -> torch.Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + epsilon) over the last dimension, in fp32 up to the product with the weight."""
+    """weight * x / sqrt(mean(x^2) + epsilon) over the last dimension, in fp32 up to the product with the weight.
+
+    Returns that and 1 / sqrt(...), (rows, 1); `before_backward` is called when all gradients of the former are there.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, before_backward: Callable[[], None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = torch.empty(x.numel() // x.shape[-1], 1, dtype=torch.float32)
-        for rows, source, target in _blocks(x, result):
-            wide = source.to(torch.float32, copy=True)
-            torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon), out=scale[rows])
-            torch.mul(wide.mul_(scale[rows]).to(x.dtype), weight, out=target)
+        for rows, source in _blocks(x):
+            torch.rsqrt(source.float().pow(2).mean(-1, keepdim=True).add_(epsilon), out=scale[rows])
         ctx.save_for_backward(x, weight, scale)
-        return result
+        ctx.mark_non_differentiable(scale)
+        ctx.before_backward = before_backward
+        return _normed(x, weight, scale), scale
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # With n = x * scale: dx = scale * (g * w - n * mean(g * w * n)), dw = sum over rows of g * n.
-        [gradient] = gradients
+        ctx.before_backward()
+        gradient, _ = gradients
         x, weight, scale = ctx.saved_tensors
         wide_weight, of_weight = weight.float(), torch.zeros(len(weight))
         of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -94,7 +138,14 @@ class _RMSNorm(torch.autograd.Function):
                 of_weight += product.sum(0)
             mean = torch.mv(product, wide_weight).div_(len(weight))[:, None]
             target.copy_(wide.mul_(wide_weight).addcmul_(normed, mean, value=-1).mul_(scale[rows]))
-        return of_x, of_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+        return of_x, of_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for rows, source, target in _blocks(x, result):
+        torch.mul((source.float() * scale[rows]).to(x.dtype), weight, out=target)
+    return result
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -104,7 +155,7 @@ class _GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: Callable) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return activation(gate) * up
+        return _product(activation, gate, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -115,6 +166,10 @@ class _GatedProduct(torch.autograd.Function):
             activated = ctx.activation(leaf)
         [of_gate] = torch.autograd.grad(activated, leaf, gradient * up)
         return of_gate, activated.detach() * gradient, None
+
+
+def _product(activation: Callable, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return activation(gate) * up
 
 
 def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[Any, ...]]:

@@ -16,6 +16,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from sft_recipe.engine.elementwise import Recipe
+
 
 class WholeModel:
     """Lets a model compute in `dtype`, and sums its gradients in fp32, in places that stay from step to step.
@@ -111,18 +113,23 @@ class GradientSum:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        inputs = inputs.to(weight.dtype)
-        ctx.save_for_backward(inputs, weight)
+        recipe, inputs = Recipe.of(inputs), inputs.to(weight.dtype)
+        ctx.make, sources = (recipe.make, recipe.sources) if recipe else (_itself, (inputs,))
+        ctx.save_for_backward(weight, *sources)
         ctx.sum = weight.gradient_sum
         return F.linear(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         [gradient] = gradients
-        inputs, weight = ctx.saved_tensors
-        ctx.sum.add_product(gradient, inputs)
+        weight, *sources = ctx.saved_tensors
+        ctx.sum.add_product(gradient, ctx.make(*sources).to(weight.dtype))
         of_inputs = gradient @ weight if ctx.needs_input_grad[0] else None
         return of_inputs, None, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _itself(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs
 
 
 class _Embedding(torch.autograd.Function):

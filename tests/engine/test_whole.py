@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, XGLMConfig, XGLMForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from sft_recipe.engine.elementwise import Recipe, keep_inputs_only
 from sft_recipe.engine.whole import GradientSum, WholeModel, clip_whole
 
 IDS = torch.arange(3, 23)[None]
@@ -86,6 +88,40 @@ def test_weights_of_maps_and_embeddings_have_their_gradients_without_a_tensor_of
             assert torch.equal(backward(model, shift), backward(plain, shift))
     check_gradients(model, plain)
     assert copied == {1} or (kind == "scaled embeddings" and copied == {1, 2})
+
+
+@pytest.mark.parametrize("is_checkpointing", [False, True], ids=["at once", "checkpointing"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_maps_do_not_keep_is_made_again_bit_for_bit(dtype, is_checkpointing, monkeypatch):
+    found = {}
+    for remakes in (True, False):
+        model = build().train()
+        if is_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        keep_inputs_only(model)
+        whole = WholeModel(model, dtype, False)
+        if not remakes:
+            monkeypatch.setattr(Recipe, "of", lambda tensor: None)
+        with whole.computing():
+            for shift in range(2):
+                backward(model, shift)
+        found[remakes] = [weight.grad for weight in model.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
+
+
+def test_what_was_changed_in_place_is_kept():
+    def gradient(changes_a_copy):
+        torch.manual_seed(0)
+        maps = nn.ModuleList([LlamaRMSNorm(8), nn.Linear(8, 3)])
+        keep_inputs_only(maps)
+        whole = WholeModel(maps, torch.float32, False)
+        norm, linear = maps
+        with whole.computing():
+            hidden = norm(torch.randn(1, 5, 8, requires_grad=True))
+            linear((hidden.clone() if changes_a_copy else hidden).mul_(2)).sum().backward()
+        return linear.weight.grad
+
+    assert torch.equal(gradient(False), gradient(True))
 
 
 def test_the_copies_are_of_the_weights_as_they_are_now():
