@@ -179,3 +179,19 @@ def test_an_input_of_another_width_than_the_weight_is_left_to_the_model():
     wanted = norm(x)
     keep_inputs_only(norm)
     assert norm(x).dtype == wanted.dtype == torch.float32 and torch.equal(norm(x), wanted)
+
+
+def test_what_a_norm_gives_is_made_again_once_and_forgotten_with_its_backward():
+    norm = LlamaRMSNorm(32)
+    keep_inputs_only(norm)
+    result = norm(torch.randn(3, 32, requires_grad=True))
+    recipe = elementwise.Recipe.of(result)
+
+    @torch.no_grad()  # as inside a backward
+    def made():
+        return recipe.make(*recipe.sources)
+
+    again = made()
+    assert torch.equal(again, result) and made() is again
+    result.sum().backward()
+    assert made() is not again
