@@ -35,7 +35,7 @@ PREDICTED = {  # for the defaults, on two cores that compute in fp32; written do
     ATTENTION: ("1.3", "the scores of whole packs, 0.6 TFLOP more of 1.6"),
     SHARED: ("1.1", "a tenth more tokens in all products"),
     LOSS: ("1.06", "the head at prompts too, and logits several times through memory"),
-    LEAN: ("0.99", "done for the memory"),
+    LEAN: ("", "done for the memory; 1.00 was predicted before results were made again"),
     SUMS: ("", "not predicted: 1.03 and 1.04 in two series of pairs when it was made"),
     ADAM: ("1.03", "ten passes over weights, gradients and moments for one"),
     WHOLE: ("1.03", "weights gathered, gradients flattened: 2 GB of copies"),
