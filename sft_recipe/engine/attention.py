@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, and_masks, packed_sequence_mask_function, sdpa_mask
 
 from sft_recipe.engine.blockwise import attend_blockwise
+from sft_recipe.engine.flash import attend_flash, fits_flash
 from sft_recipe.engine.packs import Segment, side_by_side
 from sft_recipe.errors import ModelError
 
@@ -196,6 +197,8 @@ def attend(
             return _varlen(query, key, value, documents, scaling), None
         if query.device.type == "cpu":
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            if documents.window is None and fits_flash(query, key, value):
+                return attend_flash(query, key, value, documents.segments, scale), None
             return attend_blockwise(query, key, value, documents.segments, documents.window, scale), None
 
     # split and cat, rather than slices, whose gradients would each be as long as the pack.

@@ -110,11 +110,13 @@ def alike(ids):
     return torch.cat(documents)[None]
 
 
-@pytest.mark.parametrize("blocks", [2, 192], ids=["small blocks", "one block"])
+@pytest.mark.parametrize("blocks", [None, 2, 192], ids=["flash", "small blocks", "one block"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_shared_beginnings_equal_padded(kind, blocks, alike, caplog, monkeypatch):
     monkeypatch.setattr(packs, "SHORTEST", 3)
-    monkeypatch.setattr(blockwise, "ROWS", blocks)
+    if blocks:
+        monkeypatch.setattr(attention, "fits_flash", lambda *_: False)
+        monkeypatch.setattr(blockwise, "ROWS", blocks)
     reference, model = build(kind, "eager"), build(kind, PACKED)
     expected, found = padded_logits(reference, alike), shared_logits(model, alike)
     check_equal(reference, expected, model, found, alike, atol=1e-5)
