@@ -24,7 +24,7 @@ from benchmarks.results import machine, table, write_section
 
 DEFAULTS = ["data.train_files=data/example_sft.json", "data.max_length=512", "data.train_batch_size=16",
             "data.micro_batch_size_per_gpu=4"]  # fmt: skip
-ATTENTION = "attention in blocks of each document, not under a mask"
+ATTENTION = "attention of each document to itself, not under a mask"
 SHARED = "shared beginnings once (needs the former)"
 LOSS = "head and loss in parts, at supervised tokens"
 LEAN = "norms and gated products keep their inputs only, results are made again"

@@ -60,7 +60,7 @@ class Layout:
         """Bytes that a layer keeps for each token, where it computes in numbers of `width` bytes.
 
         `on_cpu` its norms and its MLP's product keep their inputs only (engine/elementwise.py), and its attention what
-        it computes the scores from again (engine/blockwise.py). Of a model that is held whole linear maps do not keep
+        it computes the scores from again (engine/flash.py, engine/blockwise.py). Of a model that is held whole linear maps do not keep
         what these norms and this product give, either (engine/whole.py).
         """
         norms = 2 * self._norm(self.hidden, width, on_cpu)
