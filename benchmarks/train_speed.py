@@ -93,7 +93,7 @@ class Bench:
 
     def steps(self, job: Job) -> int:
         """No more than an epoch has."""
-        wanted = self.options.steps.get(job.name, self.options.steps[""])
+        wanted = of_job(self.options.steps, job, 16)
         return min(wanted, max(1, self.data[job.name].counts.rows // job.batch_size))
 
     def measure(self, jobs: list[Job]) -> list[JobResult]:
@@ -287,8 +287,15 @@ def main() -> None:
     options = parse_options()
     options.compute = options.compute or fast_numbers(options.device)
     jobs = [job for name, job in JOBS[options.device].items() if name in options.jobs]
-    quick = {"rows": options.rows, "batch_size": options.batch_size, "compute": options.compute}
-    jobs = [replace(job, **{name: value for name, value in quick.items() if value}) for job in jobs]
+    jobs = [
+        replace(
+            job,
+            compute=options.compute,
+            rows=of_job(options.rows, job, job.rows),
+            batch_size=of_job(options.batch_size, job, job.batch_size),
+        )
+        for job in jobs
+    ]
     bench = Bench(options)
     bench.set_up(jobs)
     results = [result for result in bench.measure(jobs) if result.runs]
@@ -310,10 +317,10 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", type=_names_of(list(PEERS)), default=list(PEERS), help=f"some of {peers}, or none")
     parser.add_argument("--data", type=Path, default=ROOT / "data/example_alpaca.json", help="what is trained")
     parser.add_argument("--rounds", type=int, default=5, help="after the scan of all configurations")
-    steps = "optimiser steps of a run, at most an epoch (16); also for single jobs: 16,long=4"
-    parser.add_argument("--steps", type=_steps, default="16", help=steps)
-    parser.add_argument("--rows", type=int, help="examples of an epoch, for a quick look")
-    parser.add_argument("--batch-size", type=int, help="examples a step, for a quick look")
+    steps = "optimiser steps of a run, at most an epoch (16); this and the next two also for single jobs: 16,long=4"
+    parser.add_argument("--steps", type=_by_job, default="16", help=steps)
+    parser.add_argument("--rows", type=_by_job, default={}, help="examples of an epoch, for a quick look")
+    parser.add_argument("--batch-size", type=_by_job, default={}, help="examples a step, for a quick look")
     parser.add_argument("--validate", action="store_true", help="judge the models of the scan after a whole epoch")
     parser.add_argument("--resume", action="store_true", help="run only what no measurement is kept of")
     parser.add_argument("--report", action="store_true", help="run nothing; make the report from what is kept")
@@ -333,10 +340,11 @@ def command_line(options: argparse.Namespace) -> str:
     data = options.data.name if options.data.is_absolute() else options.data
     words = [f"--device {options.device}", f"--compute {options.compute}", f"--jobs {','.join(options.jobs)}"]
     words += [f"--peers {','.join(options.peers) or 'none'}", f"--data {data}"]
-    steps = ",".join(f"{name}={number}" if name else f"{number}" for name, number in options.steps.items())
-    words += [f"--rounds {options.rounds}", f"--steps {steps}", *(["--validate"] if options.validate else [])]
-    quick = {"rows": options.rows, "batch-size": options.batch_size}
-    words += [f"--{name} {value}" for name, value in quick.items() if value]
+    words += [f"--rounds {options.rounds}", *(["--validate"] if options.validate else [])]
+    for name, numbers in (("steps", options.steps), ("rows", options.rows), ("batch-size", options.batch_size)):
+        if numbers:
+            of_jobs = (f"{job}={number}" if job else f"{number}" for job, number in numbers.items())
+            words.append(f"--{name} {','.join(of_jobs)}")
     return f"python benchmarks/train_speed.py {' '.join(words)}"
 
 
@@ -350,10 +358,14 @@ def _names_of(known: list[str]) -> Any:
     return names
 
 
-def _steps(text: str) -> dict[str, int]:
+def _by_job(text: str) -> dict[str, int]:
     """By the name of the job; the empty name is that of all others."""
     parts = [part.rpartition("=") for part in text.split(",")]
-    return {"": 16} | {name: int(number) for name, _, number in parts}
+    return {name: int(number) for name, _, number in sorted(parts)}
+
+
+def of_job(numbers: dict[str, int], job: Job, default: int) -> int:
+    return numbers.get(job.name, numbers.get("", default))
 
 
 def _version_of_recipe() -> str:

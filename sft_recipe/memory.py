@@ -60,8 +60,8 @@ class Layout:
         """Bytes that a layer keeps for each token, where it computes in numbers of `width` bytes.
 
         `on_cpu` its norms and its MLP's product keep their inputs only (engine/elementwise.py), and its attention what
-        it computes the scores from again (engine/flash.py, engine/blockwise.py). Of a model that is held whole linear maps do not keep
-        what these norms and this product give, either (engine/whole.py).
+        it computes the scores from again (engine/flash.py, engine/blockwise.py). Of a model that is held whole linear
+        maps do not keep what these norms and this product give, either (engine/whole.py).
         """
         norms = 2 * self._norm(self.hidden, width, on_cpu)
         outputs = 0 if is_whole else 2 * width * self.hidden  # of the norms, which linear maps keep

@@ -243,10 +243,13 @@ def test_the_section_hides_no_failure_and_names_no_folder(tmp_path):
     assert "not measured" in section([], {}, "cuda", command)
 
 
-def test_steps_may_differ_by_job():
-    options = train_speed.parse_options(["--steps", "long=4,8"])
-    assert options.steps == {"": 8, "long": 4} and "--steps 8,long=4" in train_speed.command_line(options)
-    assert train_speed.parse_options([]).steps == {"": 16}
+@pytest.mark.parametrize("option", ["steps", "rows", "batch-size"])
+def test_numbers_may_differ_by_job(option):
+    options = train_speed.parse_options([f"--{option}", "long=4,8"])
+    assert f"--{option} 8,long=4" in train_speed.command_line(options)
+    numbers, jobs = vars(options)[option.replace("-", "_")], JOBS["cpu"]
+    assert [train_speed.of_job(numbers, jobs[name], 16) for name in ("long", "full")] == [4, 8]
+    assert train_speed.of_job({"long": 4}, jobs["full"], 16) == 16
 
 
 def test_unknown_names_are_told(capsys):

@@ -1,8 +1,8 @@
 """Attention for CPUs that compute in fp32: PyTorch's FlashAttention kernel for them, on a pack as it lies.
 
 Each segment attends to itself with a causal mask. Rows that continue a segment then see it whole, all in one call, and
-what the two calls give is weighed by their log-sum-exps. In the backward each call gets the log-sum-exp of both, so that
-its shares of the attention are those of all keys (https://arxiv.org/abs/2205.14135, section 3.1 and algorithm 4).
+what the two calls give is weighed by their log-sum-exps. In the backward each call gets the log-sum-exp of both, so
+that its shares of the attention are those of all keys (https://arxiv.org/abs/2205.14135, section 3.1 and algorithm 4).
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,10 +46,9 @@ class _Flash(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         inputs = _by_group(query, key, value)
-        groups, heads, tokens, size = inputs[0].shape
-        result = query.new_empty(1, tokens, groups * heads, size)
-        attended = result[0].unflatten(1, (groups, heads)).permute(1, 2, 0, 3)
-        sums = query.new_empty(groups, heads, tokens)
+        result = query.new_empty(query.transpose(1, 2).shape)
+        attended = _rows_last(result, key.shape[1])
+        sums = query.new_empty(inputs[0].shape[:3])
         for rows, keys, is_causal in _parts(segments):
             found, its_sums = _forward(*_cut(inputs, rows, keys), 0.0, is_causal, scale=scale)
             if is_causal:
@@ -67,11 +66,9 @@ class _Flash(torch.autograd.Function):
         query, key, value, result, sums = ctx.saved_tensors
         segments, scale = ctx.rest
         inputs = _by_group(query, key, value)
-        upstream, attended = (
-            whole[0].unflatten(1, inputs[0].shape[:2]).permute(1, 2, 0, 3) for whole in (gradients[0].contiguous(), result)
-        )
+        upstream, attended = (_rows_last(whole, key.shape[1]) for whole in (gradients[0].contiguous(), result))
         found = [torch.empty_like(whole) for whole in (query, key, value)]
-        for_query, for_key, for_value = found[0][0].unflatten(0, inputs[0].shape[:2]), found[1][0], found[2][0]
+        for_query, for_key, for_value = found[0][0].unflatten(0, (key.shape[1], -1)), found[1][0], found[2][0]
         for rows, keys, is_causal in _parts(segments):
             of_query, of_key, of_value = _backward(
                 upstream[:, :, rows], *_cut(inputs, rows, keys), attended[:, :, rows], sums[:, :, rows], 0.0, is_causal,
@@ -100,6 +97,11 @@ def _parts(segments: Sequence[Segment]) -> Iterator[tuple[slice, slice, bool]]:
 def _by_group(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
     query = query[0].unflatten(0, (key.shape[1], -1))
     return query, *(whole[0][:, None].expand(-1, query.shape[1], -1, -1) for whole in (key, value))
+
+
+def _rows_last(whole: torch.Tensor, groups: int) -> torch.Tensor:
+    """(1, tokens, heads, size) -> (groups, heads of a group, tokens, size)."""
+    return whole[0].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
 
 
 def _cut(inputs: Sequence[torch.Tensor], rows: slice, keys: slice) -> tuple[torch.Tensor, ...]:
