@@ -5,7 +5,7 @@ two further tensors of a norm, one of them in fp32, and one of a product. Their 
 who would keep them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType, SimpleNamespace
@@ -42,6 +42,18 @@ class Recipe:
     def of(tensor: torch.Tensor) -> "Recipe | None":
         found = getattr(tensor, "recipe", None)
         return found if found and found.version == tensor._version else None
+
+    @staticmethod
+    def or_itself(
+        tensor: torch.Tensor, computed: torch.Tensor
+    ) -> tuple[Callable[..., torch.Tensor], Sequence[torch.Tensor]]:
+        """What makes a tensor in a backward, and from what; where it has no recipe, `computed` is kept."""
+        recipe = Recipe.of(tensor)
+        return (recipe.make, recipe.sources) if recipe else (_itself, (computed,))
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 class _Once:

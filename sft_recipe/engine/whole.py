@@ -16,7 +16,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from sft_recipe.engine.adapters import adapted_forward
 from sft_recipe.engine.elementwise import Recipe
+
+FEW = 16  # inputs of a map, as of an adapter's second one: BLAS makes the transpose of such a product up to 5x as fast
 
 
 class WholeModel:
@@ -40,7 +43,10 @@ class WholeModel:
             if weight.requires_grad:
                 self.sums[weight] = GradientSum(self.copies.get(weight, weight), weight)
         for part in module.modules():
-            if (forward := _adding_forward(part)) and part.weight in self.sums:
+            forward = adapted_forward(part)
+            if forward is None and part._parameters.get("weight") in self.sums:
+                forward = _adding_forward(part)
+            if forward:
                 part.forward = MethodType(forward, part)
             self.places += [(part, name, weight) for name, weight in part._parameters.items() if weight in self.copies]
             if self.copies and type(part).__name__ in layers:
@@ -85,7 +91,9 @@ class GradientSum:
     def add_product(self, of_outputs: torch.Tensor, inputs: torch.Tensor) -> None:
         """For a weight (outputs, inputs): the gradient (..., outputs), and what met the weight (..., inputs)."""
         left, right = of_outputs.flatten(0, -2).T, inputs.flatten(0, -2)
-        if left.dtype != torch.float32:
+        if right.shape[1] <= FEW:
+            self._add((right.T @ left.T).T)
+        elif left.dtype != torch.float32:
             self._add(left @ right)
         else:
             torch.addmm(self.total, left, right, beta=1 if self.added else 0, out=self.total)
@@ -113,11 +121,11 @@ class GradientSum:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        recipe, inputs = Recipe.of(inputs), inputs.to(weight.dtype)
-        ctx.make, sources = (recipe.make, recipe.sources) if recipe else (_itself, (inputs,))
+        computed = inputs.to(weight.dtype)
+        ctx.make, sources = Recipe.or_itself(inputs, computed)
         ctx.save_for_backward(weight, *sources)
         ctx.sum = weight.gradient_sum
-        return F.linear(inputs, weight, bias)
+        return F.linear(computed, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -126,10 +134,6 @@ class _Linear(torch.autograd.Function):
         ctx.sum.add_product(gradient, ctx.make(*sources).to(weight.dtype))
         of_inputs = gradient @ weight if ctx.needs_input_grad[0] else None
         return of_inputs, None, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-
-
-def _itself(inputs: torch.Tensor) -> torch.Tensor:
-    return inputs
 
 
 class _Embedding(torch.autograd.Function):

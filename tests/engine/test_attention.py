@@ -221,6 +221,23 @@ def test_a_model_that_looks_into_its_mask_says_what_to_set(ids):
         packed_logits(model, ids)
 
 
+@pytest.mark.parametrize("lies", ["by size", "by token", "values narrower"])
+def test_attention_of_one_document_is_sdpas_however_its_tensors_lie(lies):
+    query, key, value = (torch.randn(1, heads, 20, 8, requires_grad=True) for heads in (4, 2, 2))
+    if lies == "by token":
+        query, key, value = (whole.transpose(2, 3).contiguous().transpose(2, 3) for whole in (query, key, value))
+    elif lies == "values narrower":
+        value = value[..., :5]
+    documents = attention.Documents(side_by_side([20]).segments, None, "cpu")
+    found, _ = attention.attend(torch.nn.Module(), query, key, value, documents)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    wanted, got = (
+        torch.autograd.grad(whole.square().sum(), (query, key, value), retain_graph=True) for whole in (expected, found)
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_dropout_drops():
     query = torch.randn(1, 4, 300, 8)
     key = value = torch.randn(1, 2, 300, 8)

@@ -5,6 +5,8 @@ from copy import deepcopy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, XGLMConfig, XGLMForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -92,10 +94,11 @@ def test_weights_of_maps_and_embeddings_have_their_gradients_without_a_tensor_of
 
 @pytest.mark.parametrize("is_checkpointing", [False, True], ids=["at once", "checkpointing"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_maps_do_not_keep_is_made_again_bit_for_bit(dtype, is_checkpointing, monkeypatch):
+@pytest.mark.parametrize("has_adapters", [False, True], ids=["full", "LoRA"])
+def test_what_maps_do_not_keep_is_made_again_bit_for_bit(has_adapters, dtype, is_checkpointing, monkeypatch):
     found = {}
     for remakes in (True, False):
-        model = build().train()
+        model = (adapted() if has_adapters else build()).train()
         if is_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         keep_inputs_only(model)
@@ -105,8 +108,78 @@ def test_what_maps_do_not_keep_is_made_again_bit_for_bit(dtype, is_checkpointing
         with whole.computing():
             for shift in range(2):
                 backward(model, shift)
-        found[remakes] = [weight.grad for weight in model.parameters()]
+        found[remakes] = [weight.grad for weight in model.parameters() if weight.requires_grad]
     assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
+
+
+def adapted():
+    """B is not 0, so that A has a gradient."""
+    torch.manual_seed(1)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=4, lora_alpha=10, target_modules=targets, init_lora_weights=False)
+    return get_peft_model(build(attention_bias=True), config)
+
+
+def gradients(model, shifts=()):
+    for shift in shifts:
+        backward(model, shift)
+    return {name: weight.grad.float() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def test_maps_with_adapters_are_pefts_without_its_passes(monkeypatch):
+    model, plain = adapted(), adapted()
+    whole = WholeModel(model, torch.float32, True)
+    monkeypatch.setattr(lora.Linear, "_cast_input_dtype", None)  # peft's own forward would fail
+    with whole.computing():
+        losses = [backward(model, shift) for shift in range(3)]
+    monkeypatch.undo()
+    expected = gradients(plain, range(3))
+    found = gradients(model)
+    assert found.keys() == expected.keys() and len(found) == 2 * 2 * 7 and all("lora_" in name for name in found)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max())
+    torch.testing.assert_close(losses, [backward(plain, shift) for shift in range(3)], rtol=1e-6, atol=0)
+
+
+def test_maps_with_adapters_in_bf16_are_as_near_to_fp32_as_pefts():
+    expected = gradients(adapted(), range(2))
+
+    def error(found):
+        off = [(found[name] - expected[name]).norm() / expected[name].norm() for name in expected]
+        return sum(off).item() / len(off)
+
+    model = adapted()
+    with WholeModel(model, torch.bfloat16, True).computing():
+        for shift in range(2):
+            backward(model, shift)
+    assert error(gradients(model)) < 1.2 * error(gradients(in_bf16(adapted()), range(2))) < 0.2
+
+
+def test_an_adapter_that_is_off_is_off():
+    model = adapted()
+    with_adapter = model(input_ids=IDS).logits
+    whole = WholeModel(model, torch.float32, True)
+    with whole.computing(), model.disable_adapter():
+        off = model(input_ids=IDS).logits
+    assert torch.equal(off, build(attention_bias=True)(input_ids=IDS).logits) and not torch.allclose(off, with_adapter)
+
+
+@pytest.mark.parametrize("special", [dict(lora_dropout=0.5), dict(use_dora=True), dict(lora_bias=True)], ids=str)
+def test_adapters_of_another_kind_stay_pefts(special):
+    def model():
+        torch.manual_seed(1)
+        return get_peft_model(build(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **special))
+
+    one, plain = model(), model()
+    torch.manual_seed(2)
+    with WholeModel(one, torch.float32, True).computing():
+        backward(one)
+    torch.manual_seed(2)
+    backward(plain)
+    found, expected = gradients(one), gradients(plain)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max())
 
 
 def test_what_was_changed_in_place_is_kept():
