@@ -86,7 +86,7 @@ def _parts(segments: Sequence[Segment]) -> Iterator[tuple[slice, slice, bool]]:
 
     What continues a segment stands right after it (engine/packs.py).
     """
-    ends = {}
+    ends: dict[Segment, int] = {}
     for segment in segments:
         yield (own := slice(segment.begin, segment.end)), own, True
         ends |= {part: segment.end for part in segment.before}
