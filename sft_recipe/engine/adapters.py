@@ -19,19 +19,23 @@ from sft_recipe.engine.elementwise import Recipe
 
 def adapted_forward(module: nn.Module) -> Callable | None:
     """For a linear map with one adapter of the usual kind; its weights must have their `gradient_sum`."""
-    if not isinstance(module, lora.Linear) or len(module.lora_A) != 1:
+    if type(module) is not lora.Linear or "forward" in vars(module) or len(module.lora_A) != 1:
         return None
     [name], base = module.lora_A, module.base_layer
-    is_plain = type(base) is nn.Linear and "forward" not in vars(base) and not base.weight.requires_grad
+    is_plain = (
+        type(base) is nn.Linear
+        and "forward" not in vars(base)
+        and not any(part.requires_grad for part in base.parameters())
+    )
     is_usual = name not in module.lora_variant and isinstance(module.lora_dropout[name], nn.Identity)
     has_biases = module.lora_A[name].bias is not None or module.lora_B[name].bias is not None
     return _forward if is_plain and is_usual and not has_biases else None
 
 
 def _forward(self: Any, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
-    if more or named or self.disable_adapters or self.merged:
-        return type(self).forward(self, x, *more, **named)
     [name], base = self.lora_A, self.base_layer
+    if more or named or self.disable_adapters or self.merged or self.active_adapters != [name]:
+        return type(self).forward(self, x, *more, **named)
     down, up = self.lora_A[name].weight, self.lora_B[name].weight
     return _Adapted.apply(x, base.weight, base.bias, down, up, self.scaling[name])
 
@@ -52,7 +56,7 @@ class _Adapted(torch.autograd.Function):
         computed = inputs.to(weight.dtype)
         ctx.make, sources = Recipe.or_itself(inputs, computed)
         result, narrow = F.linear(computed, weight, bias), F.linear(computed, down)
-        result.flatten(0, -2).addmm_(narrow.flatten(0, -2), up.T, alpha=scale)
+        result.view(-1, len(weight)).addmm_(narrow.flatten(0, -2), up.T, alpha=scale)
         ctx.save_for_backward(weight, down, up, narrow, *sources)
         ctx.scale, ctx.sums = scale, (down.gradient_sum, up.gradient_sum)
         return result
@@ -68,5 +72,5 @@ class _Adapted(torch.autograd.Function):
         of_inputs = None
         if ctx.needs_input_grad[0]:
             of_inputs = gradient @ weight
-            of_inputs.flatten(0, -2).addmm_(of_narrow.flatten(0, -2), down)
+            of_inputs.view(-1, weight.shape[1]).addmm_(of_narrow.flatten(0, -2), down)
         return of_inputs, None, None, None, None, None

@@ -86,12 +86,12 @@ def _parts(segments: Sequence[Segment]) -> Iterator[tuple[slice, slice, bool]]:
 
     What continues a segment stands right after it (engine/packs.py).
     """
-    ends: dict[Segment, int] = {}
+    ends: dict[tuple[int, int], int] = {}  # not by segments: each one's hash is of all those before it, again and again
     for segment in segments:
         yield (own := slice(segment.begin, segment.end)), own, True
-        ends |= {part: segment.end for part in segment.before}
-    for segment, end in ends.items():
-        yield slice(segment.end, end), slice(segment.begin, segment.end), False
+        ends |= {(part.begin, part.end): segment.end for part in segment.before}
+    for (begin, stop), end in ends.items():
+        yield slice(stop, end), slice(begin, stop), False
 
 
 def _by_group(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:

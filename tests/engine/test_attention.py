@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_recipe.engine import attention, blockwise, packs
 from sft_recipe.engine.attention import PACKED, best_attention, packed_documents
-from sft_recipe.engine.packs import share_beginnings, side_by_side
+from sft_recipe.engine.packs import Segment, share_beginnings, side_by_side
 from sft_recipe.errors import ModelError
 
 LENGTHS = [11, 5, 1, 20, 5]
@@ -236,6 +236,36 @@ def test_attention_of_one_document_is_sdpas_however_its_tensors_lie(lies):
         torch.autograd.grad(whole.square().sum(), (query, key, value), retain_graph=True) for whole in (expected, found)
     )
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_shared_beginnings_longer_than_the_kernels_blocks(groups, monkeypatch):
+    first = Segment(0, 600)
+    second = Segment(600, 800, (first,))
+    segments = [first, second, Segment(800, 950, (first, second)), Segment(950, 1100, (first,))]
+    query, key, value = (torch.randn(1, heads, 1100, 5, requires_grad=True) for heads in (4, groups, groups))
+    documents, upstream = attention.Documents(segments, None, "cpu"), torch.randn(1, 1100, 4, 5)
+
+    def outcome():
+        found, _ = attention.attend(torch.nn.Module(), query, key, value, documents)
+        return found, *torch.autograd.grad(found, (query, key, value), upstream)
+
+    calls, attend_flash = [], attention.attend_flash
+    monkeypatch.setattr(attention, "attend_flash", lambda *given: calls.append(1) or attend_flash(*given))
+    found = outcome()
+    monkeypatch.setattr(attention, "fits_flash", lambda *_: False)
+    torch.testing.assert_close(found, outcome(), rtol=1e-3, atol=1e-4)
+    assert len(calls) == 1
+
+
+def test_forty_beginnings_within_each_other():
+    segments = []
+    for number in range(40):
+        segments.append(Segment(number * 16, number * 16 + 16, tuple(segments)))
+    query = key = value = torch.randn(1, 2, 640, 8)
+    found, _ = attention.attend(torch.nn.Module(), query, key, value, attention.Documents(segments, None, "cpu"))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_drops():

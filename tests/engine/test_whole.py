@@ -23,7 +23,11 @@ XGLM = XGLMConfig(
 def build(**settings):
     torch.manual_seed(0)
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    return LlamaForCausalLM(LlamaConfig(**sizes, **settings))
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **settings))
+    with torch.no_grad():  # else they are 0
+        for name, weight in model.named_parameters():
+            weight.normal_() if name.endswith(".bias") else weight
+    return model
 
 
 def in_bf16(model):
@@ -164,11 +168,15 @@ def test_an_adapter_that_is_off_is_off():
     assert torch.equal(off, build(attention_bias=True)(input_ids=IDS).logits) and not torch.allclose(off, with_adapter)
 
 
-@pytest.mark.parametrize("special", [dict(lora_dropout=0.5), dict(use_dora=True), dict(lora_bias=True)], ids=str)
+@pytest.mark.parametrize(
+    "special", [dict(lora_dropout=0.5), dict(use_dora=True), dict(lora_bias=True), dict(bias="all")], ids=str
+)
 def test_adapters_of_another_kind_stay_pefts(special):
     def model():
         torch.manual_seed(1)
-        return get_peft_model(build(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **special))
+        return get_peft_model(
+            build(attention_bias=True), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **special)
+        )
 
     one, plain = model(), model()
     torch.manual_seed(2)
