@@ -18,9 +18,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 def fits_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """What the kernel asks for, and the numbers with which it is faster than engine/blockwise.py."""
-    is_wide = value.dtype in (torch.float32, torch.float64)
-    lies_by_size = all(whole.stride(-1) == 1 for whole in (query, key, value))
-    return query.device.type == "cpu" and is_wide and lies_by_size and query.shape[-1] == value.shape[-1]
+    fit = all(whole.dtype == torch.float32 and whole.stride(-1) == 1 for whole in (query, key, value))
+    return query.device.type == "cpu" and fit and query.shape[-1] == value.shape[-1]
 
 
 def attend_flash(
