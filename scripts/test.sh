@@ -9,4 +9,4 @@ choose_environment dev
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy sft_recipe
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

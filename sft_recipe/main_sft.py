@@ -15,7 +15,7 @@ from sft_recipe import timing
 from sft_recipe.errors import ConfigError, RecipeError, TrainingError, is_debugging
 from sft_recipe.lean import UNUSED, quick_imports
 from sft_recipe.processes import die_with_parent
-from sft_recipe.training.meeting import leave_meeting_place, record_end, recorded_end, speaks_for_machine
+from sft_recipe.training.meeting import is_alone, leave_meeting_place, record_end, recorded_end, speaks_for_machine
 
 with quick_imports():
     from sft_recipe.compose import load_config, parse_config_args, to_yaml
@@ -38,9 +38,9 @@ def main(args: list[str]) -> int:
             raise
         if speaks_for_machine():
             print(f"error: {error}", file=sys.stderr, flush=True)
-    if code:
+    if code and not is_alone():
         record_end(code)
-    elif os.environ["LOCAL_RANK"] == "0":
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
         leave_meeting_place()
     return code
 

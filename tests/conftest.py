@@ -20,3 +20,8 @@ def tokenizer():
 def model_dir(tmp_path_factory):
     """A two-layer Llama with its tokenizer, as a Hugging Face folder; read-only."""
     return tiny.build_model(tmp_path_factory.mktemp("model"))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests begin, so that no process is left with them when the others are done."""
+    items.sort(key=lambda item: item.path.stem != "test_end_to_end")

@@ -1,8 +1,10 @@
 """Flags, environment and overrides mean the same; the torchrun command lines are frozen; errors are one message."""
 
+import os
 import re
 import shlex
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -575,3 +577,15 @@ def test_train_sh_ends_a_typo_with_code_2_and_one_line():
     done = runs.launch("--epoch", "3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown flag --epoch. Did you mean --epochs?\n"
+
+
+@pytest.mark.parametrize("given, handed_on", [({}, "glibc.malloc.tcache_count=0"), ({"GLIBC_TUNABLES": "x=1"}, "x=1")])
+def test_on_a_cpu_threads_keep_no_small_pieces_of_memory(tmp_path, given, handed_on):
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$GLIBC_TUNABLES"\n')
+    python.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "VIRTUAL_ENV": str(tmp_path), **given}
+    done = subprocess.run([HOME / "train.sh"], env=environment, text=True, capture_output=True, timeout=60)
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    assert done.stdout.splitlines()[-1] == (given.get("GLIBC_TUNABLES", "") if has_gpu else handed_on)

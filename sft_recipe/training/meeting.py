@@ -13,6 +13,11 @@ def meeting_place() -> Path:
     return attempt
 
 
+def is_alone() -> bool:
+    """Whether this process is a whole run: others beside it, of one shell, have the same parent."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 def speaks_for_machine() -> bool:
     """True for the first process of this machine's ranks that asks: an error that all of them meet is told once."""
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
@@ -47,7 +52,7 @@ def _run_place() -> Path:
     parent = os.getppid()
     # In clock ticks since the machine started: exact, whatever the wall clock does.
     name = f"sft_recipe-{os.getuid()}-{parent}-{start_ticks(parent)}"
-    if "WORLD_SIZE" not in os.environ:
+    if is_alone():
         name += f"-{os.getpid()}"
     folder = Path(tempfile.gettempdir()) / name
     folder.mkdir(mode=0o700, exist_ok=True)
