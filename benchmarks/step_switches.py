@@ -1,11 +1,13 @@
 """What each optimisation of the training step is worth: benchmarks/step_switches.py [Hydra overrides]
 
-SmolLM2-135M (the embedded model) on the example data, in this process. Each variant switches one thing off, or all,
-and they take turns on the same batch. What counts is the CPU time of the process (with OMP_NUM_THREADS=1 no thread
-waits for another in it), on a GPU time. Writes its section of RESULTS.md.
+SmolLM2-135M (the embedded model) on the example data, in this process. Each variant switches one thing off, or all; two
+have transformers' layers, compiled, which no run has. They take turns on the same batch, in another order each round.
+What counts is the CPU time of the process (with OMP_NUM_THREADS=1 no thread waits for another in it), on a GPU time.
+Writes its section of RESULTS.md.
 """
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -40,6 +42,8 @@ PREDICTED = {  # for the defaults, on two cores that compute in fp32; written do
     ADAM: ("1.03", "ten passes over weights, gradients and moments for one"),
     WHOLE: ("1.03", "weights gathered, gradients flattened: 2 GB of copies"),
 }
+COMPILED = "torch.compile of the layers"  # on: not compiled
+AGAIN = "all on, a second time: the noise"
 MAPS = nn.Linear, nn.Embedding
 OTHERS = *MAPS, PreTrainedModel
 
@@ -65,30 +69,38 @@ def main() -> None:
         ADAM: fuse_adam,
     }
     names = [*switches, *([WHOLE] if False in engines else [])]
-    variants = {"all on": [], **{f"without: {name}": [name] for name in names}, "all off": names}
+    variants = {"all on": [], AGAIN: [], **{f"without: {name}": [name] for name in names}, "all off": names}
     predicted = {f"without: {name}": PREDICTED[name] for name in names}
+    switches[COMPILED] = lambda rank, on: torch.compiler.set_stance("force_eager" if on else "default")
+    for layer in rank.engine.module.get_decoder().layers:
+        layer.compile(dynamic=True)
+    variants["transformers' layers, compiled"] = [LEAN, SUMS, COMPILED]
+    variants["the same, and attention under a mask"] = [ATTENTION, SHARED, LEAN, SUMS, COMPILED]
     batch = rank.batch(1)
+    clock = "GPU" if rank.device == "cuda" else "CPU"
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    shuffled = random.Random(0)
     for turn in range(options.rounds + 1):
-        for variant, off in variants.items():
+        for variant, off in shuffled.sample(list(variants.items()), len(variants)):
             rank.engine = engines[WHOLE not in off]
             for name, switch in switches.items():
                 switch(rank, name not in off)
             spent = timed(rank, batch)
             if turn:  # the first warms up
                 seconds[variant].append(spent)
+            elif COMPILED in off:
+                predicted[variant] = "", f"no run has it; {spent:.0f} {clock} s for the step that compiles"
     rows = [
         [name, f"{statistics.median(of_one):.2f}", *ratio(of_one, seconds["all on"]), *predicted.get(name, ("", ""))]
         for name, of_one in seconds.items()
     ]
     tokens, docs = batch["input_ids"].values().numel(), list(batch["micro_batch_docs"])
-    clock = "GPU" if rank.device == "cuda" else "CPU"
     section = f"""## What each optimisation of the step is worth
 
 `benchmarks/step_switches.py {" ".join(sys.argv[1:])}`; {machine()}, {torch.get_num_threads()} threads.
 One step of {tokens:,} tokens in micro-batches of {docs} documents, {options.rounds} rounds.
 The ratio is the median, with least and most, of each round's time over that of the same round with all on. Predicted
-was, before the first run of this table, what two cores that compute in fp32 would show; all are kept.
+was, before the first run of this table, what two cores that compute in fp32 would show; all but the last two are kept.
 
 {table(["variant", f"median {clock} s", "ratio", "least", "most", "predicted", "because of"], rows)}
 """
