@@ -14,6 +14,6 @@ done
 choose_environment
 
 # Threads of glibc keep small pieces that they have freed. On a CPU tensors live on the same heap, which these pieces keep
-# from being whole again after a step: that costs up to an eighth of all memory.
+# from being whole again after a step: that costs about a tenth of all memory.
 compgen -G '/dev/nvidia[0-9]*' >/dev/null || export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.tcache_count=0}"
 exec "$PYTHON" -m sft_recipe.launch "$@"
