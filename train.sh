@@ -6,7 +6,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 for word in "$@"; do
   if [ "$word" = "--help" ] || [ "$word" = "-h" ]; then
-    PYTHONPATH="$here" exec python3 -m sft_recipe.launch --help  # needs no environment
+    PYTHONPATH="$here" exec python3 -m sft_recipe.cli.train --help  # needs no environment
   fi
 done
 
@@ -16,4 +16,4 @@ choose_environment
 # Threads of glibc keep small pieces that they have freed. On a CPU tensors live on the same heap, which these pieces keep
 # from being whole again after a step: that costs about a tenth of all memory.
 compgen -G '/dev/nvidia[0-9]*' >/dev/null || export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.tcache_count=0}"
-exec "$PYTHON" -m sft_recipe.launch "$@"
+exec "$PYTHON" -m sft_recipe.cli.train "$@"

@@ -14,10 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.results import machine, table, write_section
-from tests import tiny
-from tests.chaos import Survived, survive
-from tests.training.small_run import arguments
-from tests.warm import Warm
+from tests.support import tiny
+from tests.support.chaos import Survived, survive
+from tests.support.small_run import arguments
+from tests.support.warm import Warm
 
 SHAPES = {
     "full": ["trainer.async_save=false"],

@@ -95,16 +95,16 @@ def measure(trainer: Any, folder: Path) -> list[list[str]]:
 
 def own(trainer: Any, overlap: bool) -> Timed:
     """Our checkpoints; beside each asynchronous one the next steps train until it is whole."""
-    from sft_recipe.training.saving import Saving
+    from sft_recipe.checkpoint.async_saving import AsyncSaver
 
-    saving = Saving(trainer.checkpoints, trainer.state, trainer.export, lambda: None, lambda _: None, overlap)
+    saving = AsyncSaver(trainer.checkpoints, trainer.state, trainer.export, lambda: None, lambda _: None, overlap)
     for _ in range(1 + SAVES):
         shutil.rmtree(trainer.checkpoints.folder / "step_1", ignore_errors=True)
-        saving.start(1, trainer._about(1))
+        saving.start(1, trainer._metadata(1))
         while overlap and saving._job is not None:
             trainer._train_step(1)
-            saving.look(1)
-    took, waited = zip(*saving.costs[1:], strict=True)
+            saving.poll(1)
+    took, waited = zip(*saving.timings[1:], strict=True)
     return statistics.median(took), statistics.median(waited)
 
 

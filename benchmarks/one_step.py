@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from tensordict import NonTensorData, TensorDict
 
-from sft_recipe import preflight
-from sft_recipe.compose import load_config
-from sft_recipe.data.batches import plan_micro_batches, step_examples
+from sft_recipe.config import preflight
+from sft_recipe.config.compose import load_config
+from sft_recipe.data.batching import batch_indices, plan_micro_batches
 
 
 class OneRank:
@@ -20,7 +20,7 @@ class OneRank:
         self.config = load_config(overrides)
         self.device = preflight.choose_device(self.config)
         self._join()
-        from sft_recipe.training.prepare import prepare
+        from sft_recipe.data.run_inputs import prepare
 
         self.prepared = prepare(self.config, 0, say=print)
         self.engine = self.build()
@@ -28,7 +28,7 @@ class OneRank:
     def batch(self, step: int) -> TensorDict:
         """What step `step` (from 0) trains on, planned as a run plans it."""
         data, train = self.config.data, self.prepared.train
-        numbers = step_examples(step, len(train), data.train_batch_size, self.config.trainer.seed, data.shuffle)
+        numbers = batch_indices(step, len(train), data.train_batch_size, self.config.trainer.seed, data.shuffle)
         [plan] = plan_micro_batches(train.lengths[numbers].tolist(), 1, data.token_budget)
         documents = [train[numbers[index]] for part in plan for index in part]
         parts = {
@@ -58,15 +58,16 @@ class OneRank:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
         if self.device == "cpu":
-            from sft_recipe.engine.platform_cpu import use_cpu
+            from sft_recipe.engine.cpu.platform import use_cpu
 
             use_cpu()
         torch.distributed.init_process_group("gloo" if self.device == "cpu" else "nccl")
 
     def build(self) -> Any:
         """Another engine of the same configuration."""
-        from sft_recipe.engine.engine import SFTEngine
-        from sft_recipe.engine.verl_config import build_verl_config, shares_prefixes
+        from sft_recipe.config.auto import shares_prefixes
+        from sft_recipe.engine.sft_engine import SFTEngine
+        from sft_recipe.engine.verl_config import build_verl_config
 
         built = build_verl_config(self.config, self.prepared.model.folder, 1000, self.device)
         built.model.model_type = "language_model"
@@ -79,5 +80,5 @@ class OneRank:
         )
         torch.manual_seed(self.config.trainer.seed)
         engine.initialize()
-        engine.wants_shared_beginnings = shares_prefixes(self.config, self.device)
+        engine.shares_prefixes = shares_prefixes(self.config, self.device)
         return engine

@@ -53,7 +53,7 @@ def main() -> None:
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for event in events:
-        kind = kind_of(event, vocabulary)
+        kind = json_type(event, vocabulary)
         spent[kind] += getattr(event, attribute) / 1e3
         calls[kind] += 1
     total = sum(spent.values())
@@ -72,7 +72,7 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def kind_of(event: Any, vocabulary: int) -> str:
+def json_type(event: Any, vocabulary: int) -> str:
     """By the operator and those it stands in."""
     names, around = [], event
     while around is not None:

@@ -54,8 +54,8 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     rank = OneRank([*DEFAULTS, *overrides])
     engines = {True: rank.engine}  # by whether it holds the whole model
-    if rank.engine.holds_whole_model():
-        with patch.object(type(rank.engine), "holds_whole_model", return_value=False):
+    if rank.engine.is_unsharded():
+        with patch.object(type(rank.engine), "is_unsharded", return_value=False):
             engines[False] = rank.build()
     models = [one.module for one in engines.values()]
     changed = {part: vars(part)["forward"] for one in models for part in one.modules() if "forward" in vars(part)}
@@ -132,7 +132,7 @@ def use_attention(rank: OneRank, name: str) -> None:
 
 
 def share(rank: OneRank, shares: bool) -> None:
-    rank.engine.wants_shared_beginnings = shares
+    rank.engine.shares_prefixes = shares
 
 
 def use_loss(rank: OneRank, changed: dict[nn.Module, Callable], on: bool) -> None:

@@ -40,7 +40,8 @@ from benchmarks.speed.measure import (  # noqa: E402
 )
 from benchmarks.speed.report import MEBIBYTE, JobResult, section  # noqa: E402
 from benchmarks.speed.systems import PEERS, Configuration, configurations, fastest, our_command  # noqa: E402
-from sft_recipe.engine.platform_cpu import has_fast_bf16, measured_peak_flops  # noqa: E402
+from sft_recipe.config.auto import has_fast_bf16  # noqa: E402
+from sft_recipe.engine.cpu.platform import measured_peak_flops  # noqa: E402
 from sft_recipe.errors import RecipeError  # noqa: E402
 
 CACHE = Path("~/.cache/sft_recipe").expanduser()
@@ -205,8 +206,8 @@ class Bench:
         saved = folder / "final"
         peak_flops = measured_peak(job)
         if one.environment:
-            told = self._told(task, folder, saved if judge else None)
-            command = [self.pythons[one.environment], str(INSIDE / one.runner), str(told)]
+            describe = self._told(task, folder, saved if judge else None)
+            command = [self.pythons[one.environment], str(INSIDE / one.runner), str(describe)]
         else:
             words = our_command(job, one, self.models[job.model], data.folder / "train.jsonl", self.steps(job), folder)
             command = [str(ROOT / "train.sh"), *words]

@@ -3,4 +3,4 @@
 
 from in_environment import run_module
 
-run_module("sft_recipe.prepare_data")
+run_module("sft_recipe.cli.prepare")

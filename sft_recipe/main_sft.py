@@ -12,36 +12,42 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, NoReturn
 
 from sft_recipe import timing
+from sft_recipe.distributed.processes import die_with_parent
+from sft_recipe.distributed.rendezvous import (
+    is_error_reporter,
+    is_single_process,
+    record_exit,
+    recorded_exit,
+    remove_rendezvous_dir,
+)
+from sft_recipe.engine.import_stubs import UNUSED, quick_imports
 from sft_recipe.errors import ConfigError, RecipeError, TrainingError, is_debugging
-from sft_recipe.lean import UNUSED, quick_imports
-from sft_recipe.processes import die_with_parent
-from sft_recipe.training.meeting import is_alone, leave_meeting_place, record_end, recorded_end, speaks_for_machine
 
 with quick_imports():
-    from sft_recipe.compose import load_config, parse_config_args, to_yaml
-    from sft_recipe.config import Config
+    from sft_recipe.config.compose import load_config, parse_config_args, to_yaml
+    from sft_recipe.config.schema import Config
 
 if TYPE_CHECKING:
-    from sft_recipe.training.watch import Watch
+    from sft_recipe.distributed.watchdog import Watchdog
 
 
 def main(args: list[str]) -> int:
     """Run one rank. Returns the exit code: 0 done, 2 an error that the message explains, 75 stopped and saved."""
-    if (ended := recorded_end()) is not None:
+    if (ended := recorded_exit()) is not None:
         return ended
     try:
         code = run(args)
     except RecipeError as error:
         code = error.exit_code
         if is_debugging():
-            record_end(code)
+            record_exit(code)
             raise
-        if speaks_for_machine():
+        if is_error_reporter():
             print(f"error: {error}", file=sys.stderr, flush=True)
-    if code and not is_alone():
-        record_end(code)
+    if code and not is_single_process():
+        record_exit(code)
     elif os.environ.get("LOCAL_RANK", "0") == "0":
-        leave_meeting_place()
+        remove_rendezvous_dir()
     return code
 
 
@@ -52,24 +58,24 @@ def run(args: list[str]) -> int:
     config = _with_launched_ranks(config)
     timing.mark("configuration")
     with quick_imports():
-        from sft_recipe.training.watch import Watch
+        from sft_recipe.distributed.watchdog import Watchdog
 
     timing.mark("import PyTorch")
-    watch = Watch(int(os.environ["RANK"]), config.trainer.world_size, config.trainer.hang_timeout)
-    with watch.ending_all(), ExitStack() as held:
+    watch = Watchdog(int(os.environ["RANK"]), config.trainer.world_size, config.trainer.heartbeat_timeout)
+    with watch.propagate_failures(), ExitStack() as held:
         return _run(config, watch, held)
 
 
-def _run(config: Config, watch: Watch, held: ExitStack) -> int:
+def _run(config: Config, watch: Watchdog, held: ExitStack) -> int:
     is_first, local_rank = os.environ["RANK"] == "0", int(os.environ["LOCAL_RANK"])
 
     with quick_imports():
-        _quieten(local_rank)
-        from sft_recipe import preflight
-        from sft_recipe.training.checkpoint import check_identity, check_room_for_run, find_checkpoint
-        from sft_recipe.training.lock import FolderLock
-        from sft_recipe.training.prepare import prepare
-        from sft_recipe.training.progress import check_loggers, notice
+        _silence_libraries(local_rank)
+        from sft_recipe.checkpoint.manager import check_identity, check_run_folder_is_free, find_checkpoint
+        from sft_recipe.checkpoint.run_lock import FolderLock
+        from sft_recipe.config import preflight
+        from sft_recipe.data.run_inputs import prepare
+        from sft_recipe.tracking.run_log import check_loggers, notice
 
     timing.mark("import transformers")
     device = preflight.choose_device(config)
@@ -80,9 +86,9 @@ def _run(config: Config, watch: Watch, held: ExitStack) -> int:
     if is_first:  # the folder is shared: one of all ranks looks into it, and the others hear of it below
         held.callback(FolderLock(output_dir).release)
         resume = find_checkpoint(config.trainer.resume_from, checkpoints, _is_restart(), notice)
-        check_room_for_run(checkpoints, resume)
+        check_run_folder_is_free(checkpoints, resume)
     timing.mark("checks")
-    watch.at("preparing model and data", limited=False)
+    watch.set_phase("preparing model and data", limited=False)
     prepared = prepare(config, local_rank, say=notice)
     timing.mark("model and data")
     if is_first:
@@ -92,32 +98,35 @@ def _run(config: Config, watch: Watch, held: ExitStack) -> int:
 
         import torch
 
-        from sft_recipe.training.agree import check_agreement, share_checkpoint
-        from sft_recipe.training.progress import banner
-        from sft_recipe.training.room import choose_checkpointing
-        from sft_recipe.training.shape import model_shape
+        from sft_recipe.distributed.consistency import check_consistency, share_checkpoint
+        from sft_recipe.engine.loss import LOGITS_CHUNK
+        from sft_recipe.models.memory_estimate import resolve_activation_checkpointing
+        from sft_recipe.models.stats import model_stats
+        from sft_recipe.tracking.run_log import banner
         from sft_recipe.training.trainer import SFTTrainer
 
     timing.mark("import verl")
-    watch.at("waiting for the other ranks", limited=False)
+    watch.set_phase("waiting for the other ranks", limited=False)
     _join_process_group(device)
     timing.mark("process group")
     try:
-        check_agreement(config, prepared.identity(config), output_dir)
+        check_consistency(config, prepared.identity(config), output_dir)
         resume = share_checkpoint(resume, checkpoints)
         if resume:
             check_identity(resume, prepared.identity(config))
         timing.mark("agreement")
-        watch.at("loading the model", limited=False)
-        shape = model_shape(config, prepared.model, device)
+        watch.set_phase("loading the model", limited=False)
+        stats = model_stats(config, prepared.model, device)
         longest = int(prepared.train.lengths.max())
-        config, memory = choose_checkpointing(config, shape, longest, device, notice if is_first else _unsaid)
+        config, memory = resolve_activation_checkpointing(
+            config, stats, longest, device, LOGITS_CHUNK[device], notice if is_first else _no_op
+        )
         timing.mark("model's shape")
-        trainer = SFTTrainer(config, prepared, device, shape, resume, watch)
+        trainer = SFTTrainer(config, prepared, device, stats, resume, watch)
         timing.mark("model and optimizer")
         if is_first:
             steps = trainer.steps_per_epoch, trainer.total_steps, trainer.resume_global_step
-            banner(config, prepared, device, shape, memory, *steps)
+            banner(config, prepared, device, stats, memory, *steps)
         timing.mark("banner")
         code = trainer.fit()
         torch.distributed.barrier()
@@ -130,7 +139,7 @@ def _run(config: Config, watch: Watch, held: ExitStack) -> int:
     return code
 
 
-def _unsaid(_text: str) -> None:
+def _no_op(_text: str) -> None:
     """Of ranks that leave it to rank 0."""
 
 
@@ -172,7 +181,7 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def _quieten(local_rank: int) -> None:
+def _silence_libraries(local_rank: int) -> None:
     """Warnings of libraries about themselves hide what matters here; SFT_DEBUG=1 shows them."""
     if is_debugging():
         return
@@ -189,7 +198,7 @@ def _quieten(local_rank: int) -> None:
 def _choose_platform(device: str) -> None:
     """Before the first import of verl's engine, which settles verl's platform."""
     if device == "cpu":
-        from sft_recipe.engine.platform_cpu import use_cpu
+        from sft_recipe.engine.cpu.platform import use_cpu
 
         use_cpu()
     else:
@@ -202,7 +211,7 @@ def _join_process_group(device: str) -> None:
     """As verl would, over a store that a restart does not confuse; verl's worker takes the group that it finds."""
     import torch
 
-    from sft_recipe.training.watch import COLLECTIVE_TIMEOUT, open_store
+    from sft_recipe.distributed.watchdog import COLLECTIVE_TIMEOUT, open_store
 
     store = open_store("process group")
     store.set_timeout(COLLECTIVE_TIMEOUT)  # machines may prepare their data for hours
@@ -217,7 +226,7 @@ def _join_process_group(device: str) -> None:
 
 def start(args: list[str], launcher: int | None) -> NoReturn:
     """The life of a rank's process, which ends with that of `launcher`, its parent, if any."""
-    timing.take_on()
+    timing.import_timings()
     if launcher:
         die_with_parent(launcher)  # ranks without their launcher would train on unseen
     # Until training begins, and listens to signals itself, there is nothing to save.

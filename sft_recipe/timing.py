@@ -40,13 +40,13 @@ def mark(phase: str) -> None:
     _cpu = cpu
 
 
-def hand_on() -> None:
+def export_timings() -> None:
     """To processes that are started from here on."""
     if ENABLED:
         os.environ[PHASES] = json.dumps(_phases)
 
 
-def take_on() -> None:
+def import_timings() -> None:
     """What was handed on to this process, whose own time begins."""
     global _cpu
     _phases[:], _cpu = json.loads(os.environ.get(PHASES, "[]")), 0.0

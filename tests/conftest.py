@@ -7,7 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from tests import tiny
+from tests.support import tiny
+from tests.support.warm import Warm
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +23,13 @@ def model_dir(tmp_path_factory):
     return tiny.build_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="session")
+def warm():
+    """A process that has imported everything and starts runs by forking."""
+    with Warm() as process:
+        yield process
+
+
 def pytest_collection_modifyitems(items):
     """The longest tests begin, so that no process is left with them when the others are done."""
-    items.sort(key=lambda item: item.path.stem != "test_end_to_end")
+    items.sort(key=lambda item: item.path.stem != "test_smollm2")

@@ -42,10 +42,10 @@ def measure(python: str, runner: str, *arguments: object, environment: dict[str,
         at: dict[str, float] = {}
         facts: dict[str, Any] = {}
         for line in process.stdout or ():
-            told = _told(line)
-            if told:
-                at[told.pop("event")] = told.pop("at")
-                facts |= told
+            describe = _told(line)
+            if describe:
+                at[describe.pop("event")] = describe.pop("at")
+                facts |= describe
             if "ready" in at:
                 ready.set()
         ready.set()

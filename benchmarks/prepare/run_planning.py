@@ -5,7 +5,7 @@ import sys
 import numpy as np
 from clock import tell
 
-from sft_recipe.data.batches import plan_micro_batches, step_examples
+from sft_recipe.data.batching import batch_indices, plan_micro_batches
 
 lengths_file, *numbers = sys.argv[1:]
 examples, ranks, batch_size, budget = map(int, numbers)
@@ -15,7 +15,7 @@ full_steps, rest = divmod(examples, batch_size)
 
 
 def plan(step: int) -> tuple[np.ndarray, list]:
-    of_step = lengths[step_examples(step, examples, batch_size, seed=0)]
+    of_step = lengths[batch_indices(step, examples, batch_size, seed=0)]
     return of_step, plan_micro_batches(of_step.tolist(), ranks, budget)
 
 

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 
 from benchmarks.speed.inside.chatml import encode
 from sft_recipe.data.formats import read_conversations
-from sft_recipe.flops import Products, weights_in_products
-from sft_recipe.memory import Layout
-from sft_recipe.models import convert_gguf, embedded_gguf
+from sft_recipe.models.flops import MatmulParams, matmul_params
+from sft_recipe.models.memory_estimate import ModelDims
+from sft_recipe.models.resolve import convert_gguf, embedded_gguf
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 CONTEXT = 700, 1400  # tokens of a long prompt's context: least and most
@@ -221,18 +221,18 @@ def write_random_model(shape: dict[str, Any], folder: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def products_of(folder: Path, lora_rank: int = 0) -> Products:
+def products_of(folder: Path, lora_rank: int = 0) -> MatmulParams:
     """Of the model in a folder, with adapters on all linear layers but the head where `lora_rank` is not 0."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    head, layout = model.get_output_embeddings(), Layout.of(config.to_dict())
+    head, layout = model.get_output_embeddings(), ModelDims.of(config.to_dict())
     assert layout is not None
     linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
     adapters = sum(lora_rank * (part.in_features + part.out_features) for part in linear)
-    return Products.of(layout, weights_in_products(model, layout), adapters)
+    return MatmulParams.of(layout, matmul_params(model, layout), adapters)
 
 
 def _as_text(turns: Sequence[dict[str, str]]) -> str:

@@ -10,7 +10,7 @@ from benchmarks.results import machine, table
 from benchmarks.speed.jobs import CONTEXT, JOBS, SHORT_ANSWER, Counts, Job
 from benchmarks.speed.measure import Measurement
 from benchmarks.speed.systems import LEFT_OUT, OURS, PEERS, Configuration
-from sft_recipe.flops import FORMULA, Products
+from sft_recipe.models.flops import FORMULA, MatmulParams
 
 MEBIBYTE = 2**20
 DISTURBED = 0.05  # of the machine's CPUs
@@ -35,7 +35,7 @@ class JobResult:
 
     job: Job
     counts: Counts
-    products: Products
+    products: MatmulParams
     steps: int
     runs: Mapping[Configuration, Mapping[int, Measurement]]
     chosen: Sequence[Configuration]
@@ -167,27 +167,27 @@ def peak_of(runs: Sequence[Measurement]) -> float:
 
 def notes(result: JobResult) -> list[str]:
     """What a reader must know about this job's numbers: token counts, disturbed runs, who was left out."""
-    told = [_count_note(result, one) for one in result.runs] if result.is_epoch else []
+    describe = [_count_note(result, one) for one in result.runs] if result.is_epoch else []
     if not result.is_epoch:
-        told.append(
+        describe.append(
             "Numbers of tokens are not compared: in a part of an epoch every system sees rows of its own choice."
         )
-    elif not any(told):
-        told.append("Every system trained the same tokens, and learnt the same, but for line breaks after answers.")
+    elif not any(describe):
+        describe.append("Every system trained the same tokens, and learnt the same, but for line breaks after answers.")
     runs = [(one, number, run) for one, own in result.runs.items() for number, run in own.items()]
     if disturbed := [entry for entry in runs if entry[2].others_cpu > DISTURBED]:
         worst = max(run.others_cpu for _, _, run in disturbed)
-        told.append(
+        describe.append(
             f"**Disturbed:** in {len(disturbed)} of {len(runs)} runs other processes took more than {DISTURBED:.0%} "
             f"of the CPUs, up to {worst:.0%}."
         )
     else:
         most = max(run.others_cpu for _, _, run in runs)
-        told.append(f"Other processes took at most {most:.1%} of the CPUs during a run.")
+        describe.append(f"Other processes took at most {most:.1%} of the CPUs during a run.")
     peaks = [run.peak_flops for _, _, run in runs]
-    told.append(f"Peak of matrix products: {spread([peak / 1e9 for peak in peaks], ',.0f')} GFLOP/s.")
-    told += [f"Left out: {reason}." for (job, _), reason in LEFT_OUT.items() if job == result.job.name]
-    return [note for note in told if note]
+    describe.append(f"Peak of matrix products: {spread([peak / 1e9 for peak in peaks], ',.0f')} GFLOP/s.")
+    describe += [f"Left out: {reason}." for (job, _), reason in LEFT_OUT.items() if job == result.job.name]
+    return [note for note in describe if note]
 
 
 def _count_note(result: JobResult, one: Configuration) -> str:

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sft_recipe.config import nearest
-from sft_recipe.data.containers import Rejected, read_records
-from sft_recipe.data.files import check_file
-from sft_recipe.data.messages import Conversation, Message, check_text, kind_of, located
+from sft_recipe.config.schema import nearest
+from sft_recipe.data.messages import Conversation, Message, check_text, data_error, json_type
+from sft_recipe.data.readers import BadRecord, read_records
+from sft_recipe.data.sources import check_file
 from sft_recipe.errors import ConfigError, DataError
 
 Record = dict[str, Any]
@@ -73,7 +73,7 @@ def _preference(record: Record, source: str) -> list[Turn]:
     prompt = _side(record["prompt"], "user", "prompt", source) if record.get("prompt") else []
     said = [turn for _, turn in prompt]
     if not prompt and not isinstance(record["chosen"], list):
-        raise located(source, "chosen has no prompt beside it; expected prompt, messages or instruction")
+        raise data_error(source, "chosen has no prompt beside it; expected prompt, messages or instruction")
     leads = [turn for _, turn in chosen[: len(said)]] == said  # such data often repeats the prompt there
     return [*_history(record, source), *([] if leads else prompt), *chosen]
 
@@ -82,11 +82,11 @@ def _history(record: Record, source: str) -> list[Turn]:
     turns: list[Turn] = []
     history = _from_json(record.get("history"))
     if history not in (None, "") and not isinstance(history, list):
-        raise located(source, f"history is {kind_of(history)}; expected a list of pairs of texts", "type")
+        raise data_error(source, f"history is {json_type(history)}; expected a list of pairs of texts", "type")
     for index, pair in enumerate(history or []):
         name = f"history[{index}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise located(source, f"{name} is no pair of texts: [what was asked, what was answered]", "type")
+            raise data_error(source, f"{name} is no pair of texts: [what was asked, what was answered]", "type")
         turns += (f"{name}[0]", Message("user", pair[0])), (f"{name}[1]", Message("assistant", pair[1]))
     return turns
 
@@ -103,21 +103,21 @@ def _side(value: Any, role: str, field: str, source: str) -> list[Turn]:
 def _turn_list(field: str, record: Record, source: str) -> list[Turn]:
     turns = _from_json(record[field])  # a CSV cell holds a list as JSON
     if not isinstance(turns, list) or not turns:
-        found = "an empty list" if turns == [] else kind_of(turns)
-        raise located(source, f"{field} is {found}; expected a list of turns with role and content", "type")
+        found = "an empty list" if turns == [] else json_type(turns)
+        raise data_error(source, f"{field} is {found}; expected a list of turns with role and content", "type")
     return [turn for index, item in enumerate(turns) for turn in _turns(item, f"{field}[{index}]", source)]
 
 
 def _turns(turn: Any, name: str, source: str) -> list[Turn]:
     """What one item of a list says: one turn, or several where results of tools stand in a user's turn."""
     if not isinstance(turn, dict):
-        raise located(source, f"{name} is {kind_of(turn)}; expected an object with role and content", "type")
+        raise data_error(source, f"{name} is {json_type(turn)}; expected an object with role and content", "type")
     keys = ["from", "value"] if "role" not in turn and "from" in turn else ["role", "content"]
     calls = _first(turn, ("tool_calls", "function_call"))
     for key in keys:
         if key not in turn and not (key == "content" and calls):
             problem = f"{name}.{key} is missing; expected {' and '.join(keys)}, found {_names(turn)}"
-            raise located(source, problem)
+            raise data_error(source, problem)
     role, content = turn[keys[0]], turn.get(keys[1])
     field = f"{name}.{keys[1]}"
     train = _train(turn, role, name, source)
@@ -147,7 +147,9 @@ def _parts(parts: list[Any], role: str, train: bool, field: str, source: str) ->
     for index, part in enumerate(parts):
         name = f"{field}[{index}]"
         if not isinstance(part, dict) or "type" not in part:
-            raise located(source, f"{name} is {kind_of(part)}; expected an object with type, and text or value", "type")
+            raise data_error(
+                source, f"{name} is {json_type(part)}; expected an object with type, and text or value", "type"
+            )
         kind = part["type"]
         value = _first(part, ("text", "value"))
         if kind == "tool_result":
@@ -155,9 +157,11 @@ def _parts(parts: list[Any], role: str, train: bool, field: str, source: str) ->
             name, call = part.get("name") or "", part.get("tool_call_id") or ""
             messages.append(Message("tool", text, name=name, tool_call_id=call))
         elif kind not in found:
-            raise located(source, f"{name}.type is {kind!r}; expected {', '.join(found)} or tool_result", "type")
+            raise data_error(source, f"{name}.type is {kind!r}; expected {', '.join(found)} or tool_result", "type")
         elif any(later and found[later] for later in list(found)[list(found).index(kind) + 1 :]):
-            raise located(source, f"{name} is a {kind} part after a later kind; expected {', '.join(found)} in order")
+            raise data_error(
+                source, f"{name} is a {kind} part after a later kind; expected {', '.join(found)} in order"
+            )
         elif kind == "tool_call":
             found[kind] += _tool_calls(value, name, source)
         else:
@@ -172,16 +176,18 @@ def _train(turn: Record, role: Any, name: str, source: str) -> bool:
     """Whether a turn is learnt: `train` (true, false) or `weight` (1, 0), where given."""
     train, weight = turn.get("train"), turn.get("weight")
     if train is not None and not isinstance(train, bool):
-        raise located(source, f"{name}.train is {kind_of(train)}; expected true or false", "type")
+        raise data_error(source, f"{name}.train is {json_type(train)}; expected true or false", "type")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        found = weight if isinstance(weight, int | float) else kind_of(weight)
-        raise located(source, f"{name}.weight is {found}; expected 1 (learn this turn) or 0 (only show it)", "type")
+        found = weight if isinstance(weight, int | float) else json_type(weight)
+        raise data_error(source, f"{name}.weight is {found}; expected 1 (learn this turn) or 0 (only show it)", "type")
     if train is not None and weight is not None and train != bool(weight):
-        raise located(source, f"{name}.train and {name}.weight contradict each other; keep one of them")
+        raise data_error(source, f"{name}.train and {name}.weight contradict each other; keep one of them")
     wanted = train if train is not None else None if weight is None else bool(weight)
     is_assistant = role in CALLS or ROLE_NAMES.get(role, role) == "assistant" if isinstance(role, str) else True
     if wanted and not is_assistant:
-        raise located(source, f"{name} asks to learn a turn of {role!r}; only an assistant's turns are learnt", "roles")
+        raise data_error(
+            source, f"{name} asks to learn a turn of {role!r}; only an assistant's turns are learnt", "roles"
+        )
     return wanted is not False
 
 
@@ -195,15 +201,15 @@ def _tool_calls(value: Any, name: str, source: str) -> tuple[Record, ...]:
 def _tool_call(call: Any, name: str, source: str) -> Record:
     inner = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
-        raise located(source, f"{name} is no call of a tool; expected an object with name and arguments", "tools")
+        raise data_error(source, f"{name} is no call of a tool; expected an object with name and arguments", "tools")
     arguments = inner.get("arguments")
     if isinstance(arguments, str) and arguments.strip():
         arguments = _from_json(arguments)
     if arguments in (None, ""):
         arguments = {}
     if not isinstance(arguments, dict):
-        found = "no JSON object" if isinstance(arguments, str) else kind_of(arguments)
-        raise located(source, f"{name}.arguments is {found}; expected an object: {{name: value}}", "tools")
+        found = "no JSON object" if isinstance(arguments, str) else json_type(arguments)
+        raise data_error(source, f"{name}.arguments is {found}; expected an object: {{name: value}}", "tools")
     whole = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
     return {"id": call["id"], **whole} if call.get("id") else whole
 
@@ -214,8 +220,8 @@ def _tools(record: Record, source: str) -> tuple[Record, ...]:
     if tools in (None, "", [], {}):
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise located(
-            source, f"tools is {kind_of(tools)}; expected a list of function schemas, or that as JSON", "tools"
+        raise data_error(
+            source, f"tools is {json_type(tools)}; expected a list of function schemas, or that as JSON", "tools"
         )
     return tuple(
         {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in tools
@@ -263,7 +269,7 @@ class Columns:
                 renamed[field] = [self.rename(turn) for turn in turns]
         return renamed
 
-    def check_met(self) -> None:
+    def check_all_found(self) -> None:
         """Raises DataError where a column was named that no record has."""
         if self.unmet:
             missing = ", ".join(f"{ours} is to be {self.theirs[ours]!r}" for ours in sorted(self.unmet))
@@ -279,16 +285,16 @@ def read_conversations(path: str | Path, format: str = "auto") -> Iterator[Conve
     return _raising(read_data(path, format))
 
 
-def _raising(items: Iterator[Conversation | Rejected]) -> Iterator[Conversation]:
+def _raising(items: Iterator[Conversation | BadRecord]) -> Iterator[Conversation]:
     for item in items:
-        if isinstance(item, Rejected):
+        if isinstance(item, BadRecord):
             raise item.error
         yield item
 
 
 def read_data(
     path: str | Path, format: str = "auto", columns: Columns | None = None
-) -> Iterator[Conversation | Rejected]:
+) -> Iterator[Conversation | BadRecord]:
     """As `read_conversations`, but a record that cannot be used comes as Rejected, and reading goes on."""
     if format != "auto" and format not in FORMATS:
         raise DataError(f"Unknown data format '{format}'; known are auto, {', '.join(FORMATS)}.")
@@ -297,30 +303,30 @@ def read_data(
     return _conversations(Path(path), formats, columns or Columns())
 
 
-def _conversations(path: Path, formats: Mapping[str, Format], columns: Columns) -> Iterator[Conversation | Rejected]:
+def _conversations(path: Path, formats: Mapping[str, Format], columns: Columns) -> Iterator[Conversation | BadRecord]:
     empty = True
     for place, record in read_records(path):
         empty = False
-        if isinstance(record, Rejected):
+        if isinstance(record, BadRecord):
             yield record
             continue
         try:
             yield to_conversation(columns.rename(record), f"{path}, {place}", formats)
         except DataError as error:
-            yield Rejected(error, record)
+            yield BadRecord(error, record)
     if empty:
-        raise located(str(path), "no records; expected at least one (in CSV, below a header line)", "empty")
+        raise data_error(str(path), "no records; expected at least one (in CSV, below a header line)", "empty")
 
 
 def to_conversation(record: Any, source: str, formats: Mapping[str, Format] = FORMATS) -> Conversation:
     """Raises DataError where the record fits none of the formats, or cannot be trained on."""
     if not isinstance(record, dict):
-        raise located(source, f"the record is {kind_of(record)}; expected an object with named fields", "type")
+        raise data_error(source, f"the record is {json_type(record)}; expected an object with named fields", "type")
     turns = _recognise(record, source, formats).turns(record, source)
     if record.get("history") and not any(field.startswith("history") for field, _ in turns):
-        raise located(source, "history stands beside a list of turns, which holds them all; put its turns there")
+        raise data_error(source, "history stands beside a list of turns, which holds them all; put its turns there")
     if record.get("functions"):
-        raise located(source, "functions is not read; write the schemas as tools", "tools")
+        raise data_error(source, "functions is not read; write the schemas as tools", "tools")
     system = _optional_text(record, "system", source)
     if system.strip():
         turns.insert(0, ("system", Message("system", system)))
@@ -341,12 +347,12 @@ def _recognise(record: Record, source: str, formats: Mapping[str, Format]) -> Fo
             f"the record is one text ({field}), in which nothing says what was asked and what is to be learnt; "
             "write prompt and response, or messages"
         )
-        raise located(source, problem)
+        raise data_error(source, problem)
     known = " or ".join(f"{name} ({', '.join(format.fields)})" for name, format in formats.items())
     missing = [field for format in formats.values() for field in format.fields if field not in record]
     hint = _hint(missing, record)
     other = "" if hint else "; data.columns gives other names to columns"
-    raise located(source, f"the fields ({_names(record)}) fit no format{hint}; expected {known}{other}")
+    raise data_error(source, f"the fields ({_names(record)}) fit no format{hint}; expected {known}{other}")
 
 
 def _names(holder: Record) -> str:

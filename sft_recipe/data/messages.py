@@ -76,7 +76,7 @@ class Conversation:
         if "assistant" not in roles:
             name = fields[-1].partition("[")[0] if fields else "messages"
             problem = f"{name} has no assistant turn, so there is nothing to learn; add one"
-            raise located(self.source, problem, "roles")
+            raise data_error(self.source, problem, "roles")
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """The turns as chat templates want them."""
@@ -89,12 +89,12 @@ class Conversation:
         return {"messages": turns, "tools": list(self.tools)} if self.tools else {"messages": turns}
 
 
-def located(source: str, problem: str, kind: str = "fields") -> DataError:
+def data_error(source: str, problem: str, kind: str = "fields") -> DataError:
     """A DataError (to raise) that begins with the place, where it is known."""
     return DataError(f"{source}: {problem}." if source else f"{problem}.", kind)
 
 
-def kind_of(value: object) -> str:
+def json_type(value: object) -> str:
     """What a value of a record is, in a user's words."""
     return KINDS.get(type(value), type(value).__name__)
 
@@ -102,12 +102,12 @@ def kind_of(value: object) -> str:
 def check_text(value: object, name: str, source: str) -> str:
     """The value itself if it is text that can be tokenised; raises DataError if not."""
     if not isinstance(value, str):
-        raise located(source, f"{name} is {kind_of(value)}; expected text", "type")
+        raise data_error(source, f"{name} is {json_type(value)}; expected text", "type")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud83d"
         half = f"\\u{ord(value[error.start]):04x}"
-        raise located(source, f"{name} holds {half}, half of a character; write the whole one", "type") from error
+        raise data_error(source, f"{name} holds {half}, half of a character; write the whole one", "type") from error
     return value
 
 
@@ -118,12 +118,12 @@ def _check_json(value: object, name: str, source: str) -> None:
 def _check_role(roles: Sequence[str], index: int, name: str, source: str) -> None:
     role = roles[index]
     if role not in ROLES:
-        found = repr(role) if isinstance(role, str) else kind_of(role)
-        raise located(source, f"{name} is {found}; expected {', '.join(ROLES[:-1])} or {ROLES[-1]}", "roles")
+        found = repr(role) if isinstance(role, str) else json_type(role)
+        raise data_error(source, f"{name} is {found}; expected {', '.join(ROLES[:-1])} or {ROLES[-1]}", "roles")
     if role == "system" and "system" in roles[:index]:
-        raise located(source, f"{name} makes a second system turn; keep one, as the first turn", "roles")
+        raise data_error(source, f"{name} makes a second system turn; keep one, as the first turn", "roles")
     if role == "system" and index > 0:
-        raise located(source, f"{name} is a system turn after other turns; move it to the front", "roles")
+        raise data_error(source, f"{name} is a system turn after other turns; move it to the front", "roles")
 
 
 def _check_content(message: Message, name: str, source: str) -> None:
@@ -131,7 +131,7 @@ def _check_content(message: Message, name: str, source: str) -> None:
     may_be_empty = message.role in ("system", "tool") or message.tool_calls
     if not may_be_empty and not content.strip():
         what = "response" if message.role == "assistant" else "prompt"
-        raise located(source, f"{name} is an empty {what}; fill it in or remove the record", "empty")
+        raise data_error(source, f"{name} is an empty {what}; fill it in or remove the record", "empty")
 
 
 def _check_extras(message: Message, turn: str, source: str) -> None:
@@ -142,10 +142,10 @@ def _check_extras(message: Message, turn: str, source: str) -> None:
         return
     if message.role != "assistant":
         what = "tool_calls" if message.tool_calls else "reasoning"
-        raise located(source, f"{turn}role is {message.role}, which has no {what}; only an assistant has", "roles")
+        raise data_error(source, f"{turn}role is {message.role}, which has no {what}; only an assistant has", "roles")
     check_text(message.reasoning, f"{turn}reasoning_content", source)
     if message.reasoning and THOUGHT.match(message.content):
         problem = f"{turn}content begins with a <think> beside {turn}reasoning_content; keep the thought in one place"
-        raise located(source, problem)
+        raise data_error(source, problem)
     if message.tool_calls:
         _check_json(message.tool_calls, f"{turn}tool_calls", source)

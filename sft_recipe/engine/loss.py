@@ -19,19 +19,22 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from sft_recipe.errors import ModelError
 
-PART = {"cpu": 2**25, "cuda": 2**28}  # logits at a time: few for the memory, many for the matrix products
-EXACT = {"cpu": 2**19, "cuda": 2**25}  # of those in fp32 at a time: few for a core's caches, many for a GPU's launches
+LOGITS_CHUNK = {"cpu": 2**25, "cuda": 2**28}  # logits at a time: few for the memory, many for the matrix products
+SOFTMAX_CHUNK = {
+    "cpu": 2**19,
+    "cuda": 2**25,
+}  # of those in fp32 at a time: few for a core's caches, many for a GPU's launches
 
 
-def return_loss(model: PreTrainedModel) -> list[nn.Parameter] | None:
-    """Change `model` so that it takes `kept` and `targets`, (tokens,) both, and returns its loss at those positions.
+def patch_chunked_cross_entropy(model: PreTrainedModel) -> list[nn.Parameter] | None:
+    """Replace the forward of `model` by one that takes `positions` and `targets`, both (tokens,), and returns the loss.
 
-    That is the negative log-likelihood of `targets`, summed, times `scale`, a number in a tensor, in fp32. `kept` may
-    name a position more than once. It is to be differentiated as it is: a head's weight may have been given its
-    gradient before the backward pass.
-    Returns the weights of the head, which must be whole wherever the model's own forward runs; None, and nothing is
-    changed, for a model that has no body and head to be called apart. The changed forward raises ModelError where they
-    are not.
+    The loss is the negative log-likelihood of `targets` at `positions`, summed and multiplied by `scale` (a tensor with
+    one number), in fp32. `positions` may name a position more than once. Differentiate
+    it as it is: the head's weights may get their gradients before the backward pass.
+
+    Returns the weights of the head, which must be unsharded wherever the model's own forward runs (else the new forward
+    raises ModelError); returns None and changes nothing where body and head cannot be called separately.
     """
     prefix = model.base_model_prefix
     body, original = getattr(model, prefix, None), model.forward
@@ -58,9 +61,9 @@ def return_loss(model: PreTrainedModel) -> list[nn.Parameter] | None:
     reached = {weight for weight, gradient in zip(trained, gradients, strict=True) if gradient is not None}
     shapes = {name: weight.shape for weight, name in head.items() if weight in reached}
 
-    def forward(kept: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def forward(positions: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, **inputs: Any) -> torch.Tensor:
         given = {name: value for name, value in inputs.items() if value is not None}
-        hidden = body(**given).last_hidden_state[:, kept]
+        hidden = body(**given).last_hidden_state[:, positions]
         weights = [attrgetter(name)(model) for name in shapes]  # as FSDP has put them for this forward
         for weight, (name, shape) in zip(weights, shapes.items(), strict=True):
             if isinstance(weight, DTensor) or weight.shape != shape:
@@ -88,7 +91,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         trained = [weight for weight in weights if weight.requires_grad]
         losses, for_hidden = [], []
         sums: list[torch.Tensor | None] = [None] * len(trained)
-        rows = max(1, PART[hidden.device.type] // vocabulary)
+        rows = max(1, LOGITS_CHUNK[hidden.device.type] // vocabulary)
         for part, target in zip(hidden.split(rows, dim=1), targets.split(rows), strict=True):
             saved: set[int] = set()
             with torch.set_grad_enabled(is_training), _watching_saved(saved):
@@ -122,8 +125,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _added(weight: torch.Tensor) -> int:
-    """How often a weight that sums its gradients elsewhere (whole.GradientSum) has been given one."""
-    return weight.gradient_sum.added if hasattr(weight, "gradient_sum") else 0
+    """How often a weight that sums its gradients elsewhere (whole.GradAccumulator) has been given one."""
+    return weight.grad_accumulator.added if hasattr(weight, "grad_accumulator") else 0
 
 
 def _loss_and_gradient(
@@ -132,16 +135,16 @@ def _loss_and_gradient(
     """`scale` times the summed loss of logits (tokens, vocabulary); `gradient`, which may be the logits, gets as many
     times softmax(logits) less 1 at the target if `is_training`.
     """
-    rows = max(1, EXACT[logits.device.type] // logits.shape[1])
+    rows = max(1, SOFTMAX_CHUNK[logits.device.type] // logits.shape[1])
     losses = []
     for part, target, result in zip(
         logits.split(rows), targets[:, None].split(rows), gradient.split(rows), strict=True
     ):
-        shares = F.log_softmax(part, dim=1, dtype=torch.float32)
-        losses.append(-shares.gather(1, target).sum())
+        probs = F.log_softmax(part, dim=1, dtype=torch.float32)
+        losses.append(-probs.gather(1, target).sum())
         if is_training:
-            shares.exp_().scatter_add_(1, target, shares.new_full((1, 1), -1.0).expand_as(target))
-            torch.mul(shares, scale, out=result)
+            probs.exp_().scatter_add_(1, target, probs.new_full((1, 1), -1.0).expand_as(target))
+            torch.mul(probs, scale, out=result)
     return torch.stack(losses).sum() * scale
 
 

@@ -1,27 +1,28 @@
 """Our configuration -> verl's dataclasses; the one place that knows verl's keys."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from verl.trainer.config import CheckpointConfig
 from verl.utils import model as verl_model
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.config.optimizer import OptimizerConfig
 
-from sft_recipe.config import Config, FsdpConfig, OptimConfig
-from sft_recipe.engine.attention import PACKED
-from sft_recipe.engine.platform_cpu import has_fast_bf16
-from sft_recipe.errors import PreflightError
-from sft_recipe.memory import reshards_after_forward
+from sft_recipe.config.auto import (
+    attention,
+    compute_dtype,
+    effective_strategy,
+    reshards_after_forward,
+    uses_gradient_checkpointing,
+)
+from sft_recipe.config.schema import Config, FsdpConfig, OptimConfig
 
 _verls_model_class = verl_model.get_hf_auto_model_class
 
 
-def find_model_class_quickly() -> None:
+def patch_model_class_lookup() -> None:
     """verl asks of every model whether it sees images, which imports the configurations of all that do.
 
     What calls itself a causal language model is taken at its word; of others verl finds out as before.
@@ -61,47 +62,6 @@ def build_verl_config(config: Config, model_folder: Path, total_steps: int, devi
         optim=_megatron_optim(config, total_steps) if is_megatron else _optim(config, total_steps),
         checkpoint=CheckpointConfig(save_contents=["model", "optimizer", "extra", "hf_model"]),
     )
-
-
-def compute_dtype(fsdp: FsdpConfig, device: str) -> str:
-    """bf16 or fp32: as asked for, or bf16 where the hardware multiplies it."""
-    if fsdp.mixed_precision.param_dtype != "auto":
-        return fsdp.mixed_precision.param_dtype
-    fast = torch.cuda.is_bf16_supported() if device == "cuda" else has_fast_bf16()
-    return "bf16" if fast else "fp32"
-
-
-def effective_strategy(fsdp: FsdpConfig, device: str) -> str:
-    """torch's FSDP1 refuses the CPU; there fsdp runs as fsdp2."""
-    return "fsdp2" if device == "cpu" and fsdp.strategy == "fsdp" else fsdp.strategy
-
-
-def uses_gradient_checkpointing(config: Config, device: str) -> bool:
-    """What was chosen, by the user or by the memory plan; without either on on GPUs, where memory is short."""
-    chosen = config.model.enable_gradient_checkpointing
-    return device == "cuda" if chosen == "auto" else bool(chosen)
-
-
-def attention(config: Config, device: str) -> str:
-    """The attention implementation: flash-attn where it is installed on a GPU, else ours on PyTorch's kernels."""
-    chosen = config.model.attn_implementation
-    if chosen == "auto":
-        has_flash = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
-        chosen = "flash_attention_2" if has_flash else PACKED
-    if config.fsdp.ulysses_sequence_parallel_size > 1 and not chosen.startswith("flash_attention"):
-        raise PreflightError(
-            f"fsdp.ulysses_sequence_parallel_size={config.fsdp.ulysses_sequence_parallel_size} needs flash attention, "
-            f"but attention here is {chosen}: install flash-attn on a machine with GPUs, or set the size to 1"
-        )
-    return chosen
-
-
-def shares_prefixes(config: Config, device: str) -> bool:
-    """Whether what several documents of a micro-batch begin with runs once; on by default where it was measured."""
-    chosen, can = config.model.share_prefixes, attention(config, device) == PACKED
-    if chosen is True and not can:
-        raise PreflightError(f"model.share_prefixes=true needs model.attn_implementation={PACKED}")
-    return device == "cpu" and can if chosen == "auto" else chosen
 
 
 def fsdp_engine(config: Config, device: str) -> FSDPEngineConfig:

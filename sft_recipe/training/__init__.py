@@ -1,1 +1,1 @@
-"""The run: loop, validation, checkpoints, progress."""
+"""The training loop."""

@@ -21,47 +21,48 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
 
 from sft_recipe import __version__, timing
-from sft_recipe.config import AFTER_EACH_EPOCH, Config, Every
-from sft_recipe.data.batches import plan_micro_batches, step_examples, steps_per_epoch
-from sft_recipe.data.cache import Examples
-from sft_recipe.engine.engine import SFTEngine
-from sft_recipe.engine.platform_cpu import measured_peak_flops
-from sft_recipe.engine.verl_config import build_verl_config, compute_dtype, find_model_class_quickly, shares_prefixes
+from sft_recipe.checkpoint.async_saving import STATE, AsyncSaver, Export
+from sft_recipe.checkpoint.manager import Checkpoints
+from sft_recipe.checkpoint.manifest import fingerprint, read_manifest
+from sft_recipe.checkpoint.state import FsdpState, MegatronState
+from sft_recipe.config.auto import compute_dtype, shares_prefixes
+from sft_recipe.config.schema import AFTER_EACH_EPOCH, Config, StepInterval
+from sft_recipe.data.batching import batch_indices, plan_micro_batches, steps_per_epoch
+from sft_recipe.data.run_inputs import RunInputs
+from sft_recipe.data.token_store import Examples
+from sft_recipe.distributed.signals import EXIT_PREEMPTED, SignalHandler
+from sft_recipe.distributed.watchdog import COLLECTIVE_TIMEOUT, Watchdog
+from sft_recipe.engine.cpu.platform import measured_peak_flops
+from sft_recipe.engine.sft_engine import SFTEngine
+from sft_recipe.engine.verl_config import build_verl_config, patch_model_class_lookup
 from sft_recipe.errors import TrainingError, is_debugging
-from sft_recipe.training.checkpoint import Checkpoints
-from sft_recipe.training.evaluate import evaluate
-from sft_recipe.training.manifest import fingerprint, read_manifest
-from sft_recipe.training.prepare import Prepared
-from sft_recipe.training.progress import RunLog, notice
-from sft_recipe.training.save_model import MODEL, ModelSaver
-from sft_recipe.training.saving import STATE, Export, Saving
-from sft_recipe.training.shape import Shape
-from sft_recipe.training.state import FsdpState, MegatronState
-from sft_recipe.training.stop import STOPPED, Requests
-from sft_recipe.training.watch import COLLECTIVE_TIMEOUT, Watch
+from sft_recipe.evaluation.validation import evaluate
+from sft_recipe.export.huggingface import MODEL, ModelSaver
+from sft_recipe.models.stats import ModelStats
+from sft_recipe.tracking.run_log import RunLog, notice
 
-BAD_STEPS_IN_A_ROW = 10
+MAX_NONFINITE_STEPS = 10
 
 
 class SFTTrainer(VerlSFTTrainer):
     """One run, from step `first_step` to its end. Every rank makes one; all methods are collective."""
 
     def __init__(
-        self, config: Config, prepared: Prepared, device: str, shape: Shape, resume: Path | None, watch: Watch
+        self, config: Config, prepared: RunInputs, device: str, stats: ModelStats, resume: Path | None, watch: Watchdog
     ):
         self.recipe = config
         self.prepared = prepared
         self.device = device
-        self.shape = shape
+        self.stats = stats
         self.resume = resume
         self.watch = watch
         self.steps_per_epoch = steps_per_epoch(len(prepared.train), config.data.train_batch_size)
         self.total_steps = config.trainer.total_training_steps or config.trainer.total_epochs * self.steps_per_epoch
-        self.requests = Requests(config.trainer.max_time)
+        self.requests = SignalHandler(config.trainer.max_time)
         # verl reads no more of its own configuration than this in the parts that are kept.
         view = SimpleNamespace(trainer=SimpleNamespace(device=device))
         torch.manual_seed(config.trainer.seed)
-        with _verl_chatter():
+        with _silenced_verl():
             super().__init__(view)
 
     def fit(self) -> int:
@@ -75,7 +76,7 @@ class SFTTrainer(VerlSFTTrainer):
         done = resumed - (self.unvalidated is not None)
         log = RunLog(self.recipe, done, self.total_steps, enabled=dist.get_rank() == 0)
         saving = self._saving(log)
-        costs_told = bad_in_a_row = 0
+        reported = bad_in_a_row = 0
         unvalidated = self.unvalidated
         self.requests.listen()
         if done >= self.total_steps:
@@ -91,31 +92,31 @@ class SFTTrainer(VerlSFTTrainer):
                 if self._is_due(config.test_freq, step, is_last) and self.prepared.validation:
                     try:
                         row |= self._validate(step, self.prepared.validation, log.validating)
-                    except _StopAsked:
+                    except _StopRequested:
                         if step > resumed:
-                            saving.start(step, self._about(step, unvalidated=row))
+                            saving.start(step, self._metadata(step, unvalidated=row))
                         saving.close(step)
                         return self._stopped(step, log)
-                saving.look(step)
-                log.step(row | saving.costs_since(costs_told))
+                saving.poll(step)
+                log.step(row | saving.timings_since(reported))
                 if step == done + 1 and timing.ENABLED:
                     timing.mark("first step")
                     log.start_up()
-                costs_told = len(saving.costs)
-                if bad_in_a_row == BAD_STEPS_IN_A_ROW:
+                reported = len(saving.timings)
+                if bad_in_a_row == MAX_NONFINITE_STEPS:
                     raise TrainingError(_advice(step, self.recipe))
                 asked = self._agree(saving.has_failed())
                 if asked.failed_save:
                     saving.wait(step)
                 is_due = self._is_due(config.save_freq, step, is_last) or step == saving.retry_at
                 if (is_due or asked.stop or asked.save) and step > resumed:
-                    self.watch.at(f"step {step}: saving")
+                    self.watch.set_phase(f"step {step}: saving")
                     self.requests.wants_save = False
-                    saving.start(step, self._about(step, row.get("val/loss")))
+                    saving.start(step, self._metadata(step, row.get("val/loss")))
                 if is_last:
                     saving.close(step)
                     assert saving.newest is not None
-                    log.conclude(saving.newest / MODEL, saving.costs, time.perf_counter() - began)
+                    log.conclude(saving.newest / MODEL, saving.timings, time.perf_counter() - began)
                 elif asked.stop:
                     saving.close(step)
                     return self._stopped(step, log)
@@ -136,10 +137,10 @@ class SFTTrainer(VerlSFTTrainer):
         pass  # made ready before the process group: see prepare.py
 
     def _build_dataloader(self) -> None:
-        pass  # a step's examples are a function of its number: see batches.py
+        pass  # a step's examples are a function of its number: see batching.py
 
     def _init_engine(self) -> None:
-        find_model_class_quickly()
+        patch_model_class_lookup()
         self.training_client.reset()
 
     def _build_ckpt_handler(self) -> None:
@@ -152,8 +153,8 @@ class SFTTrainer(VerlSFTTrainer):
         self.state: FsdpState | MegatronState = MegatronState(self.engine)
         self.export = Export(lambda folder: None, 0)
         if self.is_ours:
-            self.engine.on_micro_batch = self.watch.go_on
-            self.engine.wants_shared_beginnings = shares_prefixes(config, self.device)
+            self.engine.on_micro_batch = self.watch.heartbeat
+            self.engine.shares_prefixes = shares_prefixes(config, self.device)
             self.state = FsdpState(self.engine, config.lora.enabled, group)
             saver = ModelSaver(config, self.prepared, self.engine.module, self._computed_in)
             self.export = Export(lambda folder: saver.save(folder / STATE, folder), saver.size())
@@ -165,31 +166,31 @@ class SFTTrainer(VerlSFTTrainer):
         if self.resume is None:
             return 0
         self.state.read(self.resume / STATE)
-        about = read_manifest(self.resume)
-        self.skipped_steps, self.unvalidated = about["skipped_steps"], about["unvalidated"]
-        if about["total_steps"] != self.total_steps and dist.get_rank() == 0:
+        metadata = read_manifest(self.resume)
+        self.skipped_steps, self.unvalidated = metadata["skipped_steps"], metadata["unvalidated"]
+        if metadata["total_steps"] != self.total_steps and dist.get_rank() == 0:
             notice(
-                f"The run was planned for {about['total_steps']} steps and now goes to {self.total_steps}: "
+                f"The run was planned for {metadata['total_steps']} steps and now goes to {self.total_steps}: "
                 "the learning rate follows the schedule for the new number."
             )
-        return about["step"]
+        return metadata["step"]
 
-    def _saving(self, log: RunLog) -> Saving:
+    def _saving(self, log: RunLog) -> AsyncSaver:
         overlap = self.recipe.trainer.async_save
-        return Saving(self.checkpoints, self.state, self.export, log.record, log.say, overlap)
+        return AsyncSaver(self.checkpoints, self.state, self.export, log.record, log.say, overlap)
 
     def _train_step(self, step: int) -> dict[str, Any]:
         """Optimiser step `step` (from 1); returns its row for the log."""
         started = time.perf_counter()
         data = self.recipe.data
-        numbers = step_examples(step - 1, len(self.prepared.train), data.train_batch_size, self._seed, data.shuffle)
-        self.watch.at(f"step {step}: reading its examples")
+        numbers = batch_indices(step - 1, len(self.prepared.train), data.train_batch_size, self._seed, data.shuffle)
+        self.watch.set_phase(f"step {step}: reading its examples")
         self._seed_step(step)
         if self.is_ours:
             self.engine.set_step(step - 1)
         learning_rate = self.engine.optimizer.param_groups[0]["lr"]
         batch = self._make_batch(self.prepared.train, numbers)
-        self.watch.at(f"step {step}: computing")
+        self.watch.set_phase(f"step {step}: computing")
         metrics = self._metrics(self.training_client.train_batch(batch))
         self.skipped_steps += not math.isfinite(metrics["grad_norm"])
         tokens = int(self.prepared.train.lengths[numbers].sum())
@@ -215,7 +216,7 @@ class SFTTrainer(VerlSFTTrainer):
 
         See flops.py; the head's products count at supervised tokens only, and embeddings are no product.
         """
-        products = self.shape.products
+        products = self.stats.products
         if products is None or math.isinf(self._peak_flops):
             return None
         sizes = lengths.astype(np.int64)
@@ -240,14 +241,14 @@ class SFTTrainer(VerlSFTTrainer):
         return next(found for found in everywhere if found)
 
     def _validate(self, step: int, examples: Examples, tell: Callable[[int, int], None]) -> dict[str, Any]:
-        """Raises _StopAsked, on all ranks, as soon as one of them was asked to stop."""
+        """Raises _StopRequested, on all ranks, as soon as one of them was asked to stop."""
         budget, ranks = self.recipe.data.token_budget, self._data_ranks
 
         def progress(done: int, total: int) -> None:
-            self.watch.at(f"step {step}: validating, {done} of {total} examples")
+            self.watch.set_phase(f"step {step}: validating, {done} of {total} examples")
             tell(done, total)
             if self._agree().stop:
-                raise _StopAsked
+                raise _StopRequested
 
         def infer(batch: TensorDict) -> dict[str, Any]:
             return self._metrics(self.training_client.infer_batch(batch))
@@ -281,7 +282,7 @@ class SFTTrainer(VerlSFTTrainer):
         )
         return batch
 
-    def _about(
+    def _metadata(
         self, step: int, validation_loss: float | None = None, unvalidated: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """What a checkpoint's manifest says of the run."""
@@ -301,9 +302,9 @@ class SFTTrainer(VerlSFTTrainer):
 
     def _stopped(self, step: int, log: RunLog) -> int:
         log.say(f"Stopped at step {step} of {self.total_steps}. Go on with --resume_from auto.")
-        return STOPPED
+        return EXIT_PREEMPTED
 
-    def _is_due(self, every: Every, step: int, is_last: bool) -> bool:
+    def _is_due(self, every: StepInterval, step: int, is_last: bool) -> bool:
         interval = self.steps_per_epoch if every == AFTER_EACH_EPOCH else int(every)
         return is_last or (interval > 0 and step % interval == 0)
 
@@ -315,9 +316,9 @@ class SFTTrainer(VerlSFTTrainer):
     def _agree(self, failed_save: bool = False) -> "_Asked":
         """What any rank was asked or knows: ranks hear of it at different moments and must act after one step."""
         ours = [self.requests.wants_stop, self.requests.wants_save, failed_save]
-        told = torch.tensor([int(part) for part in ours], device=self.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return _Asked(*(bool(part) for part in told.tolist()))
+        describe = torch.tensor([int(part) for part in ours], device=self.device)
+        dist.all_reduce(describe, op=dist.ReduceOp.MAX)
+        return _Asked(*(bool(part) for part in describe.tolist()))
 
     @property
     def _seed(self) -> int:
@@ -336,8 +337,8 @@ class _Asked(NamedTuple):
     failed_save: bool
 
 
-class _StopAsked(Exception):
-    """Validation was cut short."""
+class _StopRequested(Exception):
+    """ValidationResult was cut short."""
 
 
 def _meta_info(config: Config, pad_token_id: int | None) -> dict[str, Any]:
@@ -356,14 +357,14 @@ def _meta_info(config: Config, pad_token_id: int | None) -> dict[str, Any]:
 
 def _advice(step: int, config: Config) -> str:
     return (
-        f"the gradients of the last {BAD_STEPS_IN_A_ROW} steps, up to step {step}, were not finite, so nothing is "
+        f"the gradients of the last {MAX_NONFINITE_STEPS} steps, up to step {step}, were not finite, so nothing is "
         f"learnt any more. Lower the learning rate (now {config.optim.lr:g}), lower GRAD_CLIP, or compute in fp32 "
         "(fsdp.mixed_precision.param_dtype=fp32); the newest checkpoint is from before."
     )
 
 
 @contextlib.contextmanager
-def _verl_chatter() -> Iterator[None]:
+def _silenced_verl() -> Iterator[None]:
     """What verl prints while it builds says nothing to our users; SFT_DEBUG=1 shows it."""
     if is_debugging():
         yield

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_recipe.config import DataConfig
-from sft_recipe.data.files import resolve_files
+from sft_recipe.config.schema import DataConfig
 from sft_recipe.data.formats import FORMATS, read_conversations
+from sft_recipe.data.sources import resolve_files
 from sft_recipe.errors import DataError
 
 TRICKY = ' "quoted", it\'s\r\n你好，世界 👩‍🚀 \u2028 \\n \ufeff\ttrailing  '

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft_recipe.data import containers
-from sft_recipe.data.containers import Rejected
-from sft_recipe.data.files import resolve_files
+from sft_recipe.data import readers as containers
 from sft_recipe.data.formats import Columns, read_conversations, read_data, to_conversation
 from sft_recipe.data.messages import Message
+from sft_recipe.data.readers import BadRecord
+from sft_recipe.data.sources import resolve_files
 from sft_recipe.errors import ConfigError, DataError
 
 Q, A = Message("user", "What is 2 + 2?"), Message("assistant", "4")
@@ -167,21 +167,21 @@ def test_columns_with_other_names(tmp_path):
     columns = Columns({"prompt": "question", "response": "answer"})
     found = [conversation.messages for conversation in read_data(path, columns=columns)]
     assert found == [(Q, A), (Message("user", "a"), Message("assistant", "b"))]
-    columns.check_met()
+    columns.check_all_found()
 
 
 def test_turns_with_other_names(tmp_path):
     path = rows(tmp_path, {"dialog": [{"who": "user", "says": Q.content}, {"who": "assistant", "says": "4"}]})
     columns = Columns({"messages": "dialog", "role": "who", "content": "says"})
     assert [conversation.messages for conversation in read_data(path, columns=columns)] == [(Q, A)]
-    columns.check_met()
+    columns.check_all_found()
 
 
 def test_a_column_that_no_record_has_is_told(tmp_path):
     columns = Columns({"system": "sytsem"})
     assert len(list(read_data(rows(tmp_path, {"prompt": "a", "response": "b"}), columns=columns))) == 1
     with pytest.raises(DataError, match="system is to be 'sytsem', which no record has"):
-        columns.check_met()
+        columns.check_all_found()
 
 
 def test_a_name_that_no_format_has_is_told():
@@ -255,8 +255,8 @@ def test_reading_goes_on_after_a_bad_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([good, b"{broken", good, b'{"prompt": "\xff"}', b'{"prompt": ""}', b"3", good]))
     items = list(read_data(path))
-    assert [isinstance(item, Rejected) for item in items] == [False, True, False, True, True, True, False]
-    kinds = [item.error.kind for item in items if isinstance(item, Rejected)]
+    assert [isinstance(item, BadRecord) for item in items] == [False, True, False, True, True, True, False]
+    kinds = [item.error.kind for item in items if isinstance(item, BadRecord)]
     assert kinds == ["malformed", "malformed", "fields", "type"]
     assert "line 4: not UTF-8" in str(items[3].error)
     assert items[1].record == "{broken"
@@ -273,7 +273,7 @@ def test_a_file_with_a_share(tmp_path, monkeypatch, spec, wanted):
     (tmp_path / "a.json").write_text("[1]")
     (source,) = resolve_files(spec)
     assert [file.name for file in source.files] == ["a.json"] and source.name == "a.json"
-    assert source.wanted(10) == wanted
+    assert source.target_count(10) == wanted
 
 
 def test_a_glob_has_one_share_and_a_file_may_be_called_like_one(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_recipe.engine import loss
-from sft_recipe.engine.loss import return_loss
+from sft_recipe.engine.loss import patch_chunked_cross_entropy
 from sft_recipe.errors import ModelError
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -32,8 +32,8 @@ def inputs(model, tokens=30):
 @pytest.mark.parametrize("part", [1, 200, 10**9], ids=["row by row", "three rows", "at once"])
 @pytest.mark.parametrize("exact", [1, 100, 10**9], ids=["one in fp32", "two in fp32", "all in fp32"])
 def test_parts_do_not_matter(monkeypatch, part, exact):
-    monkeypatch.setitem(loss.PART, "cpu", part)
-    monkeypatch.setitem(loss.EXACT, "cpu", exact)
+    monkeypatch.setitem(loss.LOGITS_CHUNK, "cpu", part)
+    monkeypatch.setitem(loss.SOFTMAX_CHUNK, "cpu", exact)
     check_head(build(), recomputes=False)
 
 
@@ -49,22 +49,22 @@ def test_bf16_is_as_near_to_fp32_as_all_logits_are():
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept(monkeypatch):
-    monkeypatch.setitem(loss.PART, "cpu", 10 * 64)
+    monkeypatch.setitem(loss.LOGITS_CHUNK, "cpu", 10 * 64)
     model = build(vocab_size=4096)
-    assert return_loss(model)
+    assert patch_chunked_cross_entropy(model)
     ids = torch.randint(3, 64, (1, 64))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
-        model(input_ids=ids, kept=torch.arange(63), targets=ids[0, 1:], scale=SCALE)
+        model(input_ids=ids, positions=torch.arange(63), targets=ids[0, 1:], scale=SCALE)
     weight = model.lm_head.weight.numel()
     assert {saved.numel() for saved in kept if saved.numel() >= 64 * 64 * 16} == {weight}
 
 
 def test_no_supervised_token_is_no_loss():
     model = build()
-    assert return_loss(model)
+    assert patch_chunked_cross_entropy(model)
     none = torch.empty(0, dtype=torch.long)
-    found = model(input_ids=inputs(model)[0], kept=none, targets=none, scale=SCALE)
+    found = model(input_ids=inputs(model)[0], positions=none, targets=none, scale=SCALE)
     found.backward()
     assert found == 0 and all(not parameter.grad.any() for parameter in model.parameters())
 
@@ -72,50 +72,50 @@ def test_no_supervised_token_is_no_loss():
 def test_weights_may_be_views_of_another_tensor():
     """As FSDP1 puts them in a module's place while it runs."""
     model, reference = build(tie_word_embeddings=False), build(tie_word_embeddings=False)
-    assert return_loss(model)
+    assert patch_chunked_cross_entropy(model)
     flat = torch.nn.Parameter(model.lm_head.weight.detach().flatten().clone())
     del model.lm_head.weight
     model.lm_head.weight = flat.view(64, 32)
-    ids, kept = inputs(model)
-    model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE).backward()
+    ids, positions = inputs(model)
+    model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE).backward()
     wanted = expected_loss(reference)[1]["lm_head.weight"]
     torch.testing.assert_close(flat.grad.view(64, 32), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_that_is_not_whole_is_not_silently_left_untrained():
     model = build(tie_word_embeddings=False)
-    assert return_loss(model) == [model.lm_head.weight]
+    assert patch_chunked_cross_entropy(model) == [model.lm_head.weight]
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flatten()[:100])  # as a shard
-    ids, kept = inputs(model)
+    ids, positions = inputs(model)
     with pytest.raises(ModelError, match="lm_head.weight is sharded"):
-        model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE)
+        model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
 
 
 def test_a_weight_that_the_loss_does_not_reach_is_told():
     """As of FSDP1, which computes with a view of another tensor."""
     model = build(tie_word_embeddings=False)
-    assert return_loss(model)
+    assert patch_chunked_cross_entropy(model)
     weight = model.lm_head.weight
     model.lm_head.forward = lambda hidden: hidden @ weight.detach().T.clone().requires_grad_()
-    ids, kept = inputs(model)
+    ids, positions = inputs(model)
     with pytest.raises(ModelError, match="does not reach a weight of the head"):
-        model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE)
+        model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
 
 
 def test_a_loss_that_was_changed_after_its_gradients_were_made_is_told():
     model = build()
-    assert return_loss(model)
-    ids, kept = inputs(model)
+    assert patch_chunked_cross_entropy(model)
+    ids, positions = inputs(model)
     with pytest.raises(RuntimeError, match="changed after its gradients were made"):
-        (2 * model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE)).backward()
+        (2 * model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)).backward()
 
 
 def test_a_weight_beside_the_head_that_no_logit_uses_is_no_matter():
     model = build()
     model.other = torch.nn.Linear(3, 3)
-    assert return_loss(model)
-    ids, kept = inputs(model)
-    model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE).backward()
+    assert patch_chunked_cross_entropy(model)
+    ids, positions = inputs(model)
+    model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE).backward()
     assert model.other.weight.grad is None and model.lm_head.weight.grad.any()
 
 
@@ -123,7 +123,7 @@ def test_a_model_without_a_body_is_left_alone():
     model = build()
     model.base_model_prefix = "nowhere"
     before = model.forward
-    assert not return_loss(model) and model.forward == before
+    assert not patch_chunked_cross_entropy(model) and model.forward == before
 
 
 HEADS = {
@@ -170,10 +170,10 @@ def test_a_head_that_is_trained_beside_adapters():
 def test_evaluation_needs_no_gradients():
     model = build()
     expected = expected_loss(model)[0]
-    assert return_loss(model)
-    ids, kept = inputs(model)
+    assert patch_chunked_cross_entropy(model)
+    ids, positions = inputs(model)
     with torch.no_grad():
-        found = model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE)
+        found = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -191,16 +191,16 @@ def check_head(model, recomputes):
 
 def expected_loss(model):
     """With the logits of all tokens, and torch's cross-entropy in fp64."""
-    ids, kept = inputs(model)
-    logits = model(input_ids=ids).logits[0, kept]
-    expected = SCALE * F.cross_entropy(logits.double(), ids[0, kept + 1], reduction="sum")
+    ids, positions = inputs(model)
+    logits = model(input_ids=ids).logits[0, positions]
+    expected = SCALE * F.cross_entropy(logits.double(), ids[0, positions + 1], reduction="sum")
     return expected.float(), gradients_of(expected, model)
 
 
 def found_loss(model):
-    assert return_loss(model.get_base_model() if isinstance(model, PeftModel) else model)
-    ids, kept = inputs(model)
-    found = model(input_ids=ids, kept=kept, targets=ids[0, kept + 1], scale=SCALE)
+    assert patch_chunked_cross_entropy(model.get_base_model() if isinstance(model, PeftModel) else model)
+    ids, positions = inputs(model)
+    found = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
     assert found.dtype == torch.float32
     return found, gradients_of(found, model)
 

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from sft_recipe.compose import load_config
-from sft_recipe.engine.platform_cpu import SHAPES, PlatformCPU, measured_peak_flops, use_cpu
+from sft_recipe.config.compose import load_config
+from sft_recipe.engine.cpu.platform import SHAPE_CACHE_SIZES, PlatformCPU, measured_peak_flops, use_cpu
 from sft_recipe.errors import PreflightError
 
 
@@ -30,17 +30,17 @@ def test_the_cpu_is_verls_platform(verl_config):
 
 
 def test_few_shapes_of_matrix_products_are_remembered_unless_the_user_says_otherwise(monkeypatch):
-    one, other = SHAPES
+    one, other = SHAPE_CACHE_SIZES
     monkeypatch.setenv(one, "7")
     monkeypatch.delenv(other, raising=False)
     use_cpu()
-    assert (os.environ[one], os.environ[other]) == ("7", SHAPES[other])
+    assert (os.environ[one], os.environ[other]) == ("7", SHAPE_CACHE_SIZES[other])
 
 
 def test_the_engine_that_verl_makes_is_ours(verl_config):
     from verl.workers.engine import EngineRegistry
 
-    from sft_recipe.engine.engine import SFTEngine
+    from sft_recipe.engine.sft_engine import SFTEngine
 
     for backend in ("fsdp", "fsdp2"):
         assert EngineRegistry.get_engine_cls("language_model", backend) is SFTEngine
@@ -172,7 +172,7 @@ def test_the_fused_step_equals_the_plain_one(verl_config, model_dir):
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 def test_schedule(verl_config, kind):
-    from sft_recipe.engine.engine import schedule
+    from sft_recipe.engine.sft_engine import schedule
 
     rates = [schedule(step, 100, 10, kind, 0.1) for step in range(101)]
     assert rates[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
@@ -186,7 +186,7 @@ def test_cosine_equals_transformers_after_the_warm_up(verl_config):
     import torch
     from transformers import get_cosine_schedule_with_warmup
 
-    from sft_recipe.engine.engine import schedule
+    from sft_recipe.engine.sft_engine import schedule
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = get_cosine_schedule_with_warmup(optimizer, 10, 100).lr_lambdas[0]

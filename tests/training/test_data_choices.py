@@ -5,10 +5,10 @@ import json
 import numpy as np
 from transformers import AutoTokenizer
 
-from sft_recipe.compose import load_config
-from sft_recipe.training.prepare import prepare
-from tests import tiny
-from tests.runs import metrics, run_here
+from sft_recipe.config.compose import load_config
+from sft_recipe.data.run_inputs import prepare
+from tests.support import tiny
+from tests.support.runs import metrics, run_here
 
 SHOUTING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
@@ -47,7 +47,7 @@ def test_a_mixture_trains_what_it_says(tmp_path):
     found = prepared(tmp_path, spec)
     counts = {word: sum(word in text for text in texts(found, found.train)) for word in ("Hello", "Paris")}
     assert counts == {"Hello": 10, "Paris": 12}
-    assert [(share.examples, share.wanted) for share in found.shares] == [(40, 10), (5, 12)]
+    assert [(item.examples, item.target_count) for item in found.source_counts] == [(40, 10), (5, 12)]
     assert prepared(tmp_path, spec).train.fingerprint == found.train.fingerprint
     assert prepared(tmp_path, spec, "trainer.seed=7").train.fingerprint != found.train.fingerprint
     split = prepared(tmp_path, spec, "data.val_ratio=0.3")

@@ -105,7 +105,7 @@ recipe = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipe)
 
 
-class Recipe(recipe.FullFinetuneRecipeSingleDevice):
+class Recomputation(recipe.FullFinetuneRecipeSingleDevice):
     def _loss_step(self, batch):
         stopwatch.saw(batch["tokens"], batch["labels"])
         return super()._loss_step(batch)
@@ -115,7 +115,7 @@ class Recipe(recipe.FullFinetuneRecipeSingleDevice):
             super().save_checkpoint(epoch)
 
 
-run = Recipe(cfg=config)
+run = Recomputation(cfg=config)
 run.setup(cfg=config)
 run.train()
 run.cleanup()

@@ -1,0 +1,101 @@
+"""What can be known to be wrong before anything is loaded: machine, packages, batch arithmetic, output folder."""
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+from sft_recipe.config.schema import Config, OptimConfig, nearest
+from sft_recipe.errors import CheckpointError, ConfigError, PreflightError
+
+
+def choose_device(config: Config) -> str:
+    """ "cuda" or "cpu". Raises PreflightError where more GPUs are asked for than there are."""
+    import torch
+
+    asked = config.trainer.device
+    there = torch.cuda.device_count() if asked != "cpu" else 0
+    if there == 0 and asked == "cuda":
+        raise PreflightError("trainer.device=cuda, but PyTorch sees no GPU here; set it to auto or cpu")
+    if 0 < there < config.trainer.n_gpus_per_node:
+        raise PreflightError(
+            f"{config.trainer.n_gpus_per_node} GPUs are asked for (N_GPUS), but this machine has {there}; "
+            f"ask for {there}, or train on the CPU with trainer.device=cpu"
+        )
+    return "cuda" if there else "cpu"
+
+
+def check(config: Config, device: str) -> None:
+    """Raises ConfigError and PreflightError: what cannot work with this configuration on this machine."""
+    _check_batches(config)
+    _check_optimizer(config.optim)
+    if config.fsdp.strategy == "megatron":
+        _check_megatron(device)
+
+
+def writable_folder(folder: Path) -> Path:
+    """The run folder, made where there is none. Raises CheckpointError where it cannot be written."""
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"the output folder {folder} cannot be written: {error.strerror or error}") from None
+    return folder
+
+
+def write(path: Path, text: str) -> None:
+    """Raises CheckpointError where that cannot be done, such as on a full disk."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def is_installed(name: str) -> bool:
+    """Whether a package, or a module in one, can be found; nothing is imported but what stands above it."""
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _check_batches(config: Config) -> None:
+    fsdp, world = config.fsdp, config.trainer.world_size
+    sharing = fsdp.ulysses_sequence_parallel_size
+    if fsdp.strategy == "megatron":
+        sharing = fsdp.tensor_model_parallel_size * fsdp.pipeline_model_parallel_size * fsdp.context_parallel_size
+    if world % sharing:
+        raise ConfigError(f"{world} ranks cannot be grouped by {sharing}, the product of the parallel sizes of fsdp.*")
+    if fsdp.fsdp_size > 0 and fsdp.fsdp_size < world and world % fsdp.fsdp_size:
+        raise ConfigError(f"fsdp.fsdp_size={fsdp.fsdp_size} does not divide the {world} ranks")
+    ranks = world // sharing
+    if config.data.train_batch_size < ranks:
+        raise ConfigError(
+            f"BATCH_SIZE={config.data.train_batch_size} is smaller than the number of ranks ({ranks}): some would have "
+            f"nothing to train; set BATCH_SIZE to {ranks} or more"
+        )
+
+
+def _check_optimizer(optim: OptimConfig) -> None:
+    try:
+        module = import_module(optim.optimizer_impl)
+    except ImportError:
+        raise PreflightError(
+            f"optim.optimizer_impl={optim.optimizer_impl} cannot be imported; is it installed?"
+        ) from None
+    if not hasattr(module, optim.optimizer):
+        known = [name for name, value in vars(module).items() if isinstance(value, type)]
+        raise ConfigError(
+            f"{optim.optimizer_impl} has no optimizer {optim.optimizer}.{nearest(optim.optimizer, known)}"
+        )
+
+
+def _check_megatron(device: str) -> None:
+    missing = [name for name in ("megatron.core", "mbridge") if not is_installed(name)]
+    problems = [f"{name} is not installed (pip install -e '.[megatron]')" for name in missing]
+    if device == "cpu":
+        problems.append("there is no GPU")
+    if problems:
+        raise PreflightError(f"strategy=megatron cannot run here: {', and '.join(problems)}; use fsdp or fsdp2")

@@ -1,0 +1,1 @@
+"""Ranks as one run: rendezvous, watchdog, consistency checks, signals."""

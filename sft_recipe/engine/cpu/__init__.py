@@ -1,0 +1,1 @@
+"""The CPU path: verl's platform plug-in, an unsharded model, and kernels that save time or memory there."""

@@ -1,0 +1,114 @@
+"""A trained model as others load it: a Hugging Face folder or a PEFT adapter, with tokenizer and chat template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from sft_recipe.checkpoint.state import read_weights
+from sft_recipe.config.schema import Config
+from sft_recipe.data.run_inputs import RunInputs
+
+ADAPTER = "lora_adapter"
+MODEL = "huggingface"
+
+
+class ModelSaver:
+    """Writes `folder/huggingface`, which `AutoModelForCausalLM.from_pretrained` loads as it is.
+
+    Full fine-tuning: the model. LoRA: the PEFT adapter; with `lora.merge` the merged model, and the adapter beside it
+    in `folder/lora_adapter`. Models are saved in the dtype that training found them in, or in the one that it computed
+    in where that is wider: rounded to bf16, weights lose most of what a few small updates have changed.
+    """
+
+    def __init__(self, config: Config, prepared: RunInputs, module: torch.nn.Module, computed_in: torch.dtype):
+        self.lora = config.lora
+        self.model = prepared.model
+        self.tokenizer = prepared.tokenizer
+        self.stop_token_ids = prepared.stop_token_ids()
+        self.trust_remote_code = config.model.trust_remote_code
+        self.hf_config = AutoConfig.from_pretrained(self.model.folder, trust_remote_code=self.trust_remote_code)
+        self.hf_config.update(config.model.override_config)
+        self.dtype = max(self.hf_config.dtype or torch.float32, computed_in, key=lambda dtype: dtype.itemsize)
+        self.module = module
+        with torch.device("meta"):  # here, and not in `save`: building sets torch's default dtype for a while
+            self.shell = AutoModelForCausalLM.from_config(self.hf_config, trust_remote_code=self.trust_remote_code)
+
+    def save(self, state: Path, folder: Path) -> None:
+        """From a stored state; for one rank. Runs beside training, so it leaves torch's global state alone."""
+        disable_progress_bar()
+        weights, target = read_weights(state), folder / MODEL
+        if self.lora.enabled:
+            adapter = folder / ADAPTER if self.lora.merge else target
+            self._save_adapter(weights, adapter)
+            if self.lora.merge:
+                self._save_merged(adapter, target)
+        else:
+            self._save_full(weights, target)
+        self.tokenizer.save_pretrained(target)
+        self._generation_config().save_pretrained(target)
+
+    def size(self) -> int:
+        """About how many bytes `save` writes."""
+        if self.lora.enabled and not self.lora.merge:
+            return 0  # adapters: as good as nothing beside the state
+        return sum(parameter.numel() for parameter in self.shell.parameters()) * self.dtype.itemsize
+
+    def _save_full(self, weights: dict[str, torch.Tensor], target: Path) -> None:
+        self.shell.save_pretrained(target, state_dict={name: value.to(self.dtype) for name, value in weights.items()})
+        self._set_dtype(target)
+
+    def _save_adapter(self, state: dict[str, torch.Tensor], target: Path) -> None:
+        from peft import get_peft_model_state_dict
+
+        peft_model: Any = getattr(self.module, "_fsdp_wrapped_module", self.module)
+        weights = get_peft_model_state_dict(peft_model, state_dict=state, save_embedding_layers=False)
+        target.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in weights.items()}, target / "adapter_model.safetensors")
+        settings = peft_model.peft_config["default"].to_dict()
+        is_hub_id = not Path(self.model.name).exists() and "/" in self.model.name
+        settings["base_model_name_or_path"] = self.model.name if is_hub_id else str(self.model.folder.absolute())
+        settings["inference_mode"] = True
+        text = json.dumps(
+            settings,
+            indent=2,
+            sort_keys=True,
+            default=lambda value: sorted(value) if isinstance(value, set) else str(value),
+        )
+        (target / "adapter_config.json").write_text(text)
+
+    def _save_merged(self, adapter: Path, target: Path) -> None:
+        """W + alpha / rank * B A, in fp32, on the weights that training began with.
+
+        The adapters are loaded into a shell without memory: making initial values would draw random numbers.
+        """
+        from peft import PeftModel
+
+        base = AutoModelForCausalLM.from_pretrained(
+            self.model.folder, config=self.hf_config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+        )
+        merged: Any = PeftModel.from_pretrained(base, str(adapter), low_cpu_mem_usage=True).merge_and_unload()
+        merged.to(self.dtype).save_pretrained(target)
+        self._set_dtype(target)
+
+    def _generation_config(self) -> GenerationConfig:
+        """The model's own, with the tokens that end a turn in the data: a base model knows none of a chat template."""
+        if (self.model.folder / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(self.model.folder)
+        else:
+            generation = GenerationConfig.from_model_config(self.hf_config)
+        known = generation.eos_token_id
+        ends = [known] if isinstance(known, int) else list(known or [])
+        ends += [token for token in self.stop_token_ids if token not in ends]
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+        return generation
+
+    def _set_dtype(self, target: Path) -> None:
+        path = target / "config.json"
+        settings = json.loads(path.read_text())
+        settings["dtype"] = str(self.dtype).removeprefix("torch.")
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

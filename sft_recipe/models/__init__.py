@@ -1,0 +1,1 @@
+"""Where a model comes from, its tokenizer, its sizes, and how much memory it needs."""

@@ -1,0 +1,78 @@
+"""The sizes of a model's layers, as its config.json states them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """The sizes that decide what a model keeps for its backward pass; widths are of all heads together."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    heads: int
+    query: int
+    key: int
+    has_head_norm: bool = False
+    experts: int = 0  # that each token is sent to
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "ModelDims | None":
+        """From a model's config.json; None where it does not tell, as of other architectures or layers that differ."""
+        settings = settings.get("text_config") or settings
+        try:
+            heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
+            size = settings.get("head_dim") or hidden // heads
+            experts = settings.get("num_experts_per_tok") or 0
+            width = experts * (settings.get("moe_intermediate_size") or settings["intermediate_size"])
+            found = cls(
+                layers=settings["num_hidden_layers"],
+                hidden=hidden,
+                intermediate=width + (settings.get("shared_expert_intermediate_size") or 0) * (experts > 0)
+                if experts
+                else settings["intermediate_size"],
+                vocabulary=settings["vocab_size"],
+                heads=heads,
+                query=heads * size,
+                key=(settings.get("num_key_value_heads") or heads) * size,
+                has_head_norm="qwen3" in settings.get("model_type", ""),
+                experts=experts,
+            )
+        except (KeyError, TypeError):
+            return None
+        return found if all(isinstance(size, int) for size in vars(found).values()) else None
+
+    def activation_bytes_per_token(self, width: int, on_cpu: bool, is_whole: bool) -> int:
+        """Bytes that a layer keeps for each token, where it computes in numbers of `width` bytes.
+
+        `on_cpu` its norms and its MLP's product keep their inputs only (engine/cpu/recompute.py), and its attention what
+        it computes the scores from again (engine/cpu/flash_attention.py, engine/cpu/blockwise_attention.py). Of a model that is held whole linear
+        maps do not keep what these norms and this product give, either (engine/cpu/unsharded.py).
+        """
+        norms = 2 * self._norm(self.hidden, width, on_cpu)
+        outputs = 0 if is_whole else 2 * width * self.hidden  # of the norms, which linear maps keep
+        attention = width * (2 * self.query + 2 * self.key)  # q, out, k, v
+        if not on_cpu:
+            attention += width * self.query + FP32 * self.heads  # out packed; log-sum-exp
+        head_norms = self._norm(self.query + self.key, width, on_cpu) if self.has_head_norm else 0
+        mlp = (2 if is_whole else 3 if on_cpu else 4) * width * self.intermediate  # gate, up; product; activation
+        return norms + outputs + attention + head_norms + mlp
+
+    def head_bytes(self, tokens: int, width: int, on_cpu: bool, logits: int) -> int:
+        """Bytes before the first and after the last layer, where at most so many `logits` exist at once.
+
+        The last norm, the head's input and its gradient; a part of the logits and theirs; the gradient of the head.
+        """
+        each = self._norm(self.hidden, width, on_cpu) + 2 * width * self.hidden
+        part = 2 * width * min(tokens * self.vocabulary, logits)
+        return tokens * each + part + width * self.vocabulary * self.hidden
+
+    @staticmethod
+    def _norm(size: int, width: int, on_cpu: bool) -> int:
+        # Its input; or that in fp32, and what is multiplied with the weight.
+        return (width if on_cpu else FP32 + width) * size

@@ -1,0 +1,48 @@
+"""The arithmetic that training needs: floating point operations of matrix products, and nothing that is done twice."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from sft_recipe.models.dims import ModelDims
+
+FORMULA = """\
+Share of the peak: operations of the matrix products that the trained tokens need / seconds / peak. The operations are
+6 x (weights of the layers) x tokens + 6 x (weights of the head) x supervised tokens + 12 x layers x heads x (size of a
+head) x pairs; pairs are n (n + 1) / 2 for each document of n tokens. With LoRA the frozen weights count 4 instead of 6
+(they have no gradient), and 6 x (weights of the adapters) x tokens is added."""
+
+
+@dataclass(frozen=True)
+class MatmulParams:
+    """Weights in matrix products: of all layers, of the head, of all adapters; and layers x heads x head size."""
+
+    layers: int
+    head: int
+    adapters: int
+    attention: int
+
+    @classmethod
+    def of(cls, dims: ModelDims, layers: int, adapters: int = 0) -> "MatmulParams":
+        """`layers` and `adapters` are their numbers of weights, no adapters for full fine-tuning."""
+        return cls(layers, dims.hidden * dims.vocabulary, adapters, dims.layers * dims.query)
+
+    def flops(self, tokens: float, supervised: float, pairs: float) -> float:
+        """Of forward and backward passes together."""
+        passes = 4 if self.adapters else 6
+        weights = passes * (self.layers * tokens + self.head * supervised) + 6 * self.adapters * tokens
+        return weights + 12 * self.attention * pairs
+
+
+def matmul_params(model: nn.Module, dims: ModelDims) -> int:
+    """How many weights of a model's layers each token is multiplied with: of experts, those that it is sent to."""
+    ends = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    ends += [part for part in [model.get_output_embeddings()] if part is not None]
+    outside = {id(part.weight) for part in ends}
+    found = 0
+    for weight in model.parameters():
+        if weight.dim() == 2 and id(weight) not in outside:
+            found += weight.numel()
+        elif weight.dim() == 3:  # (experts, inputs, outputs), or with those turned
+            found += weight.numel() * dims.experts // weight.shape[0]
+    return found

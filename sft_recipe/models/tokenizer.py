@@ -1,0 +1,78 @@
+"""A model's tokenizer, with the chat template that is trained and saved."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sft_recipe.config.schema import ModelConfig
+from sft_recipe.errors import ModelError
+from sft_recipe.models.resolve import ResolvedModel
+
+
+def load_tokenizer(
+    config: ModelConfig, folder: Path, say: Callable[[str], None] = lambda text: None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with the chat template that is trained, and saved: the one named, else its own, else plain ChatML.
+
+    Raises ModelError where the folder holds no tokenizer that transformers can read, or the template cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder} holds no usable tokenizer: {str(error).splitlines()[0]}") from None
+    if config.chat_template:
+        path = Path(config.chat_template).expanduser()
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ModelError(f"model.chat_template: {path.absolute()} cannot be read: {reason}") from None
+    if ensure_chat_template(tokenizer):
+        say(f"{config.path} has no chat template: a plain ChatML one is used, and saved with the trained model.")
+    return tokenizer
+
+
+def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give a base model's tokenizer a plain ChatML template; False if it had a template of its own.
+
+    A turn must end with a token that the model has. If `<|im_end|>` is one, all is as usual. If not, the
+    markers are plain text to the model and the assistant ends with the eos token in place of `<|im_end|>`. A
+    tokenizer that begins texts with bos gets it here too, since what a template renders is tokenised without.
+    Raises ModelError if there is no eos token either.
+    """
+    if tokenizer.chat_template:
+        return False
+    end = "'<|im_end|>'"
+    if "<|im_end|>" not in special_tokens(tokenizer):
+        if not tokenizer.eos_token:
+            raise ModelError(
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template and no eos token, so that no "
+                "turn could end; set eos_token in its tokenizer_config.json, or give it a chat template."
+            )
+        end = f"(eos_token if message['role'] == 'assistant' else {end})"
+    begin = "{{ bos_token }}" if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else ""
+    tokenizer.chat_template = (
+        f"{begin}{{% for message in messages %}}"
+        f"{{{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + {end} + '\\n' }}}}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    return True
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The tokens that text is not made of: those flagged special, and eos."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return special | {tokenizer.eos_token} if tokenizer.eos_token else special
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ResolvedModel) -> None:
+    settings = json.loads((model.folder / "config.json").read_text())
+    rows = settings.get("vocab_size") or settings.get("text_config", {}).get("vocab_size")
+    largest = max(tokenizer.get_vocab().values())
+    if rows and largest >= rows:
+        raise ModelError(
+            f"tokenizer and model do not fit: the tokenizer has a token with id {largest}, but {model.name} has {rows} "
+            "embeddings; use the tokenizer that belongs to the model (TOKENIZER_PATH)"
+        )

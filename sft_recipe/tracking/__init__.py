@@ -1,0 +1,1 @@
+"""What a person watches and what a machine reads of a run: console, metrics.jsonl, loggers."""

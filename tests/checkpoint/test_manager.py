@@ -1,0 +1,211 @@
+"""What a checkpoint promises: damage is found and named, the one before is used, and what counts is never removed."""
+
+import json
+import shutil
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sft_recipe.checkpoint.manifest import read_manifest, verify
+from tests.support import tiny
+from tests.support.chaos import states
+from tests.support.runs import metrics, run_here
+from tests.support.small_run import STEPS, arguments, checkpoints
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.build_model(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    """A run with checkpoints step_2 and step_4; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("saved")
+    assert run_here(*arguments(model, folder, "trainer.total_training_steps=4")) == 0
+    return folder
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path):
+    path.unlink()
+
+
+def edit_manifest(path):
+    path.write_text(path.read_text().replace('"step": 4', '"step": 3'))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "says"),
+    [
+        ("state/*.safetensors", cut, "bytes instead of"),
+        ("state/*.safetensors", flip, "does not have its checksum"),
+        ("state/*.safetensors", remove, "is missing"),
+        ("huggingface/model.safetensors", flip, "does not have its checksum"),
+        ("manifest.json", remove, "no readable manifest.json"),
+        ("manifest.json", cut, "no readable manifest.json"),
+        ("manifest.json", edit_manifest, "not as it was written"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    model, saved, tmp_path, capfd, file, damage, says
+):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    newest = folder / "out/checkpoints/step_4"
+    damage(next(newest.glob(file)))
+    run = arguments(model, folder, "trainer.total_training_steps=4")
+    capfd.readouterr()
+    assert run_here(*run, f"trainer.resume_from={newest}") == 2
+    assert says in capfd.readouterr().err
+    assert run_here(*run, "trainer.resume_from=auto") == 0
+    said = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    assert says in said and "after step 2" in said and "set aside as damaged_step_4" in said
+    assert checkpoints(folder) == ["damaged_step_4", "step_2", "step_4"]
+    assert [row["step"] for row in metrics(folder / "out")] == [1, 2, 3, 4]
+
+
+def test_the_manifest_says_what_a_checkpoint_is(saved):
+    newest = saved / "out/checkpoints/step_4"
+    manifest = read_manifest(newest)
+    files = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
+    assert files == {*manifest["files"], "manifest.json"}
+    assert manifest["step"] == 4 and manifest["world_size"] == 1
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert {"config", "identity", "validation_loss"} <= manifest.keys()
+    assert verify(newest) == ""
+
+
+def test_the_model_for_others_is_the_state_that_is_resumed_from(saved):
+    newest = saved / "out/checkpoints/step_4"
+    model = load_file(newest / "huggingface/model.safetensors")
+    state = {name: value for (_, name), value in states(newest).items()}
+    assert model and all(value.equal(state[f"model.{name}"]) for name, value in model.items())
+
+
+def test_the_best_checkpoint_stays(model, tmp_path, monkeypatch):
+    """By validation loss, which here is lowest after the second step."""
+    from sft_recipe.evaluation.validation import ValidationResult
+    from sft_recipe.training import trainer
+
+    losses = iter([3.0, 1.0, 2.0, 2.0, 1.5, 2.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: ValidationResult(next(losses), 7))
+    often = ["trainer.save_freq=1", "trainer.test_freq=1", "trainer.max_ckpt_to_keep=1"]
+    assert run_here(*arguments(model, tmp_path, *often, "trainer.total_training_steps=4")) == 0
+    assert checkpoints(tmp_path) == ["step_2", "step_4"]
+    run = arguments(model, tmp_path, *often, "trainer.total_training_steps=6", "trainer.resume_from=auto")
+    assert run_here(*run) == 0
+    assert checkpoints(tmp_path) == ["step_2", "step_4", "step_6"]  # best, resumed from, newest
+
+
+def test_what_killed_runs_left_is_removed(model, tmp_path):
+    for name in (".step_3.partial", ".step_1.retired"):
+        (tmp_path / "out/checkpoints" / name).mkdir(parents=True)
+    assert run_here(*arguments(model, tmp_path, "trainer.total_training_steps=2")) == 0
+    assert checkpoints(tmp_path) == ["step_2"]
+
+
+@pytest.mark.parametrize("shape", [[], ["lora.enabled=true", "lora.merge=true"], ["fsdp.param_offload=true"]])
+def test_a_checkpoint_taken_while_steps_go_on_is_that_of_its_step(model, tmp_path, monkeypatch, shape):
+    """Each save is held back until the step after it is done."""
+    from sft_recipe.checkpoint.async_saving import _Job
+    from sft_recipe.training.trainer import SFTTrainer
+
+    keep = ["trainer.max_ckpt_to_keep=null", "model.override_config={attention_dropout: 0.1}", *shape]
+    assert run_here(*arguments(model, tmp_path / "waiting", *keep, "trainer.async_save=false")) == 0
+    trained, real_step, real_run = [], SFTTrainer._train_step, _Job._run
+    written_after = []
+
+    def step(self, number):
+        row = real_step(self, number)
+        trained.append(number)
+        return row
+
+    def run(self):
+        begun = len(trained)
+        while begun < STEPS and len(trained) == begun:
+            pass
+        real_run(self)
+        written_after.append(trained[-1])
+
+    monkeypatch.setattr(SFTTrainer, "_train_step", step)
+    monkeypatch.setattr(_Job, "_run", run)
+    assert run_here(*arguments(model, tmp_path / "beside", *keep)) == 0
+    assert written_after[:4] >= [3, 5, 7, 9]
+    assert checkpoints(tmp_path / "beside") == checkpoints(tmp_path / "waiting")
+    for name in checkpoints(tmp_path / "waiting"):
+        one, other = (tmp_path / side / "out/checkpoints" / name for side in ("waiting", "beside"))
+        left, right = states(one), states(other)
+        assert left.keys() == right.keys() and all(value.equal(right[key]) for key, value in left.items())
+        for path in (one / "huggingface").iterdir():
+            assert path.read_bytes() == (other / "huggingface" / path.name).read_bytes(), path.name
+
+
+def test_a_state_in_many_files_is_the_same_state(model, saved, tmp_path, monkeypatch):
+    from sft_recipe.checkpoint import state
+
+    monkeypatch.setattr(state, "LARGEST_FILE", 20_000)
+    run = arguments(model, tmp_path, "trainer.total_training_steps=4")
+    assert run_here(*run) == 0
+    assert len(list((tmp_path / "out/checkpoints/step_2/state").iterdir())) > 5
+    shutil.rmtree(tmp_path / "out/checkpoints/step_4")
+    assert run_here(*run, "trainer.resume_from=auto") == 0
+    whole, resumed = (
+        {name: value for (_, name), value in states(folder / "out/checkpoints/step_4").items()}
+        for folder in (saved, tmp_path)
+    )
+    assert whole.keys() == resumed.keys() and all(value.equal(resumed[name]) for name, value in whole.items())
+
+
+def test_too_little_memory_for_copies_means_waiting(model, tmp_path, monkeypatch, capfd):
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=0))
+    run = arguments(model, tmp_path, "trainer.total_training_steps=2")
+    assert run_here(*run) == 0
+    assert "too little memory" in capfd.readouterr().out
+
+
+def test_the_report_says_what_saves_cost(saved, model, tmp_path, capfd):
+    run = arguments(model, tmp_path, "trainer.total_training_steps=4", "trainer.async_save=false")
+    capfd.readouterr()
+    assert run_here(*run) == 0
+    assert "2 checkpoints took" in capfd.readouterr().out
+    rows = metrics(tmp_path / "out")
+    assert [("perf/save_s" in row, "perf/save_wait_s" in row) for row in rows] == [
+        (row["step"] == 3,) * 2 for row in rows
+    ]
+
+
+def test_a_checkpoint_cannot_run_code(saved):
+    """Everything in it is JSON, text or safetensors; nothing is a pickle or an archive."""
+    for path in (saved / "out/checkpoints/step_4").rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            assert path.suffix in (".json", ".jinja", ".txt"), path
+            path.read_text(encoding="utf-8")
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+
+
+def test_nothing_that_is_saved_holds_a_secret(model, tmp_path, monkeypatch):
+    from sft_recipe.config.compose import load_config
+
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    override = "model.override_config={note: 'read with ${oc.env:HF_TOKEN}'}"
+    assert run_here(*arguments(model, tmp_path, override, "trainer.total_training_steps=1")) == 0
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert written and not [
+        path for path in written if "huggingface" not in path.parts and b"verysecret" in path.read_bytes()
+    ]
+    again = load_config([], config_dir=tmp_path / "out")
+    assert again.model.override_config == {"note": "read with hf_verysecret"}

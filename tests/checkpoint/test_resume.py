@@ -1,0 +1,173 @@
+"""A run that is stopped and resumed ends as one that never stopped, bit for bit; checkpoints guard themselves."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support import tiny
+from tests.support.chaos import differences
+from tests.support.runs import ROOT, metrics, run_here
+
+PER_EPOCH = 5  # 18 examples, 4 a step: the last step of an epoch has two
+RECORDS = [{"prompt": f"What is {i} and {i}?", "response": f"It is {2 * i}. " * (1 + i % 5)} for i in range(18)]
+SHAPE_CACHE_SIZES = {"full": [], "lora": ["lora.enabled=true", "lora.rank=4"]}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    # Dropout, so that random state matters.
+    tiny.build_model(folder / "model", attention_dropout=0.1)
+    (folder / "data.json").write_text(json.dumps(RECORDS))
+    return folder
+
+
+def arguments(work, output, *extra):
+    return [
+        f"model.path={work}/model",
+        f"data.train_files={work}/data.json",
+        f"data.cache_dir={work}/cache",
+        f"trainer.output_dir={output}",
+        "trainer.device=cpu",
+        "trainer.total_epochs=2",
+        "optim.lr=1e-2",
+        "trainer.max_ckpt_to_keep=null",
+        *extra,
+    ]
+
+
+def cut_back(whole, stopped, step):
+    """The folder as it would be, had the run been killed some steps after the checkpoint of `step`."""
+    shutil.copytree(whole, stopped)
+    for path in (stopped / "checkpoints").iterdir():
+        if path.name != f"step_{step}":
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("shape", SHAPE_CACHE_SIZES)
+@pytest.mark.parametrize("step", [3, PER_EPOCH])
+def test_resumed_run_equals_the_uninterrupted_one(work, shape, step, tmp_path):
+    whole = work / f"whole-{shape}"
+    if not whole.exists():
+        assert run_here(*arguments(work, whole, *SHAPE_CACHE_SIZES[shape], "trainer.save_freq=1")) == 0
+    stopped = tmp_path / "stopped"
+    cut_back(whole, stopped, step)
+    resumed = arguments(work, stopped, *SHAPE_CACHE_SIZES[shape], "trainer.save_freq=1", "trainer.resume_from=auto")
+    assert run_here(*resumed) == 0
+    assert [row["step"] for row in metrics(stopped)] == list(range(1, 2 * PER_EPOCH + 1))
+    assert not differences(whole, stopped)
+
+
+def test_losses_do_not_depend_on_ranks_or_packing(warm, work, tmp_path):
+    plain = [
+        "fsdp.mixed_precision.param_dtype=fp32",
+        "model.override_config={attention_dropout: 0.0}",
+        "trainer.save_freq=-1",
+    ]
+    assert run_here(*arguments(work, tmp_path / "one", *plain)) == 0
+    assert (
+        run_here(
+            *arguments(work, tmp_path / "packed", *plain, "data.max_length=128", "data.micro_batch_size_per_gpu=4")
+        )
+        == 0
+    )
+    end = warm.run(arguments(work, tmp_path / "two", *plain), ranks=2)
+    assert end.code == 0, end.said
+    expected = [row["train/loss"] for row in metrics(tmp_path / "one")]
+    assert len(expected) == 2 * PER_EPOCH
+    for other in ("packed", "two"):
+        assert [row["train/loss"] for row in metrics(tmp_path / other)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_retention_keeps_the_newest_and_counts_earlier_runs(work, tmp_path):
+    keep_two = ["trainer.save_freq=2", "trainer.max_ckpt_to_keep=2"]
+    assert run_here(*arguments(work, tmp_path, *keep_two, "trainer.total_training_steps=4")) == 0
+    assert (
+        run_here(*arguments(work, tmp_path, *keep_two, "trainer.total_training_steps=7", "trainer.resume_from=auto"))
+        == 0
+    )
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step_4", "step_6", "step_7"]  # the run was resumed from step_4; step_2 is of the earlier one
+
+
+def test_a_run_never_overwrites_another(work, tmp_path, capfd):
+    assert run_here(*arguments(work, tmp_path, "trainer.total_training_steps=1")) == 0
+    assert run_here(*arguments(work, tmp_path, "trainer.total_training_steps=1")) == 2
+    message = capfd.readouterr().err
+    assert "step_1" in message and "--resume_from auto" in message and "--output_dir" in message
+    assert len(metrics(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["data.train_batch_size=3"], "data.train_batch_size: 4 there, 3 here"),
+        (["trainer.seed=1"], "trainer.seed: 42 there, 1 here"),
+        (["lora.enabled=true"], "lora: off there, rank 8"),
+        (["data.max_length=30", "data.truncation=right"], "data: "),
+    ],
+)
+def test_resuming_with_other_settings_says_what_differs(work, change, named, tmp_path, capfd):
+    whole = work / "whole-full"
+    if not whole.exists():
+        assert run_here(*arguments(work, whole, "trainer.save_freq=1")) == 0
+    capfd.readouterr()
+    stopped = tmp_path / "stopped"
+    cut_back(whole, stopped, 3)
+    assert run_here(*arguments(work, stopped, *change, f"trainer.resume_from={stopped}/checkpoints/step_3")) == 2
+    assert named in capfd.readouterr().err
+
+
+def test_damaged_checkpoints_are_not_resumed_from(work, tmp_path, capfd):
+    output = tmp_path / "run"
+    assert run_here(*arguments(work, output, "trainer.save_freq=2", "trainer.total_training_steps=4")) == 0
+    newest = output / "checkpoints/step_4"
+    shard = next((newest / "state").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    capfd.readouterr()
+    assert run_here(*arguments(work, output, f"trainer.resume_from={newest}")) == 2
+    assert shard.name in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a folder of checkpoints"])
+def test_a_resume_path_that_is_no_checkpoint(work, there, tmp_path, capfd):
+    path = tmp_path / "step_7"
+    if there == "an empty folder":
+        path.mkdir()
+    if there == "a folder of checkpoints":
+        (path / "step_3").mkdir(parents=True)
+    assert run_here(*arguments(work, tmp_path / "out", f"trainer.resume_from={path}")) == 2
+    assert "step_7" in capfd.readouterr().err
+
+
+def test_auto_without_a_checkpoint_starts_from_the_beginning(work, tmp_path):
+    assert run_here(*arguments(work, tmp_path, "trainer.resume_from=auto", "trainer.total_training_steps=1")) == 0
+    assert len(metrics(tmp_path)) == 1
+
+
+def test_ctrl_c_finishes_the_step_saves_and_exits_with_75(work, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "sft_recipe.cli.train"]
+    extra = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=100000", "trainer.save_freq=-1"]
+    process = subprocess.Popen(
+        [*command, *arguments(work, output, *extra)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.time() + 120
+    while not (output / "metrics.jsonl").is_file() or len(metrics(output)) < 3:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    last = metrics(output)[-1]["step"]
+    assert (output / f"checkpoints/step_{last}/manifest.json").is_file()
+    assert "--resume_from auto" in said and "Traceback" not in said

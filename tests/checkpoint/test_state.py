@@ -1,0 +1,101 @@
+"""What a checkpoint stores of a model, and how ranks fail and disagree together."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.support import tiny
+from tests.support.runs import run_here, run_ranks, torchrun
+
+RECORDS = [{"prompt": f"Say {i}.", "response": f"{i}."} for i in range(6)]
+
+
+def arguments(folder, output, *extra):
+    (folder / "data.json").write_text(json.dumps(RECORDS))
+    return [
+        f"model.path={folder}/model",
+        f"data.train_files={folder}/data.json",
+        f"data.cache_dir={folder}/cache",
+        f"trainer.output_dir={output}",
+        "trainer.device=cpu",
+        "trainer.total_training_steps=1",
+        *extra,
+    ]
+
+
+def stored_names(output):
+    names = set()
+    for path in (output / "checkpoints/step_1/state").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_lora_checkpoint_stores_adapters_alone(tmp_path, tied):
+    tiny.build_model(tmp_path / "model", tie_word_embeddings=tied)
+    assert run_here(*arguments(tmp_path, tmp_path / "out", "lora=r8")) == 0
+    weights = {name for name in stored_names(tmp_path / "out") if name.startswith("model.")}
+    assert len(weights) == 28 and all("lora_" in name for name in weights)
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    tiny.build_model(tmp_path / "model")
+    assert run_here(*arguments(tmp_path, tmp_path / "out")) == 0
+    names = stored_names(tmp_path / "out")
+    assert "model.model.embed_tokens.weight" in names and "model.lm_head.weight" not in names
+
+
+def test_tied_weights_that_are_copies_take_what_was_loaded():
+    """As FSDP1 hands them out: one copy under each name."""
+    from sft_recipe.checkpoint.state import restore_tied
+
+    loaded, stale = torch.ones(2), torch.zeros(2)
+    model = {"model.embed_tokens.weight": loaded, "lm_head.weight": stale}
+    restore_tied(model, {"lm_head.weight": "model.embed_tokens.weight"})
+    assert model["lm_head.weight"] is loaded
+
+
+FULL_DISK = """
+import sys
+from sft_recipe import main_sft
+from sft_recipe.checkpoint import manager as checkpoint
+
+sync = checkpoint._sync_folder
+
+def full(path):
+    if path.name == ".step_2.partial":
+        raise OSError(28, "No space left on device")
+    sync(path)
+
+checkpoint._sync_folder = full
+sys.exit(main_sft.main(sys.argv[1:]))
+"""
+
+
+def test_a_save_that_fails_on_one_rank_is_told_once_and_keeps_what_was_saved(tmp_path):
+    tiny.build_model(tmp_path / "model")
+    (tmp_path / "full_disk.py").write_text(FULL_DISK)
+    output = tmp_path / "out"
+    run = arguments(tmp_path, output, "trainer.total_training_steps=2", "trainer.save_freq=1")
+    result = torchrun(2, str(tmp_path / "full_disk.py"), *run)
+    assert result.returncode != 0
+    assert result.stderr.count("error: step 2 cannot be saved") == 1 and "No space left" in result.stderr
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_1"]
+
+
+def test_ranks_with_different_settings_are_refused(tmp_path):
+    """Two machines with command lines of their own; here, two ranks that read different variables."""
+    tiny.build_model(tmp_path / "model")
+    result = run_ranks(2, arguments(tmp_path, tmp_path / "out", "optim.lr=1${oc.env:RANK}.0"))
+    assert result.returncode != 0
+    assert "optim.lr: 10.0 on rank 0, 11.0 on rank 1" in result.stderr
+
+
+def test_folders_that_are_not_shared_are_refused(tmp_path):
+    tiny.build_model(tmp_path / "model")
+    result = run_ranks(2, arguments(tmp_path, f"{tmp_path}/out-${{oc.env:RANK}}"))
+    assert result.returncode != 0
+    assert "is not the same folder on all machines" in result.stderr

@@ -1,0 +1,126 @@
+"""scripts/prepare_sft_data.py: what can be used comes out once, on one side of the split; the rest is counted."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from sft_recipe.cli import prepare as prepare_data
+from sft_recipe.data.formats import read_conversations
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"b": 1, "a": None}}}
+SCHEMA = {"type": "function", "function": {"name": "f", "parameters": {"default": None, "type": "object"}}}
+
+
+def write(path, records):
+    path.write_text(json.dumps(records))
+    return str(path)
+
+
+def pairs(count):
+    return [{"prompt": f"Say {n}.", "response": f"{n}."} for n in range(count)]
+
+
+def conversations(folder, *names):
+    return [c for name in names for c in read_conversations(folder / f"{name}.parquet")]
+
+
+def test_pairs_are_split_once_without_duplicates(tmp_path, capsys):
+    records = pairs(40)
+    source = write(tmp_path / "a.json", [*records, *records[:10], {"prompt": "x", "response": " "}])
+    assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out"), "--val_ratio", "0.25"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "51 records read" in told and "1 dropped: empty" in told and "10 dropped: exact duplicates" in told
+    assert pq.read_schema(tmp_path / "out/train.parquet").names == ["prompt", "response"]
+    train, validation = conversations(tmp_path / "out", "train"), conversations(tmp_path / "out", "validation")
+    assert (len(train), len(validation)) == (30, 10)
+    texts = [c.messages[0].content for c in [*train, *validation]]
+    assert sorted(texts) == sorted(record["prompt"] for record in records)
+    assert texts[:30] == sorted(texts[:30], key=lambda text: int(text[4:-1]))  # in the order of the data
+    (rejected,) = (tmp_path / "out/rejected.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["kind"] == "empty"
+
+
+def test_the_split_is_seeded_and_small_is_a_part_of_train(tmp_path):
+    source = write(tmp_path / "a.json", pairs(50))
+    found = {}
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert prepare_data.main(["--in", source, "--out", str(tmp_path / name), "--seed", seed, "--small", "7"]) == 0
+        found[name] = [conversations(tmp_path / name, part) for part in ("train", "validation", "train_small")]
+    assert found["a"] == found["b"] != found["c"]
+    train, validation, small = found["a"]
+    assert (len(train), len(validation), len(small)) == (48, 2, 7)
+    assert all(conversation in train for conversation in small)
+
+
+def test_everything_that_a_conversation_may_hold_comes_back(tmp_path):
+    """Files of several formats; a key that a record lacks is no null; nothing in calls and schemas changes."""
+    records = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}] * 2},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "1", "name": "f", "tool_call_id": "c"},
+                {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+            ],
+            "tools": [SCHEMA],
+        },
+    ]
+    sources = [write(tmp_path / "a.json", records), write(tmp_path / "b.json", pairs(1))]
+    assert prepare_data.main(["--in", *sources, "--out", str(tmp_path / "out"), "--val_ratio", "0"]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.parquet"]
+    expected = [c for source in sources for c in read_conversations(source)]
+    found = conversations(tmp_path / "out", "train")
+    assert found == expected
+    assert json.dumps(found[1].as_record()) == json.dumps(expected[1].as_record())
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--val_ratio", "1.5"], "--val_ratio is 1.5"),
+        (["--small", "0"], "--small is 0"),
+        (["--columns", "answer"], "expected OURS=THEIRS"),
+        (["--columns", "respons=answer"], "Did you mean response?"),
+        (["--columns", "system=sys"], "system is to be 'sys', which no record has"),
+        (["--format", "alpaca"], "record 1: the fields (prompt, response) fit no format"),
+    ],
+)
+def test_what_is_wrong_is_one_message(tmp_path, capsys, extra, said):
+    source = write(tmp_path / "a.json", pairs(4))
+    assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out"), *extra]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_bad_record_stops_and_can_be_skipped(tmp_path, capsys):
+    source = write(tmp_path / "a.json", [*pairs(3), {"prompt": "x", "response": 3}])
+    assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out")]) == 2
+    assert "record 4: response is a number" in capsys.readouterr().err
+    assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out"), "--on_bad_record", "skip"]) == 0
+    assert "1 dropped: cannot be used" in " ".join(capsys.readouterr().out.split())
+    assert len(conversations(tmp_path / "out", "train", "validation")) == 3
+
+
+def test_a_share_and_a_single_example_are_refused(tmp_path, capsys):
+    source = write(tmp_path / "a.json", pairs(1))
+    assert prepare_data.main(["--in", f"{source}*0.5", "--out", str(tmp_path / "out")]) == 2
+    assert "has a share" in capsys.readouterr().err
+    assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out")]) == 2
+    assert "one example cannot be split" in capsys.readouterr().err
+
+
+def test_a_failure_leaves_what_was_there(tmp_path, capsys, monkeypatch):
+    source = write(tmp_path / "a.json", pairs(9))
+    assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out")]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_data, "_row", full)
+    assert prepare_data.main(["--in", write(tmp_path / "b.json", pairs(5)), "--out", str(tmp_path / "out")]) == 2
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -1,0 +1,116 @@
+"""A run that is asked to stop or to save does so, and one whose rank dies or hangs ends with the reason."""
+
+import signal
+import time
+
+import pytest
+
+from tests.support import tiny
+from tests.support.chaos import differences, strike
+from tests.support.runs import metrics
+from tests.support.small_run import STEPS, arguments, checkpoints
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.build_model(tmp_path_factory.mktemp("preemption") / "model", attention_dropout=0.1)
+
+
+def at(phase, call=1, on_rank=1, **more):
+    """A signal to one rank; the others hear of it from that one."""
+    return "tests.support.chaos:strike", {"phase": phase, "on_rank": on_rank, "call": call, **more}
+
+
+def stop_in_validation(rank: int, call: int) -> None:
+    """A setup: validation in several small parts, and a signal to rank 1 after part `call`."""
+    from sft_recipe.evaluation import validation as evaluate
+
+    evaluate.MICRO_BATCHES_AT_ONCE = 1
+    strike(rank, "validation", on_rank=1, call=call, sends=signal.SIGTERM)
+
+
+def test_a_stop_in_validation_is_not_put_off_and_changes_nothing(warm, model, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    extra = ["data.max_length=64", "trainer.save_freq=-1", "trainer.resume_from=auto"]
+    parts = f"{__name__}:stop_in_validation"
+    assert warm.run(arguments(model, whole, *extra), ranks=2, setup=(parts, {"call": 1000})).code == 0
+    run = arguments(model, stopped, *extra)
+    end = warm.run(run, ranks=2, setup=(parts, {"call": 1}))
+    assert end.codes == [75, 75] and "Stopped at step 5" in end.said, end.said
+    assert checkpoints(stopped) == ["step_5"]
+    assert [row["step"] for row in metrics(stopped / "out")] == [1, 2, 3, 4]  # the fifth lacks its validation loss
+    end = warm.run(run, ranks=2, setup=(parts, {"call": 3}))  # after the rest of this validation, in the last one
+    assert end.codes == [75, 75] and checkpoints(stopped) == [f"step_{STEPS}", "step_5"]
+    assert warm.run(run, ranks=2, setup=(parts, {"call": 1000})).code == 0
+    assert not differences(whole / "out", stopped / "out")
+
+
+def test_the_end_of_the_time_stops_and_saves(warm, model, tmp_path):
+    end = warm.run(arguments(model, tmp_path, "trainer.max_time=0.01"), ranks=2)
+    assert end.codes == [75, 75] and checkpoints(tmp_path) == ["step_1"]
+
+
+def test_sigusr1_saves_and_goes_on(warm, model, tmp_path):
+    run = arguments(model, tmp_path, "trainer.save_freq=-1", "trainer.max_ckpt_to_keep=null")
+    end = warm.run(run, ranks=2, setup=at("optimizer step", call=3, sends=signal.SIGUSR1))
+    assert end.code == 0 and checkpoints(tmp_path) == [f"step_{STEPS}", "step_3"], end.said
+
+
+def test_a_second_signal_stops_at_once(warm, model, tmp_path):
+    end = warm.run(arguments(model, tmp_path), ranks=2, setup=at("forward", sends=signal.SIGTERM, times=2))
+    assert end.codes == [1, 143] and checkpoints(tmp_path) == []
+    assert "another rank died" in end.said and "Traceback" not in end.said
+
+
+def die_alone(rank: int) -> None:
+    """A setup: rank 1 is killed in its second step, and cannot say so."""
+    if rank == 1:
+        strike(1, "optimizer step", on_rank=1, call=2, sends=signal.SIGABRT)
+
+
+def fail_alone(rank: int) -> None:
+    """A setup: rank 1 meets what nobody has thought of."""
+    from sft_recipe.training.trainer import SFTTrainer
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError("odd")
+
+    if rank == 1:
+        SFTTrainer._make_batch = fail
+
+
+def hang_alone(rank: int) -> None:
+    """A setup: rank 1 does not come back from reading."""
+    from sft_recipe.training.trainer import SFTTrainer
+
+    if rank == 1:
+        SFTTrainer._make_batch = lambda *_: time.sleep(1000)
+
+
+def fall_silent(rank: int) -> None:
+    """A setup: rank 1 stops altogether, as on a machine that is gone; silence of a few seconds counts."""
+    from sft_recipe.distributed import watchdog as watch
+
+    watch.SILENCE = 4.0
+    if rank == 1:
+        strike(1, "optimizer step", on_rank=1, call=2, sends=signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("setup", "says"),
+    [
+        (die_alone, "rank 0 stops, since another rank died"),
+        (fail_alone, "ArithmeticError: odd"),
+        (hang_alone, "rank 1 on"),
+        (fall_silent, "has not been heard of for"),
+    ],
+)
+def test_a_rank_that_ends_or_hangs_ends_the_others_with_the_reason(warm, model, tmp_path, setup, says):
+    run = arguments(model, tmp_path, f"trainer.heartbeat_timeout={5 if setup is hang_alone else 60}")
+    end = warm.run(run, ranks=2, setup=(f"{__name__}:{setup.__name__}", {}))
+    assert end.codes[0] == 1, end.said
+    assert says in end.said, end.said
+    if setup is hang_alone:
+        assert "hangs: step 1: reading its examples for" in end.said and "in <lambda>" in end.said  # its stack
+        assert "while others are at step 1: computing" in end.said
+    assert "Connection closed" not in end.said or setup is die_alone

@@ -1,0 +1,69 @@
+"""Models whose layers let documents see each other are told, not trained; others share what documents begin with."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.support import tiny
+from tests.support.runs import metrics, run_here
+
+SIZES = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+QUESTION = "Please answer in one word, and do not say anything else at all: which colour has "
+RECORDS = [{"prompt": QUESTION + what, "response": "Green."} for what in ("grass", "a tree", "a frog", "the moon")]
+
+
+def run(folder, name, *extra):
+    (folder / "data.json").write_text(json.dumps(RECORDS))
+    output = folder / name
+    code = run_here(
+        f"model.path={folder}/model", f"data.train_files={folder}/data.json", f"data.cache_dir={folder}/cache",
+        "data.train_batch_size=4", "data.micro_batch_size_per_gpu=4", "data.max_length=256", "trainer.device=cpu",
+        "fsdp.mixed_precision.param_dtype=fp32", "trainer.total_training_steps=2",
+        f"trainer.output_dir={output}", *extra,
+    )  # fmt: skip
+    return code, output
+
+
+def save(folder, kind, **settings):
+    tiny.build_model(folder / "model")
+    config = AutoConfig.for_model(kind, **SIZES, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+
+
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+LEAKING = {
+    "convolution": ("lfm2", dict(layer_types=["conv", "full_attention"])),
+    "convolution at the end": ("lfm2", dict(layer_types=["full_attention", "conv"])),
+    "state space": ("mamba2", dict(num_heads=8, n_groups=2, state_size=8, chunk_size=16)),
+    "linear attention and experts": (
+        "qwen3_next",
+        dict(layer_types=["linear_attention", "full_attention"], **EXPERTS, **LINEAR),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layers", LEAKING)
+def test_layers_that_look_back_past_the_document_are_refused(layers, dtype, tmp_path, capfd):
+    kind, settings = LEAKING[layers]
+    save(tmp_path, kind, **settings)
+    code, output = run(tmp_path, "out", f"fsdp.mixed_precision.param_dtype={dtype}")
+    assert code == 2
+    assert "lets a document see the one before it" in capfd.readouterr().err
+    assert not (output / "checkpoints").exists() or not list((output / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gemma3_text"])
+def test_sharing_changes_no_weight_by_more_than_rounding(kind, tmp_path):
+    save(tmp_path, kind)
+    runs = [run(tmp_path, f"shared-{how}", f"model.share_prefixes={how}") for how in ("true", "false")]
+    assert [code for code, _ in runs] == [0, 0]
+    shared, apart = (load_file(output / "checkpoints/step_2/huggingface/model.safetensors") for _, output in runs)
+    for name, weight in apart.items():
+        assert (shared[name] - weight).abs().max() < 1e-6 * max(1, weight.abs().max()), name
+    losses = [[row["train/loss"] for row in metrics(output)] for _, output in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -1,0 +1,143 @@
+"""Under the launcher: restarts, signals, and ranks that never outlive or outwait what started them."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.support import tiny
+from tests.support.runs import ROOT, metrics
+from tests.support.small_run import arguments, checkpoints
+
+PATIENCE = 180  # seconds until a test gives up
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.build_model(tmp_path_factory.mktemp("launched") / "model")
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts launchers, the n-th of which writes to the file `said-n`; kills what is left of them at the end."""
+    started = []
+
+    def start(*command):
+        said = (tmp_path / f"said-{len(started)}").open("w")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sft_recipe.cli.train", *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for rank in psutil.Process(process.pid).children(recursive=True):
+                rank.kill()
+        process.kill()
+        process.wait()
+
+
+def wait_for(what, *processes):
+    end = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < end
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+
+
+def rows(folder):
+    return metrics(folder / "out") if (folder / "out/metrics.jsonl").is_file() else []
+
+
+def ranks_of(launcher):
+    ranks = [process for process in psutil.Process(launcher.pid).children() if "RANK" in process.environ()]
+    return sorted(ranks, key=lambda process: process.environ()["RANK"])
+
+
+def test_a_failed_rank_is_restarted_and_signals_reach_all(launch, model, tmp_path):
+    endless = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=1000000", "trainer.save_freq=5"]
+    process = launch("--auto_restart", "2", *arguments(model, tmp_path, *endless, "data.val_files=null"))
+    wait_for(lambda: len(rows(tmp_path)) >= 6 and "step_5" in checkpoints(tmp_path), process)
+    first, second = ranks_of(process)
+    second.kill()
+    first.wait(60)
+    wait_for(lambda: "resumed" in (tmp_path / "said-0").read_text(), process)
+    reached = len(rows(tmp_path))
+    wait_for(lambda: len(rows(tmp_path)) > reached, process)
+    process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: any(int(name.removeprefix("step_")) % 5 for name in whole_names(tmp_path)), process)
+    process.send_signal(signal.SIGTERM)
+    said = tmp_path / "said-0"
+    assert process.wait(PATIENCE) == 75, said.read_text()
+    steps = [row["step"] for row in rows(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert f"step_{steps[-1]}" in checkpoints(tmp_path)
+    assert "rank 0 stops, since another rank died" in said.read_text() and "Traceback" not in said.read_text()
+
+
+def whole_names(folder):
+    return [name for name in checkpoints(folder) if name.startswith("step_")]
+
+
+def test_ranks_die_with_their_launcher(launch, model, tmp_path):
+    endless = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=1000000", "trainer.save_freq=-1"]
+    process = launch(*arguments(model, tmp_path, *endless))
+    wait_for(lambda: len(rows(tmp_path)) >= 1, process)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    process.kill()
+    assert psutil.wait_procs(ranks, timeout=30)[1] == []
+
+
+@pytest.mark.parametrize("ends", ["the rank is killed", "the launcher is killed", "a Ctrl-C"])
+def test_a_single_rank_ends_as_one_of_several_does(launch, model, tmp_path, ends):
+    endless = ["trainer.total_training_steps=1000000", "trainer.save_freq=-1", "data.val_files=null"]
+    process = launch(*arguments(model, tmp_path, *endless))
+    wait_for(lambda: len(rows(tmp_path)) >= 1, process)
+    (rank,) = psutil.Process(process.pid).children()
+    if ends == "a Ctrl-C":
+        assert os.getpgid(rank.pid) != os.getpgid(process.pid)  # a terminal's would come twice, which ends it at once
+        process.send_signal(signal.SIGINT)
+    else:
+        psutil.Process(process.pid if ends == "the launcher is killed" else rank.pid).kill()
+    code = process.wait(PATIENCE)
+    assert psutil.wait_procs([rank], timeout=30)[1] == []
+    assert code == {"the rank is killed": 137, "the launcher is killed": -9, "a Ctrl-C": 75}[ends]
+    if ends == "the rank is killed":
+        told = (tmp_path / "said-0").read_text().splitlines()[-1]
+        assert told == "error: rank 0 of this machine was killed by SIGKILL (out of memory?)"
+
+
+@pytest.mark.parametrize("moment", ["while data is prepared", "in training"])
+def test_what_ends_one_machine_ends_the_other_with_the_reason(launch, model, tmp_path, moment):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    place = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    run = arguments(model, tmp_path, "trainer.total_training_steps=1000000", "data.val_files=null")
+    missing = [f"data.train_files={tmp_path}/missing.json"] if moment == "while data is prepared" else []
+    here, there = launch(*place, "--node_rank", "0", *run), launch(*place, "--node_rank", "1", *run, *missing)
+    if not missing:
+        wait_for(lambda: len(rows(tmp_path)) >= 2, here, there)
+        ranks_of(there)[0].kill()
+    codes = here.wait(PATIENCE), there.wait(PATIENCE)
+    said = [(tmp_path / f"said-{number}").read_text() for number in (0, 1)]
+    if missing:
+        assert codes == (2, 2), said
+        assert "missing.json" in said[0] and f"rank 1 on {socket.gethostname()} stopped" in said[0], said
+    else:
+        assert codes == (1, 137), said
+        assert "rank 0 stops, since another rank died" in said[0] and "rank 0 of this machine was killed" in said[1]

@@ -1,0 +1,205 @@
+"""A process that has imported everything and starts runs by forking, so that one costs a second and not half a minute.
+
+with Warm() as warm:
+    end = warm.run(["trainer.total_training_steps=2", ...], ranks=2)
+    assert end.code == 0, end.said
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tests.support.runs import ROOT
+
+SECONDS_TO_END_OTHERS = 10  # after one rank has failed; torchrun gives them 30
+PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended: rank codes (-9 where one was killed) of all ranks, what they printed, and how long it took."""
+
+    codes: list[int]
+    said: str
+    seconds: float
+    seconds_to_first_step: float | None
+
+    @property
+    def code(self) -> int:
+        """0 where all ranks ended well, else that of the first rank that did not."""
+        return next((code for code in self.codes if code), 0)
+
+
+class Warm:
+    """The process, for as long as the context lasts."""
+
+    def __enter__(self) -> "Warm":
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.warm"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def run(
+        self,
+        arguments: list[str],
+        ranks: int = 1,
+        setup: tuple[str, dict[str, Any]] | None = None,
+        kill_after: float | None = None,
+        timeout: float = 120.0,
+        **environment: str,
+    ) -> End:
+        """main_sft on that many ranks. `setup` names a function, "module:name", and its arguments: called on each rank
+        before it starts, with `rank` besides. `kill_after` seconds all ranks get SIGKILL."""
+        job = dict(arguments=arguments, ranks=ranks, setup=setup, kill_after=kill_after, timeout=timeout)
+        self.process.stdin.write(json.dumps({**job, "environment": environment}) + "\n")
+        self.process.stdin.flush()
+        return End(**json.loads(self.process.stdout.readline()))
+
+
+def _serve() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _import_everything()
+    for line in sys.stdin:
+        answers.write(json.dumps(_run(**json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _import_everything() -> None:
+    from sft_recipe.engine.cpu.platform import use_cpu
+
+    use_cpu()
+    for module in (
+        "main_sft",
+        "config.preflight",
+        "training.trainer",
+        "distributed.consistency",
+        "checkpoint.run_lock",
+        "models.stats",
+    ):
+        import_module(f"sft_recipe.{module}")
+    for module in ("verl.utils.tracking", "peft", "transformers.models.llama.modeling_llama", "torch._dynamo"):
+        import_module(module)
+
+
+def _run(
+    arguments: list[str],
+    ranks: int,
+    setup: Any,
+    kill_after: float | None,
+    timeout: float,
+    environment: dict[str, str],
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        began, limit = time.monotonic(), kill_after or timeout
+        group = _fork(lambda: _start_ranks(arguments, ranks, setup, environment, Path(scratch)))
+        while os.waitpid(group, os.WNOHANG)[0] == 0:
+            if time.monotonic() - began > limit:
+                os.killpg(group, signal.SIGKILL)
+                limit = float("inf")
+            time.sleep(0.01)
+        _reap(group)
+        texts = {path.name: path.read_text() for path in Path(scratch).iterdir()}
+        first = float(texts["first_step"]) - began if "first_step" in texts else None
+        return {
+            "codes": json.loads(texts["codes"]) if "codes" in texts else [-signal.SIGKILL] * ranks,
+            "said": texts.get("said", ""),
+            "seconds": time.monotonic() - began,
+            "seconds_to_first_step": first,
+        }
+
+
+def _start_ranks(arguments: list[str], ranks: int, setup: Any, environment: dict[str, str], scratch: Path) -> int:
+    """In place of torchrun: the parent of the ranks, and the leader of their process group."""
+    os.setsid()
+    said = os.open(scratch / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
+    os.environ.update(environment, MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    left = {_fork(lambda rank=rank: _rank(arguments, rank, setup, scratch)): rank for rank in range(ranks)}
+    codes = [0] * ranks
+    while left:
+        process, status = os.wait()
+        codes[left.pop(process)] = os.waitstatus_to_exitcode(status)
+        if any(codes) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
+            signal.signal(signal.SIGALRM, lambda *_: [os.kill(rank, signal.SIGKILL) for rank in left])
+            signal.alarm(SECONDS_TO_END_OTHERS)
+    (scratch / "codes").write_text(json.dumps(codes))
+    return 0
+
+
+def _rank(arguments: list[str], rank: int, setup: Any, scratch: Path) -> int:
+    from sft_recipe import main_sft
+    from sft_recipe.tracking.run_log import RowFile
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    add = RowFile.add
+
+    def note_first(self: RowFile, row: dict[str, Any]) -> None:
+        RowFile.add = add
+        (scratch / "first_step").write_text(str(time.monotonic()))
+        add(self, row)
+
+    RowFile.add = note_first
+    if setup:
+        module, _, name = setup[0].partition(":")
+        getattr(import_module(module), name)(rank=rank, **setup[1])
+    return main_sft.main(arguments)
+
+
+def _fork(act: Callable[[], int]) -> int:
+    """The child's process id; the child leaves with what `act` returns."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        code = act()
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _reap(group: int) -> None:
+    """Until no process of the group is left: what outlives its parent is ours."""
+    while True:
+        try:
+            os.waitpid(-group, 0)
+        except ChildProcessError:
+            return
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,225 @@
+"""Trouble around a run: full disks, folders that vanish, a second run in the same folder, machines that are gone."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from sft_recipe.checkpoint import manager as checkpoint
+from sft_recipe.checkpoint import run_lock as lock
+from sft_recipe.checkpoint.run_lock import FolderLock
+from sft_recipe.errors import CheckpointError
+from tests.support import tiny
+from tests.support.chaos import differences
+from tests.support.runs import ROOT, metrics, run_here
+from tests.support.small_run import STEPS, arguments, checkpoints
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.build_model(tmp_path_factory.mktemp("trouble") / "model")
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_here(*arguments(model, folder)) == 0
+    return folder
+
+
+@pytest.fixture(params=["waiting", "beside"])
+def run(request, model, tmp_path):
+    return arguments(model, tmp_path, f"trainer.async_save={str(request.param == 'beside').lower()}")
+
+
+def full_disk(monkeypatch, is_full):
+    """Files of checkpoints cannot be written while `is_full()`; the metrics can."""
+    real = checkpoint._sync
+
+    def sync(folder):
+        if is_full():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder)
+
+    monkeypatch.setattr(checkpoint, "_sync", sync)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing_but_a_warning(monkeypatch, run, whole, tmp_path, capfd):
+    answers = iter([False, True])
+    full_disk(monkeypatch, lambda: next(answers, False))
+    assert run_here(*run, "trainer.max_ckpt_to_keep=null") == 0
+    said = capfd.readouterr().out
+    assert said.count("WARNING") == 1 and "No space left on device" in said and "the next try is after step" in said
+    there = {*checkpoints(tmp_path)}
+    assert "step_4" not in there and {"step_2", f"step_{STEPS}"} <= there
+    if "trainer.async_save=false" in run:
+        assert "step_5" in there
+    assert not differences(whole / "out", tmp_path / "out")
+
+
+def test_a_run_whose_last_state_cannot_be_saved_fails_and_keeps_what_it_had(monkeypatch, run, tmp_path, capfd):
+    answers = iter([False])
+    full_disk(monkeypatch, lambda: next(answers, True))
+    assert run_here(*run) == 2
+    error = capfd.readouterr().err
+    assert f"step {STEPS} cannot be saved" in error and "--resume_from auto" in error and "Traceback" not in error
+    assert checkpoints(tmp_path) == ["step_2"]
+    assert len(metrics(tmp_path / "out")) == STEPS
+
+
+def test_room_is_asked_for_before_anything_is_written(monkeypatch, run, tmp_path, capfd):
+    asked = []
+
+    def usage(folder):
+        asked.append(sorted(path.name for path in folder.iterdir()))
+        return SimpleNamespace(free=1000)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
+    assert run_here(*run) == 2
+    assert "there is no room" in capfd.readouterr().err
+    assert asked and not any(asked)
+
+
+def test_metrics_wait_in_memory_while_they_cannot_be_written(monkeypatch, model, whole, tmp_path, capfd):
+    """The run folder moves away after the third step, and comes back after the sixth."""
+    from sft_recipe.training.trainer import SFTTrainer
+
+    real, away = SFTTrainer._train_step, tmp_path / "away"
+
+    def step(self, number):
+        if number == 3:
+            (tmp_path / "out").rename(away)
+        if number == 7:
+            away.rename(tmp_path / "out")
+        return real(self, number)
+
+    monkeypatch.setattr(SFTTrainer, "_train_step", step)
+    assert run_here(*arguments(model, tmp_path)) == 0
+    said = capfd.readouterr().out
+    assert "metrics.jsonl cannot be written: No such file or directory" in said and "is written again" in said
+    assert "step 4 cannot be saved" in said
+    assert not differences(whole / "out", tmp_path / "out")
+
+
+def test_a_run_folder_that_stays_away_is_an_error_and_not_an_empty_folder(monkeypatch, model, tmp_path, capfd):
+    from sft_recipe.training.trainer import SFTTrainer
+
+    real = SFTTrainer._train_step
+
+    def step(self, number):
+        if number == 3:
+            shutil.rmtree(tmp_path / "out")
+        return real(self, number)
+
+    monkeypatch.setattr(SFTTrainer, "_train_step", step)
+    assert run_here(*arguments(model, tmp_path, "trainer.async_save=false")) == 2
+    assert "No such file or directory" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_tries_come_less_and_less_often(whole):  # `whole` has settled verl's platform before this import
+    from sft_recipe.checkpoint import async_saving as saving
+
+    tries, again = [], saving.AsyncSaver.__new__(saving.AsyncSaver)
+    again.failures, again.say = 0, lambda _: None
+
+    def fail():
+        raise CheckpointError("full")
+
+    step = 1
+    for _ in range(5):
+        again._job = saving._Job(fail, 0.0)
+        again.wait(step)
+        tries.append(again.retry_at - step)
+        step = again.retry_at
+    assert tries == [1, 2, 4, 8, 16]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from sft_recipe.checkpoint.run_lock import FolderLock
+held = FolderLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of `tmp_path`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_two_runs_in_one_folder(holder, model, tmp_path, capfd):
+    assert run_here(*arguments(model, tmp_path, f"trainer.output_dir={tmp_path}")) == 2
+    error = capfd.readouterr().err
+    assert f"process {holder.pid} on {socket.gethostname()}" in error and "--output_dir" in error
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_lock_does_not_outlive_its_process(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    FolderLock(tmp_path).release()
+    FolderLock(tmp_path).release()
+
+
+def as_from_elsewhere(folder):
+    (folder / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "beats": 3}).ljust(256))
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_a_run_on_another_machine_shows_by_its_beats(tmp_path, monkeypatch, has_locks):
+    """Where the file system does not carry locks between machines; no clock is asked."""
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
+    as_from_elsewhere(tmp_path)
+    beat = {"host": "elsewhere", "pid": 7, "beats": 4}
+    monkeypatch.setattr(lock.time, "sleep", lambda _: (tmp_path / ".lock").write_text(json.dumps(beat).ljust(256)))
+    with pytest.raises(CheckpointError, match="process 7 on elsewhere"):
+        FolderLock(tmp_path)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: None)  # it died: no beat comes
+    FolderLock(tmp_path).release()
+
+
+def test_a_folder_that_cannot_be_written(model, tmp_path, capfd):
+    (tmp_path / "out").write_text("a file")
+    assert run_here(*arguments(model, tmp_path)) == 2
+    assert "cannot be written" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.partial", ".lock"])
+def test_a_disk_that_is_full_before_the_first_step(model, tmp_path, capfd, name):
+    """Here: a folder stands where a file should."""
+    (tmp_path / "out" / name).mkdir(parents=True)
+    assert run_here(*arguments(model, tmp_path)) == 2
+    error = capfd.readouterr().err
+    assert name.partition(".")[0] in error and "Traceback" not in error
+
+
+def test_the_lock_is_not_inherited(tmp_path):
+    """A worker that outlives its run, as one of a killed run may, must not keep the folder."""
+    mine = FolderLock(tmp_path)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(reader, 1)
+        os._exit(0)
+    os.close(mine.file)  # as the death of this process would
+    held = FolderLock(tmp_path)
+    os.write(writer, b"x")
+    os.waitpid(child, 0)
+    held.release()
+    mine._released.set()

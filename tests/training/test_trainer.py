@@ -1,0 +1,210 @@
+"""The loop's own promises: validation counts tokens, bad gradients are skipped and counted, rows say what happened."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from sft_recipe.engine.cpu.platform import use_cpu
+from tests.engine.test_sft_engine import RECORDS, plain_loss
+from tests.support import tiny
+from tests.support.runs import metrics, run_here, run_ranks
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loop")
+    tiny.build_model(folder / "model")
+    (folder / "train.json").write_text(json.dumps(RECORDS * 3, ensure_ascii=False))
+    (folder / "val.json").write_text(json.dumps(RECORDS, ensure_ascii=False))
+    return folder
+
+
+def arguments(work, output, *extra):
+    return [
+        f"model.path={work}/model",
+        f"data.train_files={work}/train.json",
+        f"data.cache_dir={work}/cache",
+        f"trainer.output_dir={output}",
+        "trainer.device=cpu",
+        "fsdp.mixed_precision.param_dtype=fp32",
+        "trainer.total_training_steps=2",
+        *extra,
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_validation_loss_is_the_mean_over_all_supervised_tokens(work, tokenizer, ranks, tmp_path):
+    """Of the saved model, whatever the batch size; the five examples share into no even batches."""
+    run = arguments(work, tmp_path, f"data.val_files={work}/val.json", "data.max_length=128", "optim.lr=1e-2")
+    if ranks == 1:
+        assert run_here(*run) == 0
+    else:
+        assert run_ranks(2, run).returncode == 0
+    rows = metrics(tmp_path)
+    assert "val/loss" not in rows[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints/step_2/huggingface", dtype=torch.float32)
+    with torch.no_grad():
+        assert rows[1]["val/loss"] == pytest.approx(plain_loss(model, tokenizer).item(), rel=1e-5)
+
+
+def test_the_graph_of_a_micro_batch_does_not_outlive_it(work, tmp_path, monkeypatch):
+    """Its many small pieces would lie between the activations of the next."""
+    use_cpu()
+    from sft_recipe.engine.sft_engine import SFTEngine
+
+    real, made, alive = SFTEngine._loss, [], []
+
+    def loss(self, *inputs, scale):
+        alive.append(sum(one() is not None for one in made))
+        found = real(self, *inputs, scale=scale)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(SFTEngine, "_loss", loss)
+    assert run_here(*arguments(work, tmp_path, "data.max_length=96")) == 0
+    assert len(alive) > 5 and not any(alive)
+
+
+def test_mfu_is_the_share_of_the_peak_that_matrix_products_took(work, tmp_path, monkeypatch):
+    use_cpu()
+    monkeypatch.setattr("sft_recipe.training.trainer.measured_peak_flops", lambda dtype: 1e9)
+    run = arguments(work, tmp_path, "data.train_batch_size=1", "trainer.total_training_steps=1")
+    assert run_here(*run) == 0
+    [row] = metrics(tmp_path)
+    tokens, supervised = row["train/tokens"], row["train/supervised_tokens"]
+    layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64  # query, key, value, output; the MLP
+    products = 6 * (2 * layer * tokens + 512 * 32 * supervised) + 12 * 2 * 32 * tokens * (tokens + 1) / 2
+    assert row["perf/mfu"] == pytest.approx(products / (tokens / row["perf/tokens_per_s"]) / 1e9)
+
+
+def test_a_share_of_the_training_data_can_validate(work, tmp_path):
+    assert run_here(*arguments(work, tmp_path, "data.val_ratio=0.2", "trainer.test_freq=1")) == 0
+    rows = metrics(tmp_path)
+    assert all(row["val/loss"] > 0 for row in rows)
+    assert rows[0]["epoch"] == pytest.approx(1 / 5, abs=1e-3)  # 18 of 21 examples train, 4 a step
+
+
+@pytest.mark.parametrize(("freq", "steps"), [("1", [1, 2]), ("0", [2]), ("-1", [2]), ("after_each_epoch", [2])])
+def test_save_freq(work, tmp_path, freq, steps):
+    assert run_here(*arguments(work, tmp_path, f"trainer.save_freq={freq}")) == 0
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step_{step}" for step in steps]
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_stop_the_run_with_advice(work, tmp_path, capfd):
+    broken = tiny.build_model(tmp_path / "broken", seed=1)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("inf"))
+    model.save_pretrained(broken)
+    output = tmp_path / "out"
+    run = arguments(work, output, f"model.path={broken}", "trainer.total_training_steps=50")
+    capfd.readouterr()
+    assert run_here(*run) == 2
+    error = capfd.readouterr().err
+    assert "not finite" in error and "learning rate" in error and "Traceback" not in error
+    rows = metrics(output)
+    assert len(rows) == 10
+    assert rows[-1]["train/skipped_steps"] == 10 and rows[-1]["train/loss"] is None
+
+
+def test_one_bad_step_changes_nothing_and_the_run_goes_on(work, tmp_path, monkeypatch):
+    from sft_recipe.engine.sft_engine import SFTEngine
+
+    before = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).state_dict()
+    real = SFTEngine._loss
+
+    def broken(self, *inputs, scale):
+        return real(self, *inputs, scale=scale * float("nan"))
+
+    monkeypatch.setattr(SFTEngine, "_loss", broken)
+    assert run_here(*arguments(work, tmp_path / "bad", "optim.lr=1e-2")) == 0
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "bad/checkpoints/step_2/huggingface").state_dict()
+    for name, value in before.items():
+        assert value.equal(after[name]), name
+
+
+def test_rows_hold_what_a_reader_needs(work, tmp_path):
+    assert run_here(*arguments(work, tmp_path, "optim.lr_scheduler_type=linear", "optim.lr=1e-3")) == 0
+    first, second = metrics(tmp_path)
+    assert (first["step"], second["step"]) == (1, 2)
+    assert first["train/lr"] == pytest.approx(1e-3) and second["train/lr"] == pytest.approx(5e-4)
+    for key in ("train/loss", "train/grad_norm", "train/tokens", "train/supervised_tokens", "perf/tokens_per_s"):
+        assert first[key] > 0
+    assert second["train/loss"] < 7
+
+
+@pytest.mark.parametrize("logger", ["tensorboard"])
+def test_verls_loggers_are_fed(work, tmp_path, logger):
+    assert run_here(*arguments(work, tmp_path, f"trainer.logger=[console,{logger}]")) == 0
+    assert any((tmp_path / "tensorboard").rglob("events.*"))
+
+
+def test_a_home_folder_is_the_same_place_for_everything(work, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_here(*arguments(work, "'~/run'", "trainer.logger=[tensorboard]")) == 0
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    assert there == {".lock", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
+
+
+def test_wandb_is_logged_to_where_a_project_is_named(work, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    assert run_here(*arguments(work, tmp_path / "out", "trainer.wandb_project=my_sft")) == 0
+    assert any(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_the_resolved_configuration_is_saved_and_usable(work, tmp_path):
+    from sft_recipe.config.compose import load_config
+
+    assert run_here(*arguments(work, tmp_path, "optim.lr=3e-4")) == 0
+    again = load_config([], config_dir=tmp_path)
+    assert again.optim.lr == 3e-4 and again.model.path == f"{work}/model"
+
+
+@pytest.mark.parametrize(
+    ("found", "computed", "dtype"),
+    [("float32", "fp32", "float32"), ("float32", "bf16", "float32"), ("bfloat16", "bf16", "bfloat16"),
+     ("float16", "bf16", "float16"), ("bfloat16", "fp32", "float32")],
+)  # fmt: skip
+def test_the_saved_model_is_whole_and_no_less_exact_than_it_was(work, tmp_path, found, computed, dtype, tokenizer):
+    source = AutoModelForCausalLM.from_pretrained(work / "model", dtype=getattr(torch, found))
+    source.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    run = arguments(work, tmp_path / "out", f"model.path={tmp_path}/source")
+    assert run_here(*run, f"fsdp.mixed_precision.param_dtype={computed}") == 0
+    saved = tmp_path / "out/checkpoints/step_2/huggingface"
+    model, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert str(model.dtype) == f"torch.{dtype}"
+    assert json.loads((saved / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert (saved / "chat_template.jinja").read_text() == tokenizer.chat_template
+
+
+def test_an_untied_head_and_a_base_model_without_template(work, tmp_path, capfd):
+    plain = tiny.build_tokenizer(chat_template=None)
+    folder = tiny.build_model(tmp_path / "base", tokenizer=plain, tie_word_embeddings=False)
+    assert run_here(*arguments(work, tmp_path / "out", f"model.path={folder}")) == 0
+    assert "no chat template" in capfd.readouterr().out
+    saved = tmp_path / "out/checkpoints/step_2/huggingface"
+    assert "<|im_start|>" in (saved / "chat_template.jinja").read_text()
+    _, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize("shape", [[], ["lora.enabled=true"], ["lora.enabled=true", "lora.merge=true"]])
+def test_a_base_model_learns_where_to_stop(work, tmp_path, shape):
+    """Its own end token is another than the one that ends a turn of the chat template."""
+    plain = tiny.build_tokenizer(eos_token="<|endoftext|>")
+    folder = tiny.build_model(tmp_path / "base", tokenizer=plain)
+    assert run_here(*arguments(work, tmp_path / "out", f"model.path={folder}", *shape)) == 0
+    saved = GenerationConfig.from_pretrained(tmp_path / "out/checkpoints/step_2/huggingface")
+    assert saved.eos_token_id == [plain.eos_token_id, plain.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_an_adapter_loads_as_it_is(work, tmp_path):
+    assert run_here(*arguments(work, tmp_path, "lora.enabled=true", "lora.target_modules=[q_proj,v_proj]")) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints/step_2/huggingface")
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4
