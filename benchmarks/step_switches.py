@@ -1,21 +1,26 @@
-"""What each optimisation of the training step is worth: benchmarks/step_switches.py [Hydra overrides]
+"""What each optimization of the training step is worth in time and memory: benchmarks/step_switches.py [Hydra overrides]
 
-SmolLM2-135M (the embedded model) on the example data, in this process. Each variant switches one thing off, or all; two
-have transformers' layers, compiled, which no run has. They take turns on the same batch, in another order each round.
-What counts is the CPU time of the process (with OMP_NUM_THREADS=1 no thread waits for another in it), on a GPU time.
-Writes its section of RESULTS.md.
+SmolLM2-135M (the embedded model) on the example data. Each variant switches one optimization off, or all of them. For
+time the variants take turns on the same batch in one process, in another order each round; what counts is the CPU time
+of the process, on a GPU elapsed time. For memory each variant runs in a process of its own, since a heap does not
+shrink. Writes its section of RESULTS.md.
 """
 
 import argparse
 import random
+import resource
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
+from peft.tuners import lora
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,89 +28,156 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.one_step import OneRank
 from benchmarks.results import machine, table, write_section
+from sft_recipe.engine.attention import packed
+from sft_recipe.engine.attention.prefix_sharing import Segment
 
 DEFAULTS = ["data.train_files=data/example_sft.json", "data.max_length=512", "data.train_batch_size=16",
             "data.micro_batch_size_per_gpu=4"]  # fmt: skip
-ATTENTION = "attention of each document to itself, not under a mask"
-SHARED = "shared beginnings once (needs the former)"
-LOSS = "head and loss in parts, at supervised tokens"
-LEAN = "norms and gated products keep their inputs only, results are made again"
-SUMS = "linear maps and embeddings add to the sums of gradients"
+ATTENTION = "attention within documents (off: one mask over the pack)"
+KERNELS = "CPU attention kernels (off: SDPA per document)"
+PREFIXES = "prefix sharing"
+LOSS = "chunked head and loss at supervised tokens"
+RECOMPUTE = "recomputed norms and MLPs"
+ACCUMULATE = "gradients accumulated in place"
+FUSED_LORA = "fused LoRA"
 ADAM = "fused Adam"
-WHOLE = "one rank holds the whole model, without FSDP"
-PREDICTED = {  # for the defaults, on two cores that compute in fp32; written down before it was measured
-    ATTENTION: ("1.3", "the scores of whole packs, 0.6 TFLOP more of 1.6"),
-    SHARED: ("1.1", "a tenth more tokens in all products"),
-    LOSS: ("1.06", "the head at prompts too, and logits several times through memory"),
-    LEAN: ("", "done for the memory; 1.00 was predicted before results were made again"),
-    SUMS: ("", "not predicted: 1.03 and 1.04 in two series of pairs when it was made"),
-    ADAM: ("1.03", "ten passes over weights, gradients and moments for one"),
-    WHOLE: ("1.03", "weights gathered, gradients flattened: 2 GB of copies"),
-}
-COMPILED = "torch.compile of the layers"  # on: not compiled
-AGAIN = "all on, a second time: the noise"
+UNSHARDED = "one rank without FSDP"
+BASELINE, NOISE = "all on", "all on, a second time (noise)"
 MAPS = nn.Linear, nn.Embedding
-OTHERS = *MAPS, PreTrainedModel
+OTHERS = *MAPS, PreTrainedModel, lora.Linear
+MEMORY_STEPS = 2
+
+
+class Variants:
+    """One rank's engine, sharded and not, on which optimizations can be switched on and off."""
+
+    def __init__(self, overrides: list[str]):
+        self.rank = OneRank([*DEFAULTS, *overrides])
+        self.batch = self.rank.batch(1)
+        self.unsharded, self.sharded = self.rank.engine, None
+        self.own_attention = self.unsharded.module.config._attn_implementation
+        self.kernels = {name: getattr(packed, name) for name in ("attend_flash", "attend_blockwise")}
+        self.names = [ATTENTION, PREFIXES, LOSS, ADAM]
+        if self.unsharded.is_unsharded():
+            self.names += [KERNELS, RECOMPUTE, ACCUMULATE, UNSHARDED]
+            if any(isinstance(part, lora.Linear) for part in self.unsharded.module.modules()):
+                self.names.append(FUSED_LORA)
+        self.forwards: dict[nn.Module, Callable] = {}
+        self._remember_forwards()
+
+    def run(self, off: Sequence[str]) -> float:
+        """Seconds of one step without the optimizations `off`: of CPU time, on a GPU of elapsed time."""
+        if UNSHARDED in off and self.sharded is None:
+            with patch.object(type(self.unsharded), "is_unsharded", return_value=False):
+                self.sharded = self.rank.build()
+            self._remember_forwards()
+        self.rank.engine = self.sharded if UNSHARDED in off else self.unsharded
+        engine = self.rank.engine
+        engine.module.config._attn_implementation = "sdpa" if ATTENTION in off else self.own_attention
+        engine.shares_prefixes = PREFIXES not in off and ATTENTION not in off
+        engine._returns_loss = LOSS not in off
+        for name, kernel in self.kernels.items():
+            setattr(packed, name, sdpa_per_document if KERNELS in off else kernel)
+        self._use_forwards(lambda part: isinstance(part, PreTrainedModel), LOSS not in off)
+        self._use_forwards(lambda part: not isinstance(part, OTHERS), RECOMPUTE not in off)
+        self._use_forwards(lambda part: isinstance(part, MAPS), ACCUMULATE not in off)
+        self._use_forwards(lambda part: isinstance(part, lora.Linear), FUSED_LORA not in off)
+        for group in engine.optimizer.param_groups:
+            group["fused"], group["foreach"] = ADAM not in off, None
+        return self._timed()
+
+    def _remember_forwards(self) -> None:
+        for engine in filter(None, (self.unsharded, self.sharded)):
+            for part in engine.module.modules():
+                if "forward" in vars(part) and part not in self.forwards:
+                    self.forwards[part] = vars(part)["forward"]
+
+    def _use_forwards(self, chosen: Callable[[nn.Module], bool], on: bool) -> None:
+        """The forwards that modules were given by the engine, or those of their classes."""
+        for part in self.rank.engine.module.modules():
+            if part in self.forwards and chosen(part):
+                if on:
+                    part.forward = self.forwards[part]
+                else:
+                    vars(part).pop("forward", None)
+
+    def _timed(self) -> float:
+        on_gpu = self.rank.device == "cuda"
+        clock = time.perf_counter if on_gpu else time.process_time
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = clock()
+        self.rank.train(self.batch)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return clock() - start
+
+
+def sdpa_per_document(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Sequence[Segment], *rest: Any
+) -> torch.Tensor:
+    """What the CPU kernels replace: PyTorch's attention, called once for each segment; takes their arguments."""
+    window, scale = rest if len(rest) == 2 else (None, rest[0])
+    results = []
+    for segment in segments:
+        keys = segment.keys(segment.end)
+        k, v = (torch.cat([whole[:, :, span] for span in keys], dim=2) for whole in (key, value))
+        rows, length = len(segment), k.shape[2]
+        is_causal = rows == length and window is None
+        mask = None
+        if not is_causal:
+            distance = torch.arange(length - rows, length)[:, None] - torch.arange(length)[None]
+            mask = (distance >= 0) & (distance < (window or length))
+        q = query[:, :, segment.begin : segment.end]
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        results.append(attended.transpose(1, 2))
+    return torch.cat(results, dim=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--name", default="step switches", help="of the section of RESULTS.md")
+    parser.add_argument("--peak_memory_without", nargs="*", help=argparse.SUPPRESS)  # in a process of its own
     options, overrides = parser.parse_known_args()
-    rank = OneRank([*DEFAULTS, *overrides])
-    engines = {True: rank.engine}  # by whether it holds the whole model
-    if rank.engine.is_unsharded():
-        with patch.object(type(rank.engine), "is_unsharded", return_value=False):
-            engines[False] = rank.build()
-    models = [one.module for one in engines.values()]
-    changed = {part: vars(part)["forward"] for one in models for part in one.modules() if "forward" in vars(part)}
-    ours = rank.engine.module.config._attn_implementation
-    switches: dict[str, Callable[[OneRank, bool], None]] = {
-        ATTENTION: lambda rank, on: use_attention(rank, ours if on else "sdpa"),
-        SHARED: lambda rank, on: share(rank, on and rank.engine.module.config._attn_implementation == ours),
-        LOSS: lambda rank, on: use_loss(rank, changed, on),
-        LEAN: lambda rank, on: use_forwards(rank, changed, lambda part: not isinstance(part, OTHERS), on),
-        SUMS: lambda rank, on: use_forwards(rank, changed, lambda part: isinstance(part, MAPS), on),
-        ADAM: fuse_adam,
-    }
-    names = [*switches, *([WHOLE] if False in engines else [])]
-    variants = {"all on": [], AGAIN: [], **{f"without: {name}": [name] for name in names}, "all off": names}
-    predicted = {f"without: {name}": PREDICTED[name] for name in names}
-    switches[COMPILED] = lambda rank, on: torch.compiler.set_stance("force_eager" if on else "default")
-    for layer in rank.engine.module.get_decoder().layers:
-        layer.compile(dynamic=True)
-    variants["transformers' layers, compiled"] = [LEAN, SUMS, COMPILED]
-    variants["the same, and attention under a mask"] = [ATTENTION, SHARED, LEAN, SUMS, COMPILED]
-    batch = rank.batch(1)
-    clock = "GPU" if rank.device == "cuda" else "CPU"
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    variants = Variants(overrides)
+    if options.peak_memory_without is not None:
+        for _ in range(MEMORY_STEPS):
+            variants.run(options.peak_memory_without)
+        print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        return
+    off: dict[str, list[str]] = {BASELINE: [], NOISE: [], **{f"without {name}": [name] for name in variants.names}}
+    off["all off"] = variants.names
+    seconds: dict[str, list[float]] = {name: [] for name in off}
     shuffled = random.Random(0)
     for turn in range(options.rounds + 1):
-        for variant, off in shuffled.sample(list(variants.items()), len(variants)):
-            rank.engine = engines[WHOLE not in off]
-            for name, switch in switches.items():
-                switch(rank, name not in off)
-            spent = timed(rank, batch)
+        for variant, names in shuffled.sample(list(off.items()), len(off)):
+            spent = variants.run(names)
             if turn:  # the first warms up
                 seconds[variant].append(spent)
-            elif COMPILED in off:
-                predicted[variant] = "", f"no run has it; {spent:.0f} {clock} s for the step that compiles"
+    peaks = (
+        {name: peak_memory(names, overrides) for name, names in off.items()} if variants.rank.device == "cpu" else {}
+    )
+    tokens, docs = variants.batch["input_ids"].values().numel(), list(variants.batch["micro_batch_docs"])
+    clock = "GPU" if variants.rank.device == "cuda" else "CPU"
     rows = [
-        [name, f"{statistics.median(of_one):.2f}", *ratio(of_one, seconds["all on"]), *predicted.get(name, ("", ""))]
-        for name, of_one in seconds.items()
+        [name, f"{statistics.median(spent):.2f}", *ratio(spent, seconds[BASELINE]), *memory(peaks, name)]
+        for name, spent in seconds.items()
     ]
-    tokens, docs = batch["input_ids"].values().numel(), list(batch["micro_batch_docs"])
-    section = f"""## What each optimisation of the step is worth
+    header = ["variant", f"median {clock} s", "ratio", "least", "most", "peak MiB", "memory ratio"]
+    command = " ".join(["benchmarks/step_switches.py", *sys.argv[1:]])
+    section = f"""## What each optimization of the step is worth: {options.name}
 
-`benchmarks/step_switches.py {" ".join(sys.argv[1:])}`; {machine()}, {torch.get_num_threads()} threads.
-One step of {tokens:,} tokens in micro-batches of {docs} documents, {options.rounds} rounds.
-The ratio is the median, with least and most, of each round's time over that of the same round with all on. Predicted
-was, before the first run of this table, what two cores that compute in fp32 would show; all but the last two are kept.
+`{command}`; {machine()}, {torch.get_num_threads()} threads. One step of {tokens:,} tokens in micro-batches of {docs}
+documents, {options.rounds} rounds. The ratio is the median, with least and most, of each round's time over that of the
+same round with all on; peak memory is that of a process of its own after {MEMORY_STEPS} steps.
 
-{table(["variant", f"median {clock} s", "ratio", "least", "most", "predicted", "because of"], rows)}
+{table(header, rows)}
 """
     print(section)
-    write_section("step switches", section)
+    write_section(options.name, section)
     torch.distributed.destroy_process_group()
 
 
@@ -115,44 +187,15 @@ def ratio(seconds: list[float], base: list[float]) -> list[str]:
     return [f"{figure:.3f}" for figure in (statistics.median(ratios), min(ratios), max(ratios))]
 
 
-def timed(rank: OneRank, batch: torch.Tensor) -> float:
-    on_gpu = rank.device == "cuda"
-    clock = time.perf_counter if on_gpu else time.process_time
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = clock()
-    rank.train(batch)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return clock() - start
+def memory(peaks: dict[str, int], name: str) -> list[str]:
+    return [f"{peaks[name]:,}", f"{peaks[name] / peaks[BASELINE]:.3f}"] if peaks else ["", ""]
 
 
-def use_attention(rank: OneRank, name: str) -> None:
-    rank.engine.module.config._attn_implementation = name
-
-
-def share(rank: OneRank, shares: bool) -> None:
-    rank.engine.shares_prefixes = shares
-
-
-def use_loss(rank: OneRank, changed: dict[nn.Module, Callable], on: bool) -> None:
-    rank.engine._returns_loss = on
-    use_forwards(rank, changed, lambda part: isinstance(part, PreTrainedModel), on)
-
-
-def use_forwards(rank: OneRank, changed: dict[nn.Module, Callable], of: Callable[[nn.Module], bool], on: bool) -> None:
-    """The forwards that some modules were given, or those of their classes."""
-    for part in rank.engine.module.modules():
-        if part in changed and of(part):
-            if on:
-                part.forward = changed[part]
-            else:
-                vars(part).pop("forward", None)
-
-
-def fuse_adam(rank: OneRank, fused: bool) -> None:
-    for group in rank.engine.optimizer.param_groups:
-        group["fused"], group["foreach"] = fused, None
+def peak_memory(off: list[str], overrides: list[str]) -> int:
+    """MiB of resident memory at most, of a process that trains without the optimizations `off`."""
+    command = [sys.executable, __file__, *overrides, "--peak_memory_without", *off]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(output.rsplit("peak", 1)[1])
 
 
 if __name__ == "__main__":

@@ -50,9 +50,9 @@ class ModelDims:
     def activation_bytes_per_token(self, width: int, on_cpu: bool, is_whole: bool) -> int:
         """Bytes that a layer keeps for each token, where it computes in numbers of `width` bytes.
 
-        `on_cpu` its norms and its MLP's product keep their inputs only (engine/cpu/recompute.py), and its attention what
-        it computes the scores from again (engine/cpu/flash_attention.py, engine/cpu/blockwise_attention.py). Of a model that is held whole linear
-        maps do not keep what these norms and this product give, either (engine/cpu/unsharded.py).
+        `on_cpu` its norms and its MLP's product save their inputs only (engine/cpu/recompute.py), and its attention
+        saves what the scores are recomputed from (engine/cpu/). In an unsharded model the linear layers do not save the
+        outputs of these norms and of this product either (engine/cpu/unsharded.py).
         """
         norms = 2 * self._norm(self.hidden, width, on_cpu)
         outputs = 0 if is_whole else 2 * width * self.hidden  # of the norms, which linear maps keep

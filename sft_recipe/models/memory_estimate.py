@@ -69,7 +69,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """For a model of `total` parameters that computes in numbers of `width` bytes, on devices of `device` bytes.
 
-    `on_cpu` norms and MLPs keep their inputs only, and a rank that is alone holds the model whole (engine/cpu/unsharded.py);
+    `on_cpu` norms and MLPs save their inputs only, and a single rank holds an unsharded model (engine/cpu/unsharded.py);
     `longest` is the longest example's number of tokens, `logits` how many exist at once at most.
     """
     fsdp, data = config.fsdp, config.data
