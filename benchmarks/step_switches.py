@@ -1,4 +1,4 @@
-"""What each optimization of the training step is worth in time and memory: benchmarks/step_switches.py [Hydra overrides]
+"""What each optimization of the training step is worth in time and memory: benchmarks/step_switches.py [OVERRIDES]
 
 SmolLM2-135M (the embedded model) on the example data. Each variant switches one optimization off, or all of them. For
 time the variants take turns on the same batch in one process, in another order each round; what counts is the CPU time
@@ -8,7 +8,7 @@ shrink. Writes its section of RESULTS.md.
 
 import argparse
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -146,7 +146,8 @@ def main() -> None:
     if options.peak_memory_without is not None:
         for _ in range(MEMORY_STEPS):
             variants.run(options.peak_memory_without)
-        print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        # Not getrusage, whose figure a child process inherits from its parent.
+        print("peak", re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
         return
     off: dict[str, list[str]] = {BASELINE: [], NOISE: [], **{f"without {name}": [name] for name in variants.names}}
     off["all off"] = variants.names
@@ -195,7 +196,7 @@ def peak_memory(off: list[str], overrides: list[str]) -> int:
     """MiB of resident memory at most, of a process that trains without the optimizations `off`."""
     command = [sys.executable, __file__, *overrides, "--peak_memory_without", *off]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return int(output.rsplit("peak", 1)[1])
+    return int(output.rsplit("peak", 1)[1]) // 1024
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """For a model of `total` parameters that computes in numbers of `width` bytes, on devices of `device` bytes.
 
-    `on_cpu` norms and MLPs save their inputs only, and a single rank holds an unsharded model (engine/cpu/unsharded.py);
-    `longest` is the longest example's number of tokens, `logits` how many exist at once at most.
+    `on_cpu` norms and MLPs save their inputs only, and a single rank holds an unsharded model; `longest` is the longest
+    example's number of tokens, `logits` the largest number of logits that exist at the same time.
     """
     fsdp, data = config.fsdp, config.data
     shards = fsdp.fsdp_size if fsdp.fsdp_size > 0 else config.trainer.world_size
