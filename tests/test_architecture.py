@@ -67,8 +67,8 @@ def test_there_is_something_to_check():
 
 # Packages in the order in which data flows; a module may import from its own package and from those before it.
 ORDER = (
-    "errors", "timing", "config", "distributed", "models", "data", "engine", "checkpoint", "evaluation", "export",
-    "tracking", "training", "main_sft", "launch", "cli",
+    "errors", "timing", "files", "progress", "config", "distributed", "models", "data", "engine", "checkpoint",
+    "evaluation", "export", "tracking", "training", "main_sft", "launch", "cli",
 )  # fmt: skip
 # Imported before anything else, so it stands outside of the order.
 ANYWHERE = ("sft_recipe.engine.import_stubs",)

@@ -1,0 +1,68 @@
+"""Files on disk, for all packages: atomic writes, digests, locks between processes."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+BLOCK = 1 << 22  # bytes read at a time
+
+
+class Digest(Protocol):
+    """What hashlib and xxhash have in common."""
+
+    def update(self, data: bytes, /) -> Any: ...
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Gives the path of a partial file beside `path` to write to, and renames it to `path` at the end of the context.
+
+    The contents are on the disk before the file has its name. Where the context fails nothing is left, and what stood
+    at `path` before stays. Raises OSError.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8. Raises OSError."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def update_digest(digest: Digest, path: Path) -> int:
+    """Add a file's contents to a digest; returns their number of bytes. Raises OSError."""
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    return size
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, which is created; the lock ends with the context or the process.
+
+    Raises BlockingIOError where another process holds it and `wait` is False, and OSError.
+    """
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
