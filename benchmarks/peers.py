@@ -41,7 +41,7 @@ ENVIRONMENTS = {
 
 
 class InstallFailed(Exception):
-    """pip's last words."""
+    """The last lines that pip printed."""
 
 
 def python_of(name: str, folder: Path) -> str:

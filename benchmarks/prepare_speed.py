@@ -2,7 +2,7 @@
 
     python benchmarks/prepare_speed.py --data ../shared/data/alpaca_en_999.json ../shared/data/alpaca_zh_1000.json
 
-Every run is a process of its own; the systems take turns; the peers live in environments that are made here, once.
+Every run is a separate process; the systems take turns; the peers live in environments that are made here, once.
 """
 
 import argparse
@@ -36,7 +36,7 @@ BUDGET = 16384  # tokens of a micro-batch
 
 NOTES = f"""\
 The conversations are resampled from real ones: the sentences of answers shuffled, a third of them exchanged, each
-conversation with a number of its own. All systems use the tokenizer of {EMBEDDED}. The clock starts when a process
+conversation, numbered. All systems use the tokenizer of {EMBEDDED}. The clock starts when a process
 has done its imports and loaded the tokenizer ("start" is the time before that), and stops when every token and mask
 is there; worker processes start inside it. "Peak" is the resident memory of all processes of a run together, sampled
 five times a second; pages that they share count for each. "Again" is a second start on unchanged data. Each system gets

@@ -1,4 +1,4 @@
-"""How fast we train, beside every peer: the same job, each with its own code, timed with one stop-watch.
+"""How fast we train, beside every peer: the same job, each with its own code, timed with one stopwatch.
 
     python benchmarks/train_speed.py --data ../shared/data/alpaca_en_999.json --validate
 
@@ -46,7 +46,7 @@ from sft_recipe.errors import RecipeError  # noqa: E402
 
 CACHE = Path("~/.cache/sft_recipe").expanduser()
 WORK = CACHE / "benchmarks" / "train_speed"
-JUDGE = "trl"  # the environment in which models are judged: plain transformers
+VALIDATION_ENVIRONMENT = "trl"  # the environment that computes validation losses: plain transformers
 CORES = str(len(os.sched_getaffinity(0)))
 
 out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -79,7 +79,7 @@ class Bench:
     def set_up(self, jobs: list[Job]) -> None:
         """Environments, models, data."""
         needed = {one.environment for job in jobs for one in configurations(job, self.options.peers)} - {""}
-        for name in sorted(needed | ({JUDGE} if self.options.validate else set())):
+        for name in sorted(needed | ({VALIDATION_ENVIRONMENT} if self.options.validate else set())):
             with out.status(f"The environment {name} (made once, takes minutes)"):
                 try:
                     self.pythons[name] = python_of(name, CACHE / "benchmarks")
@@ -127,7 +127,7 @@ class Bench:
                 if name not in self.failures and (measured := self._kept_or_run(task)):
                     self.found[task] = measured
             except RunFailed as problem:
-                self._fail(name, problem, f"; {WORK / 'logs'} has all that it said")
+                self._fail(name, problem, f"; {WORK / 'logs'} has its complete output")
             progress.advance(bar)
 
     def _configurations(self, job: Job) -> list[Configuration]:
@@ -152,7 +152,7 @@ class Bench:
             runs.setdefault(task.configuration, {})[task.round] = self.found[task]
         products = products_of(self.models[job.model], job.lora.rank if job.lora else 0)
         counts = self.data[job.name].counts
-        before = self._judged_before(job) if self._can_judge(job) and runs else None
+        before = self._loss_before(job) if self._can_validate(job) and runs else None
         return JobResult(job, counts, products, self.steps(job), runs, self._chosen(job), before)
 
     def _kept_or_run(self, task: Task) -> Measurement | None:
@@ -161,13 +161,13 @@ class Bench:
         name = f"{task.job.name}-{task.configuration.system}-{task.round}-{_digest(about)}"
         path = WORK / "results" / f"{name}.json"
         measured = kept(path) if self.options.resume or self.options.report else None
-        judge = self._can_judge(task.job) and task.round == 0 and task.configuration.same_job
-        if self.options.report or measured and not (judge and measured.validation_loss is None):
+        validate = self._can_validate(task.job) and task.round == 0 and task.configuration.same_job
+        if self.options.report or measured and not (validate and measured.validation_loss is None):
             return measured
         log = WORK / "logs" / f"{name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=WORK, prefix="run-") as folder:
-            measured = self._run(task, Path(folder), log, judge)
+            measured = self._run(task, Path(folder), log, validate)
         keep(measured, about, path)
         speed, memory = measured.tokens_per_s, (measured.gpu_peak or measured.peak) / MEBIBYTE
         loss = f", validation loss {measured.validation_loss:.4f}" if measured.validation_loss is not None else ""
@@ -191,7 +191,7 @@ class Bench:
             "versions": environment,
         }
 
-    def _run(self, task: Task, folder: Path, log: Path, judge: bool) -> Measurement:
+    def _run(self, task: Task, folder: Path, log: Path, validate: bool) -> Measurement:
         job, one, data = task.job, task.configuration, self.data[task.job.name]
         threads = str(max(1, int(CORES) // one.ranks))
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HOME": str(WORK / "hub")}
@@ -206,8 +206,8 @@ class Bench:
         saved = folder / "final"
         peak_flops = measured_peak(job)
         if one.environment:
-            describe = self._told(task, folder, saved if judge else None)
-            command = [self.pythons[one.environment], str(INSIDE / one.runner), str(describe)]
+            job_file = self._write_job(task, folder, saved if validate else None)
+            command = [self.pythons[one.environment], str(INSIDE / one.runner), str(job_file)]
         else:
             words = our_command(job, one, self.models[job.model], data.folder / "train.jsonl", self.steps(job), folder)
             command = [str(ROOT / "train.sh"), *words]
@@ -217,15 +217,15 @@ class Bench:
         measured = read_stopwatch(folder / "stopwatch", ran, peak_flops)
         if not one.environment:
             measured = counted_by_recipe(measured, folder / "metrics.jsonl")
-        if judge:
+        if validate:
             try:
-                measured = measured.judged(self._judged(saved, job))
+                measured = measured.with_validation_loss(self._validation_loss(saved, job))
             except RunFailed as problem:
                 self._fail(f"judging the model of {task}", problem)
         return measured
 
-    def _told(self, task: Task, folder: Path, save: Path | None) -> Path:
-        """The file that tells a runner its job."""
+    def _write_job(self, task: Task, folder: Path, save: Path | None) -> Path:
+        """Write the job file of a runner."""
         job, one, data = task.job, task.configuration, self.data[task.job.name].folder
         about = job.as_dict() | {
             "model": str(self.models[job.model]),
@@ -241,33 +241,33 @@ class Bench:
         path.write_text(json.dumps(about))
         return path
 
-    def _can_judge(self, job: Job) -> bool:
+    def _can_validate(self, job: Job) -> bool:
         """After an epoch, if the model knew something before, and has not read the other rows in its contexts."""
         is_epoch = self.steps(job) * job.batch_size == self.data[job.name].counts.rows
         return self.options.validate and is_epoch and job.model not in SHAPES and not job.long
 
-    def _judged_before(self, job: Job) -> float | None:
+    def _loss_before(self, job: Job) -> float | None:
         """The loss of the untrained model."""
         path = WORK / "results" / f"before-{_digest(job.as_dict(), self.data[job.name].folder.name)}.json"
         if not path.is_file():
             if self.options.report:
                 return None
             try:
-                path.write_text(json.dumps(self._judged(self.models[job.model], job)))
+                path.write_text(json.dumps(self._validation_loss(self.models[job.model], job)))
             except RunFailed as problem:
                 self._fail("judging the untrained model", problem)
                 return None
         return json.loads(path.read_text())
 
-    def _judged(self, model: Path, job: Job) -> float:
+    def _validation_loss(self, model: Path, job: Job) -> float:
         """The validation loss. Raises RunFailed."""
         records = self.data[job.name].folder / "validation.jsonl"
         arguments = map(str, (model, self.models[job.model], records, job.max_length))
-        command = [self.pythons[JUDGE], str(INSIDE / "judge.py"), *arguments]
+        command = [self.pythons[VALIDATION_ENVIRONMENT], str(INSIDE / "validation_loss.py"), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": CORES})
         if done.returncode:
-            said = done.stderr.strip().splitlines()
-            raise RunFailed(f"the judge says: {said[-1] if said else done.returncode}")
+            output = done.stderr.strip().splitlines()
+            raise RunFailed(f"the validation failed: {output[-1] if output else done.returncode}")
         return json.loads(done.stdout.splitlines()[-1])["loss"]
 
     def _fail(self, what: str, problem: Exception, hint: str = "") -> None:
@@ -318,11 +318,15 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", type=_names_of(list(PEERS)), default=list(PEERS), help=f"some of {peers}, or none")
     parser.add_argument("--data", type=Path, default=ROOT / "data/example_alpaca.json", help="what is trained")
     parser.add_argument("--rounds", type=int, default=5, help="after the scan of all configurations")
-    steps = "optimiser steps of a run, at most an epoch (16); this and the next two also for single jobs: 16,long=4"
+    steps = "optimizer steps of a run, at most an epoch (16); this and the next two also for single jobs: 16,long=4"
     parser.add_argument("--steps", type=_by_job, default="16", help=steps)
     parser.add_argument("--rows", type=_by_job, default={}, help="examples of an epoch, for a quick look")
     parser.add_argument("--batch-size", type=_by_job, default={}, help="examples a step, for a quick look")
-    parser.add_argument("--validate", action="store_true", help="judge the models of the scan after a whole epoch")
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="compute the validation loss of the models of the scan after a whole epoch",
+    )
     parser.add_argument("--resume", action="store_true", help="run only what no measurement is kept of")
     parser.add_argument("--report", action="store_true", help="run nothing; make the report from what is kept")
     parser.add_argument("--no-results", action="store_true", help="leave benchmarks/RESULTS.md as it is")

@@ -1,4 +1,4 @@
-"""What a runner tells the benchmark: one JSON object a line, with the time; plain Python, for every environment."""
+"""Messages from a runner to the benchmark: one JSON object a line. Plain Python, for every environment."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Run one command as a process of its own and see how long it takes and how much memory its tree of processes holds."""
+"""Run one command in a separate process and measure its time and the memory of its process tree."""
 
 import json
 import os
@@ -16,12 +16,12 @@ SAMPLE_SECONDS = 0.2  # a sample takes milliseconds of a core that the measured 
 
 
 class RunFailed(Exception):
-    """A runner that did not come to its end; the message is the last that it said."""
+    """A runner failed; the message is the last line of its output."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """`seconds` from begin to ready, `start_seconds` before that (imports), `peak` bytes up to ready, what was told."""
+    """`seconds` from begin to ready, `start_seconds` before that (imports), `peak` bytes up to ready, the messages."""
 
     seconds: float
     start_seconds: float
@@ -30,7 +30,7 @@ class Measured:
 
 
 def measure(python: str, runner: str, *arguments: object, environment: dict[str, str]) -> Measured:
-    """Run `runner` (a file beside this one) and read what it tells. Raises RunFailed."""
+    """Run `runner` (a file beside this one) and read its messages. Raises RunFailed."""
     command = [python, str(HERE / runner), *map(str, arguments)]
     started = time.monotonic()
     with subprocess.Popen(
@@ -42,10 +42,10 @@ def measure(python: str, runner: str, *arguments: object, environment: dict[str,
         at: dict[str, float] = {}
         facts: dict[str, Any] = {}
         for line in process.stdout or ():
-            describe = _told(line)
-            if describe:
-                at[describe.pop("event")] = describe.pop("at")
-                facts |= describe
+            message = _message(line)
+            if message:
+                at[message.pop("event")] = message.pop("at")
+                facts |= message
             if "ready" in at:
                 ready.set()
         ready.set()
@@ -57,7 +57,7 @@ def measure(python: str, runner: str, *arguments: object, environment: dict[str,
     return Measured(at["ready"] - at["begin"], at["begin"] - started, memory.bytes, facts)
 
 
-def _told(line: str) -> dict[str, Any]:
+def _message(line: str) -> dict[str, Any]:
     """What clock.tell wrote; nothing for lines that someone else printed."""
     if not line.startswith('{"event"'):
         return {}

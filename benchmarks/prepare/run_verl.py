@@ -1,6 +1,6 @@
 """python run_verl.py CORPUS.parquet TOKENIZER CACHE WORKERS: every item of verl's own dataset once.
 
-Its dataset tokenises an item when it is asked for, so that "prepared" means: through its loader and its collator,
+Its dataset tokenizes an item on access, so that "prepared" means: through its loader and its collator,
 as each of its epochs does. It keeps nothing, and so has no use for the cache.
 """
 

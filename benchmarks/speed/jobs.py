@@ -94,12 +94,12 @@ SHAPES: dict[str, dict[str, Any]] = {  # of models with random weights: speed do
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a job's rows as they are trained: what is learnt ends with <|im_end|>; pairs are of causal attention."""
+    """Token counts of a job's rows: supervised text ends with <|im_end|>; pairs are those of causal attention."""
 
     rows: int
     tokens: int
     supervised: int
-    answers: int  # of which something is learnt
+    answers: int  # rows with supervised tokens
     pairs: int
 
 

@@ -1,4 +1,4 @@
-"""Run one configuration as a process of its own, read its stop-watch, and keep what was measured."""
+"""Run one configuration in a separate process and read its stopwatch."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 
 class RunFailed(Exception):
-    """A run that did not come to its end; the message is the last that it said."""
+    """A run failed; the message is the last line of its output."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Measurement:
         """Seconds from the start of the process to the end of its first step."""
         return self.steps[0]
 
-    def judged(self, loss: float) -> "Measurement":
+    def with_validation_loss(self, loss: float) -> "Measurement":
         return replace(self, validation_loss=loss)
 
 
@@ -69,7 +69,7 @@ class Ran:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path) -> Ran:
-    """Run to the end, with the stop-watch writing into `folder`. Raises RunFailed."""
+    """Run to the end, with the stopwatch writing into `folder`. Raises RunFailed."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {"PYTHONPATH": str(INSIDE), "STOPWATCH": str(folder)}
     busy, own, started = _busy_seconds(), _own_seconds(), time.monotonic()
@@ -78,8 +78,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path, folde
     seconds = time.monotonic() - started
     others = _busy_seconds() - busy - (_own_seconds() - own)
     if done.returncode:
-        said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise RunFailed(said[-1] if said else f"exit code {done.returncode}")
+        output = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise RunFailed(output[-1] if output else f"exit code {done.returncode}")
     return Ran(started, max(0.0, others / (os.cpu_count() or 1) / seconds))
 
 

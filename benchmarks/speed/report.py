@@ -18,15 +18,14 @@ PACKED_AWAY = 0.08  # of an epoch's tokens that peers may leave out which train 
 CUT_ELSEWHERE = 0.01  # of an epoch's supervised tokens: how else a row that is too long may be cut
 
 NOTES = """\
-The clock runs from the first training forward to the end of the last optimiser step, the first step included ("from
+The clock runs from the first training forward to the end of the last optimizer step, the first step included ("from
 step 2": without it). "First step" is the time from the start of the process to the end of its first step, with what
 earlier runs left in caches; peers that group rows by length take the longest ones first. "Peak" is the most resident
 memory of the training process up to its last step (of the GPU where there is one). Tokens are real ones, not padding:
 peers' are counted on their way into the model, ours are those of `metrics.jsonl`. The ratio is ours over the peer, by
-pairs of runs of the same round. Validation loss: mean over the answers' tokens through <|im_end|>, judged by plain
-transformers in fp32 over 99 other rows, after a whole epoch. The model lies there in fp32, and all save it so: what is
-found, computed and saved in bf16 loses much of so few small updates to rounding. Brackets hold the
-least and the most."""
+pairs of runs of the same round. Validation loss: mean over the answers' tokens up to and including <|im_end|>, by plain
+transformers in fp32 over 99 other rows, after one epoch. All systems load and save the model in fp32: bf16
+weights would lose most of so few small updates to rounding. Brackets hold minimum and maximum."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Verdict:
 
 
 def section(results: Sequence[JobResult], failures: Mapping[str, str], device: str, command: str) -> str:
-    """For RESULTS.md; without what a failed run said, which may name folders of this machine."""
+    """For RESULTS.md; without the output of failed runs, which may name folders of this machine."""
     where = " on a GPU" if device == "cuda" else ""
     where += ", in fp32" if any(result.job.compute == "fp32" for result in results) else ""
     parts = [f"## Training speed{where}", f"    {command}"]
@@ -167,27 +166,25 @@ def peak_of(runs: Sequence[Measurement]) -> float:
 
 def notes(result: JobResult) -> list[str]:
     """What a reader must know about this job's numbers: token counts, disturbed runs, who was left out."""
-    describe = [_count_note(result, one) for one in result.runs] if result.is_epoch else []
+    notes = [_count_note(result, one) for one in result.runs] if result.is_epoch else []
     if not result.is_epoch:
-        describe.append(
-            "Numbers of tokens are not compared: in a part of an epoch every system sees rows of its own choice."
-        )
-    elif not any(describe):
-        describe.append("Every system trained the same tokens, and learnt the same, but for line breaks after answers.")
+        notes.append("Numbers of tokens are not compared: in a part of an epoch every system trains different rows.")
+    elif not any(notes):
+        notes.append("Every system trained and supervised the same tokens, but for line breaks after answers.")
     runs = [(one, number, run) for one, own in result.runs.items() for number, run in own.items()]
     if disturbed := [entry for entry in runs if entry[2].others_cpu > DISTURBED]:
         worst = max(run.others_cpu for _, _, run in disturbed)
-        describe.append(
+        notes.append(
             f"**Disturbed:** in {len(disturbed)} of {len(runs)} runs other processes took more than {DISTURBED:.0%} "
             f"of the CPUs, up to {worst:.0%}."
         )
     else:
         most = max(run.others_cpu for _, _, run in runs)
-        describe.append(f"Other processes took at most {most:.1%} of the CPUs during a run.")
+        notes.append(f"Other processes took at most {most:.1%} of the CPUs during a run.")
     peaks = [run.peak_flops for _, _, run in runs]
-    describe.append(f"Peak of matrix products: {spread([peak / 1e9 for peak in peaks], ',.0f')} GFLOP/s.")
-    describe += [f"Left out: {reason}." for (job, _), reason in LEFT_OUT.items() if job == result.job.name]
-    return [note for note in describe if note]
+    notes.append(f"Peak of matrix products: {spread([peak / 1e9 for peak in peaks], ',.0f')} GFLOP/s.")
+    notes += [f"Left out: {reason}." for (job, _), reason in LEFT_OUT.items() if job == result.job.name]
+    return [note for note in notes if note]
 
 
 def _count_note(result: JobResult, one: Configuration) -> str:
@@ -211,8 +208,8 @@ def _count_note(result: JobResult, one: Configuration) -> str:
 def verdicts(results: Sequence[JobResult], device: str) -> list[Verdict]:
     by_name = {result.job.name: result for result in results}
 
-    def of(name: str, judge: Callable[[JobResult], Verdict], otherwise: str) -> Verdict:
-        return judge(by_name[name]) if name in by_name else Verdict(otherwise)
+    def of(name: str, verdict: Callable[[JobResult], Verdict], otherwise: str) -> Verdict:
+        return verdict(by_name[name]) if name in by_name else Verdict(otherwise)
 
     if device == "cuda":
         return [
@@ -231,7 +228,7 @@ def verdicts(results: Sequence[JobResult], device: str) -> list[Verdict]:
         of("ranks", _ranks, RANKS_TARGET),
         of("epoch", _validation, VALIDATION_TARGET),
     ]
-    elsewhere = "`python benchmarks/train_speed.py --device cuda` writes a section of its own"
+    elsewhere = "`python benchmarks/train_speed.py --device cuda` writes a separate section"
     return first + rest + [Verdict(f"on a GPU: {job.title}", elsewhere) for job in JOBS["cuda"].values()]
 
 

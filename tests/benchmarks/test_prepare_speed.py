@@ -1,4 +1,4 @@
-"""The benchmark of preparation: its corpus, its stop-watch and its tables; the peers themselves are not run here."""
+"""The benchmark of preparation: its corpus, its stopwatch and its tables; the peers themselves are not run here."""
 
 import json
 import re

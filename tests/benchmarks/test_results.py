@@ -19,5 +19,5 @@ def test_a_table_is_one_that_markdown_reads():
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
-def test_the_machine_is_told():
+def test_the_machine_is_named():
     assert "torch" in machine() and "cores" in machine()

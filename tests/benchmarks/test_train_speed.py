@@ -152,14 +152,14 @@ def test_our_command_is_one_that_train_sh_reads(job):
     assert ("lora.enabled=true" in overrides) == bool(job.lora)
 
 
-NODE_LOCAL_KEYS = Configuration(OURS, "small", 512)
+SMALL = Configuration(OURS, "small", 512)
 LARGE = Configuration(OURS, "large", 2048)
 HF = Configuration("hf", "padded", 2048, "trl", "run_hf.py")
 PURE = Configuration("torchtune", "weights in bf16", 512, "torchtune", "run_torchtune.py", same_job=False)
 
 
 def test_the_scan_finds_the_fastest_that_does_the_same_job():
-    speeds = {NODE_LOCAL_KEYS: 100.0, LARGE: 120.0, HF: 90.0, PURE: 500.0}
+    speeds = {SMALL: 100.0, LARGE: 120.0, HF: 90.0, PURE: 500.0}
     assert fastest(speeds, OURS) == LARGE and fastest(speeds, "hf") == HF
     assert fastest(speeds, "torchtune") is fastest(speeds, "verl") is None
 
@@ -226,12 +226,12 @@ def test_an_epoch_must_have_trained_the_same_tokens():
     assert describe(HF, 1000, 610).startswith("Every")  # learns the line breaks after ten answers
     assert describe(HF, 1000, 595).startswith("Cuts long rows in another place")
     assert describe(HF, 1000, 617).startswith("**Not the same tokens**")
-    assert describe(NODE_LOCAL_KEYS, 1000, 601).startswith("**Not the same tokens**")
+    assert describe(SMALL, 1000, 601).startswith("**Not the same tokens**")
     assert describe(HF, 950, 600).startswith("**Not the same tokens**")
     assert describe(packed, 950, 600).startswith("Leaves the last packs out")
 
 
-def test_a_disturbed_run_is_told():
+def test_a_disturbed_run_is_reported():
     run = measured(100, others_cpu=0.2)
     assert any("Disturbed" in note and "20%" in note for note in notes(result(runs={HF: {0: run}}, chosen=[])))
 
@@ -254,7 +254,7 @@ def test_numbers_may_differ_by_job(option):
     assert train_speed.of_job({"long": 4}, jobs["full"], 16) == 16
 
 
-def test_unknown_names_are_told(capsys):
+def test_unknown_names_are_reported(capsys):
     with pytest.raises(SystemExit):
         train_speed.parse_options(["--peers", "nobody"])
     assert "nobody: there is hf, trl" in capsys.readouterr().err

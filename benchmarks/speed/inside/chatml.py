@@ -1,4 +1,4 @@
-"""The job's chat format, spelt out: for the systems that bring no template of their own, and to count what is due."""
+"""The job's chat format, for the systems without a template, and to count the expected tokens."""
 
 
 def encode(tokenizer, messages):

@@ -1,4 +1,4 @@
-"""What a runner is told: the job as an object, read from the JSON file that is its only argument."""
+"""The job of a runner as an object, read from the JSON file that is its only argument."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import stopwatch
 
 
 def read_job():
-    """See `train_speed.Bench.told`; `lora` is None for full fine-tuning, `save` is None where nothing is to be kept."""
+    """See `train_speed.Bench._write_job`; `lora` is None for full fine-tuning, `save` is None where nothing is saved."""
     with open(sys.argv[1]) as file:
         return json.load(file, object_hook=lambda part: SimpleNamespace(**part))
 
@@ -65,7 +65,7 @@ def attention(job):
 
 
 def watch_trainer():
-    """Let transformers' Trainer, and what is built on it, show its micro-batches to the stop-watch."""
+    """Let transformers' Trainer, and what is built on it, show its micro-batches to the stopwatch."""
     from transformers import Trainer
 
     inner = Trainer.training_step

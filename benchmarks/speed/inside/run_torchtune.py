@@ -1,6 +1,6 @@
 """python run_torchtune.py JOB.json: torchtune's recipe full_finetune_single_device on the CPU; option: weights.
 
-The model is spelt with its own builder for Llama 3.2 (tied embeddings; scale_factor=1 leaves the rotary embedding
+The model is built with torchtune's builder for Llama 3.2 (tied embeddings; scale_factor=1 leaves the rotary embedding
 plain). The recipe's file is loaded from the installed package, and called as its own main does.
 """
 
@@ -27,7 +27,7 @@ class JobTokenizer:
 
 
 class Rows(torch.utils.data.Dataset):
-    """As torchtune's own chat data sets: the line break after the answer is learnt too."""
+    """As torchtune's own chat data sets: the line break after the answer is supervised too."""
 
     def __init__(self):
         tokenizer = Tokenizer.from_file(f"{job.model}/tokenizer.json")
@@ -105,7 +105,7 @@ recipe = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipe)
 
 
-class Recomputation(recipe.FullFinetuneRecipeSingleDevice):
+class TimedRecipe(recipe.FullFinetuneRecipeSingleDevice):
     def _loss_step(self, batch):
         stopwatch.saw(batch["tokens"], batch["labels"])
         return super()._loss_step(batch)
@@ -115,7 +115,7 @@ class Recomputation(recipe.FullFinetuneRecipeSingleDevice):
             super().save_checkpoint(epoch)
 
 
-run = Recomputation(cfg=config)
+run = TimedRecipe(cfg=config)
 run.setup(cfg=config)
 run.train()
 run.cleanup()

@@ -27,13 +27,13 @@ def register_cpu():
     os.environ["VERL_PLATFORM"] = "cpu"
     from verl.plugin.platform import PlatformBase, PlatformRegistry
 
-    def on_device(*_):
+    def resident_bytes(*_):
         return psutil.Process().memory_info().rss
 
     class Module:
         """torch.cpu with the names of torch.cuda that verl calls."""
 
-        max_memory_allocated = max_memory_reserved = memory_allocated = memory_reserved = staticmethod(on_device)
+        max_memory_allocated = max_memory_reserved = memory_allocated = memory_reserved = staticmethod(resident_bytes)
         get_rng_state = staticmethod(lambda *_: torch.get_rng_state())
         set_rng_state = staticmethod(lambda state, *_: torch.set_rng_state(state))
         current_device = staticmethod(lambda: torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Python imports this by itself where the folder is on PYTHONPATH: so every process has the same stop-watch."""
+"""Python imports this by itself where the folder is on PYTHONPATH: so every process has the same stopwatch."""
 
 import os
 

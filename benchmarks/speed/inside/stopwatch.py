@@ -1,6 +1,6 @@
-"""The one stop-watch, for every environment: sees the first training forward and the end of each optimiser step.
+"""The stopwatch for every environment: it records the first training forward and the end of each optimizer step.
 
-Each rank that steps an optimiser writes $STOPWATCH/rank_N.json after every step. Times are of the monotonic clock,
+Each rank that steps an optimizer writes $STOPWATCH/rank_N.json after every step. Times are of the monotonic clock,
 which all processes of a machine share; memory in bytes. Where torch computes on a GPU a step ends when the GPU is done.
 """
 
@@ -20,7 +20,7 @@ waiting = []  # the inputs of this step's micro-batches, counted when the step h
 
 
 class _Torch(MetaPathFinder):
-    """Calls `arrived` once torch is there whole. (Others may look for it before it is imported.)"""
+    """Calls `arrived` when torch is completely imported. (Others may look for it before it is imported.)"""
 
     looking = False
 
@@ -83,12 +83,12 @@ def stepped(*_):
 
 
 def saw(ids, labels, mask=None):
-    """A micro-batch on its way into the model: token ids, labels (not shifted, -100 is not learnt), attention mask."""
+    """Record a micro-batch: token ids, labels (not shifted, -100: not supervised), attention mask."""
     waiting.append((ids.detach().clone(), labels.detach().clone(), None if mask is None else mask.detach().clone()))
 
 
 def _count(ids, labels, mask):
-    """Its real tokens, and how many are learnt: a row's first token has nothing that could predict it."""
+    """Count its real tokens and its supervised ones; a row's first token has no prediction."""
     if mask is None:
         real = ids == ids
     elif mask.dim() == 4:  # (rows, 1, n, n): what attends to itself is no padding

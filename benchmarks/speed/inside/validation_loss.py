@@ -1,4 +1,4 @@
-"""python judge.py MODEL BASE RECORDS.jsonl MAX_LENGTH: the mean loss of a model, or adapter, in plain fp32.
+"""python validation_loss.py MODEL BASE RECORDS.jsonl MAX_LENGTH: the mean loss of a model, or adapter, in plain fp32.
 
 Over the tokens of the answers and the <|im_end|> that ends them; one row at a time, so that there is neither padding
 nor packing. Weights that do not fit the model are an error: transformers would fill the gaps at random.
@@ -45,7 +45,7 @@ def merged(about):
     return model
 
 
-def judged():
+def load_model():
     about = Path(folder, "lora_train_meta.json")
     if about.is_file():
         return merged(json.loads(about.read_text()))
@@ -56,7 +56,7 @@ def judged():
     return load(folder)
 
 
-model, tokenizer = judged().eval(), Tokenizer.from_file(f"{base}/tokenizer.json")
+model, tokenizer = load_model().eval(), Tokenizer.from_file(f"{base}/tokenizer.json")
 loss = tokens = 0
 with torch.no_grad(), open(records) as file:
     for line in file:
