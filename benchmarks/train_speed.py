@@ -325,7 +325,7 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--validate",
         action="store_true",
-        help="compute the validation loss of the models of the scan after a whole epoch",
+        help="validation loss after a complete epoch",
     )
     parser.add_argument("--resume", action="store_true", help="run only what no measurement is kept of")
     parser.add_argument("--report", action="store_true", help="run nothing; make the report from what is kept")

@@ -216,7 +216,7 @@ def test_a_part_of_an_epoch_compares_no_tokens_and_no_losses():
 
 
 def test_an_epoch_must_have_trained_the_same_tokens():
-    assert "Every system trained the same tokens" in notes(result())[0]
+    assert "Every system trained and supervised the same tokens" in notes(result())[0]
 
     def describe(one: Configuration, tokens: int, supervised: int) -> str:
         run = measured(100, tokens=tokens, supervised=[supervised, 0])

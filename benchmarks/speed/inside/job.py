@@ -8,7 +8,7 @@ import stopwatch
 
 
 def read_job():
-    """See `train_speed.Bench._write_job`; `lora` is None for full fine-tuning, `save` is None where nothing is saved."""
+    """See `train_speed.Bench._write_job`; `lora` is None for full fine-tuning, `save` None where nothing is saved."""
     with open(sys.argv[1]) as file:
         return json.load(file, object_hook=lambda part: SimpleNamespace(**part))
 
