@@ -180,7 +180,7 @@ def _submitting(
     if workers == 1:
         yield lambda chunk: partial(_encode, chunk, renderer, options)
         return
-    _ = renderer.tokenize.bytes_of  # once for all workers
+    _ = renderer.tokenize.token_bytes  # once for all workers
     try:
         with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (os.getpid(), renderer, options)) as pool:
             _fork_now(pool)

@@ -1,9 +1,9 @@
-"""A tokenizer's chat template: what it renders, and what it looks for in what people say."""
+"""Renders conversations with a tokenizer's chat template, and reports what the template inspects in their texts."""
 
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -13,8 +13,8 @@ from sft_recipe.errors import ModelError
 from sft_recipe.models.tokenizer import special_tokens
 
 TAG = re.compile(r"</?\w+>")
-GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# How templates call an assistant's reasoning, and the switch that turns thinking on.
+GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# The names that templates use for an assistant's reasoning, and for the variable that switches thinking on.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 THINKING_SWITCH = re.compile(r"(?<![.\w'\"])(enable_thinking|thinking)(?![\w'\"])")
 
@@ -22,14 +22,21 @@ Messages = Sequence[dict[str, Any]]
 Span = tuple[int, int]  # [start, end) in characters
 
 
-class Problem(Exception):
-    """What a chat template does, as the end of a sentence; becomes a DataError that names the source."""
+class TemplateError(Exception):
+    """The chat template cannot render a conversation, or what to train on in it cannot be located.
+
+    The message continues the sentence "the chat template of NAME ...". The renderer makes it a DataError.
+    """
 
 
-class Template:
-    """Renders conversations by the tokenizer's chat template, or by the one given.
+class ChatTemplate:
+    """Renders conversations with the tokenizer's chat template, or with the Jinja source `chat_template`.
 
-    Raises ModelError where there is none, where it is no Jinja, and where it has no thinking to switch.
+    `enable_thinking` sets the template's thinking switch; None leaves the template's default. Raises ModelError if
+    there is no template, if it is not valid Jinja, or if it has no thinking switch to set.
+
+    `special_pattern` finds the tokenizer's special tokens in a text. `sentinel_pattern` finds the strings that the
+    template may search for in a text, such as "</think>" and "/no_think".
     """
 
     def __init__(
@@ -37,71 +44,75 @@ class Template:
     ):
         self.name = tokenizer.name_or_path or type(tokenizer).__name__
         try:
-            self.plain = tokenizer.get_chat_template(chat_template)
-            self.with_tools = tokenizer.get_chat_template(chat_template, tools=[{}])  # some have one for tools alone
-            self.text = self.plain if self.plain == self.with_tools else self.plain + self.with_tools
-            lexed = jinja2.Environment().lexer.tokenize(self.text)
+            self.without_tools = tokenizer.get_chat_template(chat_template)
+            self.with_tools = tokenizer.get_chat_template(chat_template, tools=[{}])  # some have a separate template
+            is_one = self.without_tools == self.with_tools
+            self.source = self.without_tools if is_one else self.without_tools + self.with_tools
+            lexed = jinja2.Environment().lexer.tokenize(self.source)
             literals = {token.value.strip() for token in lexed if token.type == "string"}
         except (ValueError, jinja2.TemplateSyntaxError) as error:
             raise ModelError(f"{self.name}: no usable chat template: {error}") from error
-        self.is_marked = GENERATION.search(self.text) is not None
-        self.variables = {**tokenizer.special_tokens_map, **self._thinking(enable_thinking)}
-        named = re.findall(rf"(?:\.|\[?['\"])({'|'.join(REASONING_KEYS)})(?!\w)", self.text)
+        self.has_generation_tags = GENERATION_TAG.search(self.source) is not None
+        self.variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._thinking(enable_thinking)}
+        named = re.findall(rf"(?:\.|\[?['\"])({'|'.join(REASONING_KEYS)})(?!\w)", self.source)
         self.reasoning_key = next((key for key in REASONING_KEYS if key in named), REASONING_KEYS[0])
-        self.wants_text = False  # some templates want the arguments of calls as JSON, not as objects
+        self.needs_json_arguments = False  # some templates need the arguments of calls as JSON text, not as objects
         self.special_tokens = special_tokens(tokenizer)
-        self.special = any_of(self.special_tokens)
-        # What a template may look for in a text, such as '</think>', '/no_think', not names like 'role'.
-        literals.update(TAG.findall(self.text))
+        self.special_pattern = pattern_of(self.special_tokens)
+        # Names such as 'role' are keys of a message rather than strings to search for.
+        literals.update(TAG.findall(self.source))
         sentinels = [text for text in literals if len(text) > 2 and not text.isidentifier()]
-        self.sentinels = any_of(text for text in sentinels if not self.special.search(text))
+        self.sentinel_pattern = pattern_of(text for text in sentinels if not self.special_pattern.search(text))
 
-    def _thinking(self, wanted: bool | None) -> dict[str, bool]:
-        switches = THINKING_SWITCH.findall(self.text)
-        if wanted is not None and not switches:
+    def _thinking(self, enable: bool | None) -> dict[str, bool]:
+        switches = THINKING_SWITCH.findall(self.source)
+        if enable is not None and not switches:
             raise ModelError(
-                f"{self.name}: data.enable_thinking is {str(wanted).lower()}, but the chat template has no such "
-                "switch; leave it out, or give a template that has one (model.chat_template)."
+                f"{self.name}: data.enable_thinking is {str(enable).lower()}, but the chat template has no such "
+                "switch; leave data.enable_thinking out, or use a template that has it (model.chat_template)."
             )
-        return {} if wanted is None else dict.fromkeys(switches, wanted)
+        return {} if enable is None else dict.fromkeys(switches, enable)
 
     def render(self, messages: Messages, tools: Messages = (), *, prompt: bool = False) -> tuple[str, list[Span]]:
-        """The conversation as text, and what stands between {% generation %} marks where the template has them.
+        """Render a conversation.
 
-        `prompt` adds what leads to the assistant's next turn. Raises Problem where the template refuses.
+        Returns the text and the character spans inside the template's {% generation %} tags, [] without tags.
+        `prompt` adds the generation prompt, which precedes the assistant's next turn at inference. Raises
+        TemplateError if the template rejects the conversation.
         """
         try:
             return self._render(messages, tools, prompt)
-        except Problem:
-            if self.wants_text or not any("tool_calls" in message for message in messages):
+        except TemplateError:
+            if self.needs_json_arguments or not any("tool_calls" in message for message in messages):
                 raise
-            self.wants_text = True
+            self.needs_json_arguments = True
             try:
                 return self._render(messages, tools, prompt)
-            except Problem:
-                self.wants_text = False
+            except TemplateError:
+                self.needs_json_arguments = False
             raise
 
     def _render(self, messages: Messages, tools: Messages, prompt: bool) -> tuple[str, list[Span]]:
-        if self.wants_text:
-            messages = [_with_text_arguments(message) for message in messages]
+        if self.needs_json_arguments:
+            messages = [_with_json_arguments(message) for message in messages]
         try:
-            texts, marks = render_jinja_template(
-                [messages],
+            rendered = render_jinja_template(
+                [list(messages)],
                 tools=list(tools) or None,
-                chat_template=self.with_tools if tools else self.plain,
-                return_assistant_tokens_mask=self.is_marked,
+                chat_template=self.with_tools if tools else self.without_tools,
+                return_assistant_tokens_mask=self.has_generation_tags,
                 add_generation_prompt=prompt,
                 **self.variables,
             )
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"{self.name}: no usable chat template: {error}") from error
-        except Exception as error:  # a template is a program: whatever it raises is about these messages
-            raise Problem(f"refuses the conversation: {str(error).strip().rstrip('.')}") from error
-        return texts[0], [(start, end) for start, end in marks[0] if start < end] if marks else []
+        except Exception as error:  # a template is a program: any error that it raises is about these messages
+            raise TemplateError(f"refuses the conversation: {str(error).strip().rstrip('.')}") from error
+        [text], spans = cast("tuple[list[str], list[list[Span]]]", rendered)  # transformers' annotation says str
+        return text, [(start, end) for start, end in spans[0] if start < end] if spans else []
 
 
-def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+def _with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
     if "tool_calls" not in message:
         return message
     functions = [call["function"] for call in message["tool_calls"]]
@@ -113,7 +124,7 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of the strings, the longest that fits; nothing if there are none."""
-    longer_first = map(re.escape, sorted(strings, reverse=True))
-    return re.compile(f"({'|'.join(longer_first) or '(?!)'})")
+def pattern_of(strings: Iterable[str]) -> re.Pattern[str]:
+    """A pattern with one group that matches any of the strings, the longest first; without strings it never matches."""
+    longest_first = map(re.escape, sorted(strings, reverse=True))
+    return re.compile(f"({'|'.join(longest_first) or '(?!)'})")

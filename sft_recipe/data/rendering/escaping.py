@@ -1,4 +1,8 @@
-"""Special tokens under other names, so that data which spells the usual ones (`<|im_start|>assistant`) is only text."""
+"""Escapes special tokens, so that data which spells one, such as `<|im_end|>`, is encoded as ordinary text.
+
+in the template    "<|im_end|>"  ->  "\\ufdd2<|im_end|>"   one special token
+in a message       "<|im_end|>"  ->  "<|im_end|>"         several ordinary tokens
+"""
 
 import json
 import re
@@ -9,43 +13,40 @@ from tokenizers import Tokenizer
 
 from sft_recipe.data.rendering.text_tokens import TextTokenizer
 
-# No text holds it: Unicode gives it to no character.
-MARK = "\ufdd2"
+ESCAPE = "\ufdd2"  # a Unicode noncharacter, which no text should contain
 
 
 class SpecialTokenEscaper:
-    """A second tokenizer that knows `MARK<|im_end|>` as the token, and `<|im_end|>` as seven characters or so.
+    """A second tokenizer whose special tokens are spelled with the prefix ESCAPE; else it equals `core`."""
 
-    Everything else is as in `core`, and `ids` gives back the ids of `core`.
-    """
-
-    def __init__(self, core: Tokenizer, special: re.Pattern[str], specials: Iterable[str]):
+    def __init__(self, core: Tokenizer, special_pattern: re.Pattern[str], special_tokens: Iterable[str]):
         self._core = core
-        self._special = special
-        self._specials = set(specials)
+        self._special_pattern = special_pattern
+        self._special_tokens = set(special_tokens)
 
-    def mark(self, text: str) -> str:
-        """The template's own text, with each special token under its other name."""
-        return self._special.sub(lambda found: MARK + found[0], text)
+    def escape(self, text: str) -> str:
+        """The text with the prefix ESCAPE before each special token."""
+        return self._special_pattern.sub(lambda match: ESCAPE + match[0], text)
 
-    def marks_before(self, text: str, end: int) -> int:
-        """How many characters `mark` puts into `text[:end]`."""
-        return len(self._special.findall(text, 0, end)) * len(MARK)
+    def added_length(self, text: str, end: int) -> int:
+        """How many characters `escape` adds to `text[:end]`."""
+        return len(self._special_pattern.findall(text, 0, end)) * len(ESCAPE)
 
     @cached_property
     def tokenize(self) -> TextTokenizer:
+        """The second tokenizer, for escaped texts. Its ids of added tokens differ from those of `core`."""
         settings = json.loads(self._core.to_str()) | {"post_processor": None}
         for token in settings["added_tokens"]:
-            if token["content"] in self._specials:
-                token["content"] = MARK + token["content"]
+            if token["content"] in self._special_tokens:
+                token["content"] = ESCAPE + token["content"]
         return TextTokenizer(Tokenizer.from_str(json.dumps(settings)))
 
-    @cached_property
-    def _own_ids(self) -> dict[int, int]:
-        """The second tokenizer numbers added tokens anew."""
-        added = self.tokenize.core.get_added_tokens_decoder()
-        names = {number: token.content.removeprefix(MARK) for number, token in added.items()}
-        return {number: self._core.token_to_id(name) for number, name in names.items()}
+    def original_ids(self, ids: list[int]) -> list[int]:
+        """The ids in `core` of tokens from the second tokenizer."""
+        return [self._original_id.get(token_id, token_id) for token_id in ids]
 
-    def ids(self, guarded: list[int]) -> list[int]:
-        return [self._own_ids.get(number, number) for number in guarded]
+    @cached_property
+    def _original_id(self) -> dict[int, int]:
+        added = self.tokenize.core.get_added_tokens_decoder()
+        names = {token_id: token.content.removeprefix(ESCAPE) for token_id, token in added.items()}
+        return {token_id: self._core.token_to_id(name) for token_id, name in names.items()}

@@ -1,4 +1,4 @@
-"""Texts -> token ids, and which text each token stands for."""
+"""Tokenizes texts, and maps between tokens and characters."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -8,65 +8,68 @@ from itertools import accumulate
 from tokenizers import Encoding, Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-SPACES = ("\u2581", "\u0120", "\u010a", "\u0109", "\u010d")  # white space at a token's start, as vocabularies spell it
+# White space at the start of a token, as vocabularies spell it: sentencepiece's space; byte-level space, newline,
+# tab and carriage return.
+SPACES = ("\u2581", "\u0120", "\u010a", "\u0109", "\u010d")
 
 
 class ByteTokens:
-    """The tokens of a text in a byte-level vocabulary: together they are its bytes, which is what places them."""
+    """The tokens of a text in a byte-level vocabulary.
+
+    `pieces` are the bytes of each token. They join to the bytes of the text, so that each token's position is known.
+    """
 
     def __init__(self, text: str, ids: list[int], pieces: list[bytes]):
         self.text, self.ids = text, ids
         self.starts = list(accumulate(map(len, pieces), initial=0))
 
-    def first_from(self, char: int) -> int:
-        """The first token that begins at a character or after it."""
+    def first_token_from(self, char: int) -> int:
+        """The index of the first token that starts at this character or after it."""
         return bisect_left(self.starts, len(self.text[:char].encode()))
 
-    def first_in(self, char: int) -> int:
-        """The token that holds the character."""
+    def token_at(self, char: int) -> int:
+        """The index of the token that contains this character."""
         return bisect_left(self.starts, len(self.text[:char].encode()) + 1) - 1
 
-    def shown(self, first: int, last: int) -> str | None:
-        """None: tokens [first, last) are known to mean what stands there."""
+    def source_text(self, first: int, last: int) -> str | None:
+        """None: tokens [first, last) are known to decode to the text that they come from."""
         return None
 
 
 class OffsetTokens:
-    """The tokens of a text where the tokenizer's own offsets tell what each stands for."""
+    """The tokens of a text whose positions are the tokenizer's character offsets."""
 
     def __init__(self, text: str, core: Tokenizer, encoding: Encoding):
         self.text, self.core, self.encoding, self.ids = text, core, encoding, encoding.ids
 
-    def first_from(self, char: int) -> int:
-        """The first token that begins at a character or after it."""
-        token = self.first_in(char)
+    def first_token_from(self, char: int) -> int:
+        """The index of the first token that starts at this character or after it."""
+        token = self.token_at(char)
         while token < len(self.ids) and self.encoding.token_to_chars(token)[0] < char:
             token += 1
         if 0 < token < len(self.ids) and self.encoding.token_to_chars(token - 1)[1] < char:
-            # White space before the character is in no token, or offsets do not tell (byte-level BPE trims them).
+            # The white space before the character is in no token or, as byte-level BPE trims offsets, in this one.
             token += self.core.id_to_token(self.ids[token]).startswith(SPACES)
         return token
 
-    def first_in(self, char: int) -> int:
-        """The token that holds the character, or the next one."""
+    def token_at(self, char: int) -> int:
+        """The index of the token that contains this character, or of the next token if none does."""
         tokens = (self.encoding.char_to_token(position) for position in range(char, len(self.text)))
         return next((token for token in tokens if token is not None), len(self.ids))
 
-    def shown(self, first: int, last: int) -> str | None:
-        """What stands where tokens [first, last) are."""
-        # The first bytes of the first character may be in a token before.
-        begin, before = (
-            self.encoding.token_to_chars(first)[0],
-            self.encoding.token_to_chars(first - 1)[1] if first else 0,
-        )
-        return self.text[max(begin, before) : self.encoding.token_to_chars(last - 1)[1]]
+    def source_text(self, first: int, last: int) -> str | None:
+        """The text that tokens [first, last) come from."""
+        start = self.encoding.token_to_chars(first)[0]
+        # The token before may contain the first bytes of the first character.
+        end_before = self.encoding.token_to_chars(first - 1)[1] if first else 0
+        return self.text[max(start, end_before) : self.encoding.token_to_chars(last - 1)[1]]
 
 
 Tokens = ByteTokens | OffsetTokens
 
 
 class TextTokenizer:
-    """Tokenises texts as they are: no special tokens are added, nothing is cut or padded."""
+    """Tokenizes texts without adding special tokens, truncation or padding."""
 
     def __init__(self, core: Tokenizer):
         self.core = core
@@ -74,26 +77,26 @@ class TextTokenizer:
         core.no_padding()
 
     @cached_property
-    def bytes_of(self) -> list[bytes]:
-        """What each token of a byte-level vocabulary stands for, by its id; nothing for other vocabularies.
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token by its id if the vocabulary is byte-level, else [].
 
-        Takes a moment, which a run that finds its tokens stored does not need.
+        Computed on first use: a run that finds its tokens in the store does not need it.
         """
         return _token_bytes(self.core)
 
     def __call__(self, texts: Sequence[str]) -> Iterator[Tokens]:
-        """The tokens of each text, in order, tokenised together.
+        """Tokenize texts as one batch; yields the tokens of each text in order.
 
-        For a byte-level vocabulary the ids are enough, which takes a third less time than with offsets; a text that
-        its bytes do not add up to (a normaliser changed it) is tokenised again, with them.
+        For a byte-level vocabulary the ids are sufficient, which takes a third less time than offsets. A text whose
+        tokens do not join to its bytes, because a normalizer changed it, is tokenized again with offsets.
         """
-        if not self.bytes_of:
+        if not self.token_bytes:
             for text, encoding in zip(texts, self.core.encode_batch(texts, add_special_tokens=False), strict=True):
                 yield OffsetTokens(text, self.core, encoding)
             return
         for text, encoding in zip(texts, self.core.encode_batch_fast(texts, add_special_tokens=False), strict=True):
             ids = encoding.ids
-            pieces = list(map(self.bytes_of.__getitem__, ids))
+            pieces = list(map(self.token_bytes.__getitem__, ids))
             if b"".join(pieces) == text.encode():
                 yield ByteTokens(text, ids, pieces)
             else:
@@ -103,11 +106,11 @@ class TextTokenizer:
 def _token_bytes(core: Tokenizer) -> list[bytes]:
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
     added = core.get_added_tokens_decoder()
-    found = {number: token.content.encode() for number, token in added.items()}
-    for token, number in core.get_vocab(with_added_tokens=True).items():
-        if number not in added:
+    pieces = {token_id: token.content.encode() for token_id, token in added.items()}
+    for token, token_id in core.get_vocab(with_added_tokens=True).items():
+        if token_id not in added:
             try:
-                found[number] = bytes(byte_of[char] for char in token)
+                pieces[token_id] = bytes(byte_of[char] for char in token)
             except KeyError:
                 return []
-    return [found.get(number, b"") for number in range(max(found) + 1)]
+    return [pieces.get(token_id, b"") for token_id in range(max(pieces) + 1)]

@@ -495,12 +495,12 @@ TURN += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %
 NO_GUESSING = {
     "refuses the conversation: Conversation roles must alternate": LLAMA2.replace("== 0)", "== 1)"),
     "refuses the conversation: System role not supported": GEMMA_STRICT,
-    "changes what messages[0] says": TURN.replace("BODY", "{{ m.content | upper }}"),
-    "does not show messages[2]": TURN.replace("BODY", "{{ m.content if loop.last or m.role != 'assistant' }}"),
-    "does not show messages[0].content (system)": TURN.replace("BODY", "{{ m.content if m.role != 'system' }}"),
+    "changes the text of messages[0]": TURN.replace("BODY", "{{ m.content | upper }}"),
+    "does not render messages[2]": TURN.replace("BODY", "{{ m.content if loop.last or m.role != 'assistant' }}"),
+    "omits messages[0].content (system)": TURN.replace("BODY", "{{ m.content if m.role != 'system' }}"),
     "messages[2] (assistant) more than once": TURN.replace("BODY", "{{ m.content + m.content }}"),
-    "leads to the assistant by": TURN.replace("BODY", "{{ m.content }}").replace("start|>assistant", "start|>bot"),
-    "messages[2] (assistant) with '<|im_end|>' only when it is the last": (
+    "has the generation prompt": TURN.replace("BODY", "{{ m.content }}").replace("start|>assistant", "start|>bot"),
+    "messages[2] (assistant) with '<|im_end|>' only when it is the last turn": (
         "{% for m in messages %}{{ m.role + ':' + m.content }}"
         "{{ '<|im_end|>' if loop.last and m.role == 'assistant' else '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -508,7 +508,7 @@ NO_GUESSING = {
     "after its generation prompt": (
         "{% for m in messages | reverse %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
     ),
-    "marks no token": "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
+    "no text between them": "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
 }
 
 
@@ -559,14 +559,14 @@ def test_tokens_that_mean_something_else_are_refused():
     renderer = Renderer(tiny.build_tokenizer(eos_twice))
     encode = renderer.core.encode
     renderer.tokenize = lambda texts: [OffsetTokens(text, renderer.core, Misplaced(encode(text))) for text in texts]
-    with pytest.raises(DataError, match="but the tokens there mean"):
+    with pytest.raises(DataError, match="but the tokens decode to"):
         renderer.encode(CHAT)
 
 
 def test_an_end_that_is_no_token_there_is_refused():
     tokenizer = tiny.build_tokenizer(STYLES["phi3"].plain(), PHI[:1], "<|endoftext|>")
     tokenizer.add_tokens([AddedToken("<|end|>", single_word=True, special=True)])
-    with pytest.raises(DataError, match="which is not one token there"):
+    with pytest.raises(DataError, match="which is not encoded as one special token"):
         Renderer(tokenizer).encode(chat(("user", "Hi"), ("assistant", "Hello")))
 
 

@@ -1,0 +1,71 @@
+"""Checks that a chat template renders everything that a conversation contains."""
+
+from typing import Any
+
+from sft_recipe.data.rendering.chat_template import ChatTemplate, TemplateError
+from sft_recipe.data.rendering.skeleton import SLOT, Skeleton
+
+
+class ContentOmitted(TemplateError):
+    """The template leaves out a part of the conversation."""
+
+    def __init__(self, part: str):
+        super().__init__(
+            f"omits {part}; remove it from the data, or use a template that renders it (model.chat_template)"
+        )
+
+
+def check_omissions(template: ChatTemplate, skeleton: Skeleton, text: str, slots: list[str]) -> bool:
+    """Raise ContentOmitted if `text`, the rendered skeleton with these `slots`, lacks a part of the conversation.
+
+    Reasoning before the last assistant turn may be missing: templates drop it on purpose. Reasoning written into the
+    content of the last turn may be missing as well; returns True if it is. Raises TemplateError if the template
+    changes a message.
+    """
+    last = max(index for index, message in enumerate(skeleton.messages) if message["role"] == "assistant")
+    drops_reasoning = False
+    for slot in [slot for slot in skeleton.slot_texts if slot not in slots]:
+        prefix, _, kind = slot.partition(".")
+        if kind.startswith("data"):
+            continue
+        index = int(prefix)
+        message = skeleton.messages[index]
+        if kind.startswith("think"):
+            if template.reasoning_key in message and index == last:
+                raise ContentOmitted(f"messages[{index}].reasoning ({message['role']})")
+            drops_reasoning = drops_reasoning or index == last
+            continue
+        name = "tool_calls" if kind.startswith("call") else "content"
+        if name == "content" and _depends_on_content(template, skeleton, index, text):
+            raise TemplateError(f"changes messages[{index}].content ({message['role']})")
+        raise ContentOmitted(f"messages[{index}].{name} ({message['role']})")
+    _check_tools(template, skeleton, text)
+    return drops_reasoning
+
+
+def _check_tools(template: ChatTemplate, skeleton: Skeleton, text: str) -> None:
+    """Tool schemas and arguments have no slots; a rendering without them must differ."""
+    if skeleton.tools and template.render(skeleton.messages, skeleton.tools[:-1])[0] == text:
+        raise ContentOmitted("some of the tools" if len(skeleton.tools) > 1 else "tools")
+    for index, message in enumerate(skeleton.messages):
+        emptied = _without_arguments(message)
+        if emptied != message and _render_with(template, skeleton, index, emptied) == text:
+            raise ContentOmitted(f"the arguments of messages[{index}].tool_calls")
+
+
+def _without_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    calls = [{**call, "function": {**call["function"], "arguments": {}}} for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
+
+
+def _depends_on_content(template: ChatTemplate, skeleton: Skeleton, index: int, text: str) -> bool:
+    message = skeleton.messages[index]
+    changed = {**message, "content": SLOT.format("other") + message["content"]}
+    return _render_with(template, skeleton, index, changed) != text
+
+
+def _render_with(template: ChatTemplate, skeleton: Skeleton, index: int, message: dict[str, Any]) -> str:
+    """The rendered skeleton with another message at this index."""
+    return template.render([*skeleton.messages[:index], message, *skeleton.messages[index + 1 :]], skeleton.tools)[0]
