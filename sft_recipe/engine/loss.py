@@ -1,8 +1,8 @@
-"""A model that returns its loss: head and cross-entropy a part of the tokens at a time, no tokens x vocabulary kept.
+"""A model that returns its loss: head and cross-entropy over a part of the tokens at a time.
 
-The gradients are computed in the forward, where each part's logits are at hand, as in Liger Kernel
-(https://arxiv.org/abs/2410.10989, section 3.2). The logits are the model's own, whatever it does with its head's
-outputs.
+No tensor of tokens x vocabulary is kept. The gradients are computed in the forward pass, while each part's logits
+exist, as in Liger Kernel (https://arxiv.org/abs/2410.10989, section 3.2). The logits come from the model's own code, so
+that scaling and soft-capping apply.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,60 +17,62 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from sft_recipe.engine import patches
 from sft_recipe.errors import ModelError
 
-LOGITS_CHUNK = {"cpu": 2**25, "cuda": 2**28}  # logits at a time: few for the memory, many for the matrix products
-SOFTMAX_CHUNK = {
-    "cpu": 2**19,
-    "cuda": 2**25,
-}  # of those in fp32 at a time: few for a core's caches, many for a GPU's launches
+# Elements per part. Few logits save memory, many make the matrix products efficient; for the softmax in fp32, few stay
+# in a core's caches, and many save kernel launches on a GPU.
+LOGITS_CHUNK = {"cpu": 2**25, "cuda": 2**28}
+SOFTMAX_CHUNK = {"cpu": 2**19, "cuda": 2**25}
 
 
 def patch_chunked_cross_entropy(model: PreTrainedModel) -> list[nn.Parameter] | None:
     """Replace the forward of `model` by one that takes `positions` and `targets`, both (tokens,), and returns the loss.
 
     The loss is the negative log-likelihood of `targets` at `positions`, summed and multiplied by `scale` (a tensor with
-    one number), in fp32. `positions` may name a position more than once. Differentiate
-    it as it is: the head's weights may get their gradients before the backward pass.
+    one number), in fp32. `positions` may contain a position more than once. Call backward on the loss unchanged: the
+    head's weights may get their gradients in the forward pass.
 
     Returns the weights of the head, which must be unsharded wherever the model's own forward runs (else the new forward
-    raises ModelError); returns None and changes nothing where body and head cannot be called separately.
+    raises ModelError). Returns None and changes nothing where body and head cannot be called separately.
     """
     prefix = model.base_model_prefix
     body, original = getattr(model, prefix, None), model.forward
     if body is None or body is model:
         return None
 
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        outputs = MoeModelOutputWithPast(last_hidden_state=hidden)
-        with _forward(body, lambda *_, **__: outputs):
+    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+        outputs = MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
+        with _use_forward(body, lambda *_, **__: outputs):
             return original(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits
 
-    # Tied ones have a name in the body too.
-    every = model.named_parameters(remove_duplicate=False)
-    head = {weight: name for name, weight in every if not name.startswith(f"{prefix}.")}
-    size = model.config.get_text_config().hidden_size
+    # Tied weights have a name in the body too.
+    parameters = model.named_parameters(remove_duplicate=False)
+    head = {weight: name for name, weight in parameters if not name.startswith(f"{prefix}.")}
+    width = model.config.get_text_config().hidden_size
     try:
         with torch.enable_grad():
-            found = logits(next(model.parameters()).new_zeros(1, 1, size))
+            logits = logits_of(next(model.parameters()).new_zeros(1, 1, width))
         trained = [weight for weight in head if weight.requires_grad]
-        gradients = torch.autograd.grad(found.sum(), trained, allow_unused=True) if trained else []
-    except Exception:  # a forward that wants more of its body than the last hidden states
+        gradients = torch.autograd.grad(logits.sum(), trained, allow_unused=True) if trained else ()
+    except Exception:  # the head needs more of the body's outputs than the last hidden states
         return None
-    vocabulary = found.shape[2]
-    reached = {weight for weight, gradient in zip(trained, gradients, strict=True) if gradient is not None}
-    shapes = {name: weight.shape for weight, name in head.items() if weight in reached}
+    vocabulary = logits.shape[2]
+    used = {weight for weight, gradient in zip(trained, gradients, strict=True) if gradient is not None}
+    shapes = {name: weight.shape for weight, name in head.items() if weight in used}
 
     def forward(positions: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, **inputs: Any) -> torch.Tensor:
         given = {name: value for name, value in inputs.items() if value is not None}
         hidden = body(**given).last_hidden_state[:, positions]
-        weights = [attrgetter(name)(model) for name in shapes]  # as FSDP has put them for this forward
+        weights = [attrgetter(name)(model) for name in shapes]  # FSDP may have replaced them for this forward
         for weight, (name, shape) in zip(weights, shapes.items(), strict=True):
             if isinstance(weight, DTensor) or weight.shape != shape:
-                raise ModelError(f"{name} is sharded where the loss needs it whole, so that it would not be learnt")
-        return _SummedCrossEntropy.apply(hidden, targets, scale, logits, vocabulary, torch.is_grad_enabled(), *weights)
+                raise ModelError(f"{name} is sharded where the loss needs all of it, so it would not be trained")
+        return _SummedCrossEntropy.apply(
+            hidden, targets, scale, logits_of, vocabulary, torch.is_grad_enabled(), *weights
+        )
 
-    model.forward = forward
+    model.forward = forward  # type: ignore[method-assign]
     return list(head)
 
 
@@ -89,57 +91,59 @@ class _SummedCrossEntropy(torch.autograd.Function):
         *weights: torch.Tensor,
     ) -> torch.Tensor:
         trained = [weight for weight in weights if weight.requires_grad]
-        losses, for_hidden = [], []
-        sums: list[torch.Tensor | None] = [None] * len(trained)
+        losses, grad_hidden = [], []
+        totals: list[torch.Tensor | None] = [None] * len(trained)
         rows = max(1, LOGITS_CHUNK[hidden.device.type] // vocabulary)
         for part, target in zip(hidden.split(rows, dim=1), targets.split(rows), strict=True):
             saved: set[int] = set()
-            with torch.set_grad_enabled(is_training), _watching_saved(saved):
+            with torch.set_grad_enabled(is_training), _record_saved(saved):
                 part = part.detach().requires_grad_(is_training)
                 logits = logits_of(part)
-            # In place of the logits, where their own backward does not ask for them.
-            found = logits.detach()
-            gradient = torch.empty_like(found) if _place(found) in saved else found
-            losses.append(_loss_and_gradient(found[0], target, scale, gradient[0], is_training))
+            # The gradient overwrites the logits, unless their own backward needs them.
+            values = logits.detach()
+            gradient = torch.empty_like(values) if _address(values) in saved else values
+            losses.append(_loss_and_gradient(values[0], target, scale, gradient[0], is_training))
             if is_training:
-                before = [_added(weight) for weight in trained]
-                of_part, *of_trained = torch.autograd.grad(logits, [part, *trained], gradient, allow_unused=True)
-                for weight, one, added in zip(trained, of_trained, before, strict=True):
-                    if one is None and _added(weight) == added:
-                        raise ModelError("the loss does not reach a weight of the head, so that it would not be learnt")
-                for_hidden.append(of_part)
-                sums = [_add(*pair) for pair in zip(sums, of_trained, strict=True)]
+                before = [_accumulated(weight) for weight in trained]
+                grad_part, *grads = torch.autograd.grad(logits, [part, *trained], gradient, allow_unused=True)
+                for weight, grad, count in zip(trained, grads, before, strict=True):
+                    if grad is None and _accumulated(weight) == count:
+                        raise ModelError("the loss does not reach a weight of the head, so it would not be trained")
+                grad_hidden.append(grad_part)
+                totals = [_add(total, grad) for total, grad in zip(totals, grads, strict=True)]
         if is_training:
-            found = dict(zip(map(id, trained), sums, strict=True))
-            of_weights = (found.get(id(weight)) for weight in weights)
-            rounded = (None if part is None else part.to(hidden.dtype) for part in of_weights)
-            ctx.save_for_backward(torch.cat(for_hidden, dim=1), *rounded)
+            by_weight = dict(zip(map(id, trained), totals, strict=True))
+            grad_weights = (by_weight.get(id(weight)) for weight in weights)
+            rounded = (None if grad is None else grad.to(hidden.dtype) for grad in grad_weights)
+            ctx.save_for_backward(torch.cat(grad_hidden, dim=1), *rounded)
         return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         [upstream] = gradients
-        torch._assert_async(upstream == 1, "the loss was changed after its gradients were made")
-        of_hidden, *of_weights = ctx.saved_tensors
-        return of_hidden, *[None] * 5, *of_weights
+        patches.assert_async(upstream == 1, "the loss was changed after its gradients were computed")
+        grad_hidden, *grad_weights = ctx.saved_tensors
+        return grad_hidden, *[None] * 5, *grad_weights
 
 
-def _added(weight: torch.Tensor) -> int:
-    """How often a weight that sums its gradients elsewhere (whole.GradAccumulator) has been given one."""
-    return weight.grad_accumulator.added if hasattr(weight, "grad_accumulator") else 0
+def _accumulated(weight: torch.Tensor) -> int:
+    """How many gradients a weight with a GradAccumulator (cpu/unsharded.py) has got in this step."""
+    accumulator = getattr(weight, "grad_accumulator", None)
+    return accumulator.added if accumulator else 0
 
 
 def _loss_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, gradient: torch.Tensor, is_training: bool
 ) -> torch.Tensor:
-    """`scale` times the summed loss of logits (tokens, vocabulary); `gradient`, which may be the logits, gets as many
-    times softmax(logits) less 1 at the target if `is_training`.
+    """`scale` times the summed loss of logits (tokens, vocabulary).
+
+    If `is_training`, writes `scale` times softmax(logits), less 1 at the target, to `gradient`, which may be the
+    logits.
     """
     rows = max(1, SOFTMAX_CHUNK[logits.device.type] // logits.shape[1])
     losses = []
-    for part, target, result in zip(
-        logits.split(rows), targets[:, None].split(rows), gradient.split(rows), strict=True
-    ):
+    parts = zip(logits.split(rows), targets[:, None].split(rows), gradient.split(rows), strict=True)
+    for part, target, result in parts:
         probs = F.log_softmax(part, dim=1, dtype=torch.float32)
         losses.append(-probs.gather(1, target).sum())
         if is_training:
@@ -148,34 +152,34 @@ def _loss_and_gradient(
     return torch.stack(losses).sum() * scale
 
 
-def _place(tensor: torch.Tensor) -> int:
+def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _watching_saved(places: set[int]) -> AbstractContextManager:
-    """Adds the places of all that autograd saves for a backward."""
+def _record_saved(addresses: set[int]) -> AbstractContextManager:
+    """Inside, the addresses of all tensors that autograd saves for a backward pass are added to `addresses`."""
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        places.add(_place(tensor))
-        return tensor.detach()  # what an operation gives must not keep the operation alive
+        addresses.add(_address(tensor))
+        return tensor.detach()  # an operation's output must not keep the operation alive
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def _add(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:
-    """In fp32 as soon as there are two."""
+    """The sum, in fp32 as soon as there are two parts."""
     return part if total is None or part is None else total.float().add_(part)
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Another forward for a module, as long as the context lasts."""
+def _use_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Inside, `module` has another forward."""
     before = vars(module).get("forward")
-    module.forward = forward
+    module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
         if before is None:
             del module.forward
         else:
-            module.forward = before
+            module.forward = before  # type: ignore[method-assign]

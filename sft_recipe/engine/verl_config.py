@@ -1,12 +1,10 @@
-"""Our configuration -> verl's dataclasses; the one place that knows verl's keys."""
+"""Translates the configuration into verl's dataclasses; the only module that knows verl's keys."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PretrainedConfig
 from verl.trainer.config import CheckpointConfig
-from verl.utils import model as verl_model
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.config.optimizer import OptimizerConfig
 
@@ -19,25 +17,10 @@ from sft_recipe.config.auto import (
 )
 from sft_recipe.config.schema import Config, FsdpConfig, OptimConfig
 
-_verls_model_class = verl_model.get_hf_auto_model_class
-
-
-def patch_model_class_lookup() -> None:
-    """verl asks of every model whether it sees images, which imports the configurations of all that do.
-
-    What calls itself a causal language model is taken at its word; of others verl finds out as before.
-    """
-    verl_model.get_hf_auto_model_class = _model_class
-
-
-def _model_class(hf_config: PretrainedConfig) -> Any:
-    is_causal = not hasattr(hf_config, "auto_map") and (hf_config.architectures or [""])[0].endswith("ForCausalLM")
-    return AutoModelForCausalLM if is_causal else _verls_model_class(hf_config)
-
 
 @dataclass
 class ScheduledOptimizerConfig(FSDPOptimizerConfig):
-    """verl's optimiser config without its refusal of other schedules than constant and cosine."""
+    """verl's optimizer config, which also accepts other schedules than constant and cosine."""
 
     def __post_init__(self) -> None:
         OptimizerConfig.__post_init__(self)
@@ -45,7 +28,7 @@ class ScheduledOptimizerConfig(FSDPOptimizerConfig):
 
 @dataclass(frozen=True)
 class VerlConfig:
-    """What verl's TrainingWorker is built from."""
+    """The configurations that verl's TrainingWorker takes."""
 
     model: HFModelConfig
     engine: Any
@@ -54,7 +37,7 @@ class VerlConfig:
 
 
 def build_verl_config(config: Config, model_folder: Path, total_steps: int, device: str) -> VerlConfig:
-    """Translate; `device` is "cuda" or "cpu", `total_steps` the optimiser steps of the whole run."""
+    """Translate; `device` is "cuda" or "cpu", `total_steps` the number of optimizer steps of the run."""
     is_megatron = config.fsdp.strategy == "megatron"
     return VerlConfig(
         model=_model(config, model_folder, device),
@@ -65,7 +48,7 @@ def build_verl_config(config: Config, model_folder: Path, total_steps: int, devi
 
 
 def fsdp_engine(config: Config, device: str) -> FSDPEngineConfig:
-    """verl's FSDP engine; offloading means nothing where the device is the CPU."""
+    """The settings of verl's FSDP engine; on a CPU offloading is off."""
     fsdp = config.fsdp
     on_gpu = device == "cuda"
     return FSDPEngineConfig(
@@ -91,7 +74,7 @@ def fsdp_engine(config: Config, device: str) -> FSDPEngineConfig:
 
 
 def megatron_engine(fsdp: FsdpConfig, seed: int) -> Any:
-    """verl's Megatron engine with our parallel sizes."""
+    """The settings of verl's Megatron engine."""
     from verl.workers.config import McoreEngineConfig
 
     return McoreEngineConfig(
@@ -108,15 +91,15 @@ def _model(config: Config, folder: Path, device: str) -> HFModelConfig:
     lora = config.lora
     return HFModelConfig(
         path=str(folder),
-        load_tokenizer=config.fsdp.strategy == "megatron",  # only that engine asks it for a padding token
+        load_tokenizer=config.fsdp.strategy == "megatron",  # only that engine needs its padding token
         trust_remote_code=config.model.trust_remote_code,
         enable_gradient_checkpointing=uses_gradient_checkpointing(config, device),
         use_remove_padding=True,
         override_config={**config.model.override_config, "attn_implementation": attention(config, device)},
         lora_rank=lora.rank if lora.enabled else 0,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # verl passes it on to peft, which takes a float
         target_modules=lora.target_modules,
-        exclude_modules=lora.exclude_modules,
+        exclude_modules=lora.exclude_modules,  # type: ignore[arg-type]  # and a list here
         lora={"rank": lora.rank, "alpha": lora.alpha} if lora.enabled else {},
     )
 
@@ -140,7 +123,7 @@ def _optim(config: Config, total_steps: int) -> ScheduledOptimizerConfig:
 
 
 def _with_fused_kernel(optim: OptimConfig) -> dict[str, Any]:
-    """Adam's step in one pass over memory instead of ten, where it is PyTorch's and nothing else was asked for."""
+    """PyTorch's Adam in one pass over memory instead of ten, unless the user chose another implementation."""
     chosen = dict(optim.override_optimizer_config or {})
     if optim.optimizer_impl == "torch.optim" and optim.optimizer in ("Adam", "AdamW") and "foreach" not in chosen:
         chosen.setdefault("fused", True)

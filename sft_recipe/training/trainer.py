@@ -33,8 +33,9 @@ from sft_recipe.data.token_store import Examples
 from sft_recipe.distributed.signals import EXIT_PREEMPTED, SignalHandler
 from sft_recipe.distributed.watchdog import COLLECTIVE_TIMEOUT, Watchdog
 from sft_recipe.engine.cpu.platform import measured_peak_flops
+from sft_recipe.engine.patches import patch_model_class_lookup
 from sft_recipe.engine.sft_engine import SFTEngine
-from sft_recipe.engine.verl_config import build_verl_config, patch_model_class_lookup
+from sft_recipe.engine.verl_config import build_verl_config
 from sft_recipe.errors import TrainingError, is_debugging
 from sft_recipe.evaluation.validation import evaluate
 from sft_recipe.export.huggingface import MODEL, ModelSaver

@@ -1,4 +1,4 @@
-"""The loss against torch's own, and what it holds."""
+"""The chunked loss against torch's own, and what it keeps in memory."""
 
 import pytest
 import torch
@@ -26,51 +26,51 @@ def build(kind="llama", dtype=torch.float32, **settings):
 
 def inputs(model, tokens=30):
     ids = torch.randint(3, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(1))
-    return ids, torch.tensor([3, 4, 4, 5, 17, 28])  # a position that counts twice
+    return ids, torch.tensor([3, 4, 4, 5, 17, 28])  # a position may appear twice
 
 
 @pytest.mark.parametrize("part", [1, 200, 10**9], ids=["row by row", "three rows", "at once"])
 @pytest.mark.parametrize("exact", [1, 100, 10**9], ids=["one in fp32", "two in fp32", "all in fp32"])
-def test_parts_do_not_matter(monkeypatch, part, exact):
+def test_chunk_sizes_do_not_change_the_loss(monkeypatch, part, exact):
     monkeypatch.setitem(loss.LOGITS_CHUNK, "cpu", part)
     monkeypatch.setitem(loss.SOFTMAX_CHUNK, "cpu", exact)
     check_head(build(), recomputes=False)
 
 
-def test_bf16_is_as_near_to_fp32_as_all_logits_are():
-    wanted = expected_loss(build())[1]
+def test_bf16_error_is_that_of_computing_all_logits():
+    expected = expected_loss(build())[1]
 
     def error(gradients):
-        return max(((gradients[name].float() - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
+        differences = {name: (gradients[name].float() - expected[name]).norm() for name in expected}
+        return max((differences[name] / expected[name].norm()).item() for name in expected)
 
-    assert error(found_loss(build(dtype=torch.bfloat16))[1]) < 1.2 * error(
-        expected_loss(build(dtype=torch.bfloat16))[1]
-    )
+    of_all_logits = error(expected_loss(build(dtype=torch.bfloat16))[1])
+    assert error(chunked_loss(build(dtype=torch.bfloat16))[1]) < 1.2 * of_all_logits
 
 
-def test_nothing_of_the_size_of_the_logits_is_kept(monkeypatch):
+def test_no_tensor_of_the_size_of_the_logits_is_kept(monkeypatch):
     monkeypatch.setitem(loss.LOGITS_CHUNK, "cpu", 10 * 64)
     model = build(vocab_size=4096)
     assert patch_chunked_cross_entropy(model)
     ids = torch.randint(3, 64, (1, 64))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         model(input_ids=ids, positions=torch.arange(63), targets=ids[0, 1:], scale=SCALE)
     weight = model.lm_head.weight.numel()
-    assert {saved.numel() for saved in kept if saved.numel() >= 64 * 64 * 16} == {weight}
+    assert {tensor.numel() for tensor in saved if tensor.numel() >= 64 * 64 * 16} == {weight}
 
 
-def test_no_supervised_token_is_no_loss():
+def test_loss_without_supervised_tokens_is_zero():
     model = build()
     assert patch_chunked_cross_entropy(model)
     none = torch.empty(0, dtype=torch.long)
-    found = model(input_ids=inputs(model)[0], positions=none, targets=none, scale=SCALE)
-    found.backward()
-    assert found == 0 and all(not parameter.grad.any() for parameter in model.parameters())
+    result = model(input_ids=inputs(model)[0], positions=none, targets=none, scale=SCALE)
+    result.backward()
+    assert result == 0 and all(not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_weights_may_be_views_of_another_tensor():
-    """As FSDP1 puts them in a module's place while it runs."""
+    """FSDP1 replaces a module's weights by such views while it runs."""
     model, reference = build(tie_word_embeddings=False), build(tie_word_embeddings=False)
     assert patch_chunked_cross_entropy(model)
     flat = torch.nn.Parameter(model.lm_head.weight.detach().flatten().clone())
@@ -78,11 +78,11 @@ def test_weights_may_be_views_of_another_tensor():
     model.lm_head.weight = flat.view(64, 32)
     ids, positions = inputs(model)
     model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE).backward()
-    wanted = expected_loss(reference)[1]["lm_head.weight"]
-    torch.testing.assert_close(flat.grad.view(64, 32), wanted, rtol=1e-4, atol=1e-5)
+    expected = expected_loss(reference)[1]["lm_head.weight"]
+    torch.testing.assert_close(flat.grad.view(64, 32), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_head_that_is_not_whole_is_not_silently_left_untrained():
+def test_a_sharded_head_is_refused():
     model = build(tie_word_embeddings=False)
     assert patch_chunked_cross_entropy(model) == [model.lm_head.weight]
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flatten()[:100])  # as a shard
@@ -91,8 +91,8 @@ def test_a_head_that_is_not_whole_is_not_silently_left_untrained():
         model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
 
 
-def test_a_weight_that_the_loss_does_not_reach_is_told():
-    """As of FSDP1, which computes with a view of another tensor."""
+def test_a_weight_that_the_loss_does_not_reach_is_refused():
+    """FSDP1, for example, computes with a view of another tensor."""
     model = build(tie_word_embeddings=False)
     assert patch_chunked_cross_entropy(model)
     weight = model.lm_head.weight
@@ -102,15 +102,15 @@ def test_a_weight_that_the_loss_does_not_reach_is_told():
         model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
 
 
-def test_a_loss_that_was_changed_after_its_gradients_were_made_is_told():
+def test_backward_of_a_changed_loss_is_refused():
     model = build()
     assert patch_chunked_cross_entropy(model)
     ids, positions = inputs(model)
-    with pytest.raises(RuntimeError, match="changed after its gradients were made"):
+    with pytest.raises(RuntimeError, match="changed after its gradients were computed"):
         (2 * model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)).backward()
 
 
-def test_a_weight_beside_the_head_that_no_logit_uses_is_no_matter():
+def test_weights_that_no_logit_uses_get_no_gradient():
     model = build()
     model.other = torch.nn.Linear(3, 3)
     assert patch_chunked_cross_entropy(model)
@@ -119,7 +119,7 @@ def test_a_weight_beside_the_head_that_no_logit_uses_is_no_matter():
     assert model.other.weight.grad is None and model.lm_head.weight.grad.any()
 
 
-def test_a_model_without_a_body_is_left_alone():
+def test_a_model_without_a_body_is_not_changed():
     model = build()
     model.base_model_prefix = "nowhere"
     before = model.forward
@@ -140,15 +140,15 @@ HEADS = {
 
 @pytest.mark.parametrize("recomputes", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("head", HEADS)
-def test_every_head_gives_the_loss_and_gradients_of_all_logits(head, recomputes):
+def test_each_kind_of_head_gives_the_loss_and_gradients_of_all_logits(head, recomputes):
     kind, settings = HEADS[head]
     check_head(build(kind, **settings), recomputes)
 
 
-def test_logits_that_their_own_backward_needs_are_not_written_over():
-    """As of a tanh, which remembers what it gave."""
+def test_logits_that_their_own_backward_needs_are_not_overwritten():
+    """tanh, for example, saves its output."""
     model = build(tie_word_embeddings=False)
-    model.lm_head.register_forward_hook(lambda module, given, logits: logits.tanh())
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.tanh())
     check_head(model, recomputes=False)
 
 
@@ -161,53 +161,53 @@ def test_lora_gives_the_loss_and_gradients_of_all_logits(on_head):
     assert gradients and all("lora_" in name for name in gradients)  # none of a frozen weight
 
 
-def test_a_head_that_is_trained_beside_adapters():
+def test_a_head_can_be_trained_together_with_adapters():
     lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     gradients = check_head(get_peft_model(build(tie_word_embeddings=False), lora), recomputes=False)
     assert any("lm_head" in name for name in gradients)
 
 
-def test_evaluation_needs_no_gradients():
+def test_evaluation_computes_the_loss_without_gradients():
     model = build()
     expected = expected_loss(model)[0]
     assert patch_chunked_cross_entropy(model)
     ids, positions = inputs(model)
     with torch.no_grad():
-        found = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+        result = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
+    torch.testing.assert_close(result, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def check_head(model, recomputes):
     if recomputes:
         model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    expected, exact = expected_loss(model)
-    found, gradients = found_loss(model)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert gradients.keys() == exact.keys()
-    for name in exact:
-        torch.testing.assert_close(gradients[name], exact[name], rtol=1e-4, atol=1e-5, msg=name)
+    expected, expected_gradients = expected_loss(model)
+    result, gradients = chunked_loss(model)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name in expected_gradients:
+        torch.testing.assert_close(gradients[name], expected_gradients[name], rtol=1e-4, atol=1e-5, msg=name)
     return gradients
 
 
 def expected_loss(model):
-    """With the logits of all tokens, and torch's cross-entropy in fp64."""
+    """The loss from the logits of all tokens, by torch's cross-entropy in fp64, and its gradients."""
     ids, positions = inputs(model)
     logits = model(input_ids=ids).logits[0, positions]
     expected = SCALE * F.cross_entropy(logits.double(), ids[0, positions + 1], reduction="sum")
     return expected.float(), gradients_of(expected, model)
 
 
-def found_loss(model):
+def chunked_loss(model):
     assert patch_chunked_cross_entropy(model.get_base_model() if isinstance(model, PeftModel) else model)
     ids, positions = inputs(model)
-    found = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
-    assert found.dtype == torch.float32
-    return found, gradients_of(found, model)
+    result = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
+    assert result.dtype == torch.float32
+    return result, gradients_of(result, model)
 
 
 def gradients_of(loss, model):
-    found = torch.autograd.grad(loss, trainable(model).values())
-    return dict(zip(trainable(model), found, strict=True))
+    gradients = torch.autograd.grad(loss, trainable(model).values())
+    return dict(zip(trainable(model), gradients, strict=True))
 
 
 def trainable(model):

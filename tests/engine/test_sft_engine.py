@@ -1,6 +1,6 @@
-"""Loss and gradients of one step against a plain transformers loop that knows nothing of packing, ranks or verl.
+"""Loss and gradients of one step against a plain transformers loop without packing, ranks or verl.
 
-Plain SGD with learning rate 1 and no clipping makes the gradient visible from outside: it is what the weights moved by.
+SGD with learning rate 1 and no clipping makes the gradient visible from outside: it is the change of the weights.
 """
 
 import json
@@ -23,7 +23,7 @@ RECORDS = [
     {"prompt": "你好，今天天气怎么样？", "response": "很好，谢谢。" * 6},
     {"prompt": "def add(a, b):", "response": "    return a + b\n" * 9},
     {"prompt": "1 2 3", "response": "4 5 6 7 8 9 0"},
-    # These share a beginning with others, the answer's too.
+    # These share a prefix with others, and a part of the answer.
     {"prompt": "What is the capital of France?", "response": "Paris, which lies on the Seine."},
     {"prompt": "What is the capital of France?", "response": "Paris."},
 ]
@@ -41,7 +41,7 @@ COMMON = [
     "trainer.device=cpu",
 ]
 LORA = ["lora.enabled=true", "lora.merge=true"]
-SHAPES = {
+VARIANTS = {
     "full": [],
     "untied": [],
     "lora": LORA,
@@ -63,37 +63,37 @@ def work(tmp_path_factory):
     use_cpu()
     from sft_recipe.engine.sft_engine import SFTEngine
 
-    several = []
-    for shape, extra in SHAPES.items():
+    on_two_ranks = []
+    for variant, extra in VARIANTS.items():
         for strategy in STRATEGIES:
-            arguments = [*base, *extra, f"fsdp.strategy={strategy}", f"model.path={model_of(folder, shape)}"]
-            assert run_here(*arguments, f"trainer.output_dir={folder}/{shape}-{strategy}-1") == 0
-            several.append([*arguments, f"trainer.output_dir={folder}/{shape}-{strategy}-2"])
+            arguments = [*base, *extra, f"fsdp.strategy={strategy}", f"model.path={model_of(folder, variant)}"]
+            assert run_here(*arguments, f"trainer.output_dir={folder}/{variant}-{strategy}-1") == 0
+            on_two_ranks.append([*arguments, f"trainer.output_dir={folder}/{variant}-{strategy}-2"])
     checkpointed = [*base, "model.enable_gradient_checkpointing=true", "data.micro_batch_size_per_gpu=2"]
     assert run_here(*checkpointed, f"trainer.output_dir={folder}/checkpointing-fsdp2-1") == 0
-    for gathers in ("true", "false"):
+    for reshards in ("true", "false"):
         long = [*base, "trainer.total_training_steps=3", "optim.lr=0.1", f"data.val_files={folder}/data.json"]
-        long += ["trainer.test_freq=1", f"fsdp.reshard_after_forward={gathers}", "fsdp.strategy=fsdp2"]
+        long += ["trainer.test_freq=1", f"fsdp.reshard_after_forward={reshards}", "fsdp.strategy=fsdp2"]
         with patch.object(SFTEngine, "is_unsharded", return_value=False):  # as on one GPU
-            assert run_here(*long, f"trainer.output_dir={folder}/resharding-{gathers}-1") == 0
-        several.append([*long, f"trainer.output_dir={folder}/resharding-{gathers}-2"])
-    assert run_here(*long, f"trainer.output_dir={folder}/whole-1") == 0
+            assert run_here(*long, f"trainer.output_dir={folder}/resharding-{reshards}-1") == 0
+        on_two_ranks.append([*long, f"trainer.output_dir={folder}/resharding-{reshards}-2"])
+    assert run_here(*long, f"trainer.output_dir={folder}/unsharded-1") == 0
     (folder / "three.json").write_text(json.dumps(RECORDS[:1] * 3))  # two for one rank, one for the other
-    alone = [*base, f"data.train_files={folder}/three.json", "data.train_batch_size=3", "data.max_length=40"]
+    uneven = [*base, f"data.train_files={folder}/three.json", "data.train_batch_size=3", "data.max_length=40"]
     for strategy in STRATEGIES:
-        several.append([*alone, f"fsdp.strategy={strategy}", f"trainer.output_dir={folder}/alone-{strategy}-2"])
-    assert run_here(*alone, f"trainer.output_dir={folder}/alone-1") == 0
-    result = run_ranks(2, *several)
+        on_two_ranks.append([*uneven, f"fsdp.strategy={strategy}", f"trainer.output_dir={folder}/uneven-{strategy}-2"])
+    assert run_here(*uneven, f"trainer.output_dir={folder}/uneven-1") == 0
+    result = run_ranks(2, *on_two_ranks)
     assert result.returncode == 0, result.stderr
     return folder
 
 
-def model_of(folder, shape):
-    return folder / ("untied_model" if shape in UNTIED else "model")
+def model_of(folder, variant):
+    return folder / ("untied_model" if variant in UNTIED else "model")
 
 
 def plain_loss(model, tokenizer) -> torch.Tensor:
-    """Mean over all supervised tokens, one unpadded conversation at a time; the answer and its end token count."""
+    """The mean over the tokens of all answers and their end tokens, one unpadded conversation at a time."""
     total, count = torch.zeros(()), 0
     for record in RECORDS:
         prompt = f"<|im_start|>user\n{record['prompt']}<|im_end|>\n<|im_start|>assistant\n"
@@ -108,50 +108,48 @@ def plain_loss(model, tokenizer) -> torch.Tensor:
     return total / count
 
 
-def moved(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """The gradient, as SGD with learning rate 1 shows it."""
+def gradient_from(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """The gradient that SGD with learning rate 1 has subtracted."""
     return before.float() - after.float()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("shape", ["full", "untied"])
-def test_full_step_equals_a_plain_loop(work, tokenizer, shape, strategy, ranks):
-    check_full(model_of(work, shape), tokenizer, work / f"{shape}-{strategy}-{ranks}")
+@pytest.mark.parametrize("variant", ["full", "untied"])
+def test_full_step_equals_a_plain_loop(work, tokenizer, variant, strategy, ranks):
+    check_full(model_of(work, variant), tokenizer, work / f"{variant}-{strategy}-{ranks}")
 
 
-def test_gradient_checkpointing_and_larger_packs_change_nothing(work, tokenizer):
+def test_gradient_checkpointing_and_larger_packs_give_the_same_step(work, tokenizer):
     check_full(work / "model", tokenizer, work / "checkpointing-fsdp2-1")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_rank_with_nothing_to_learn_changes_nothing(work, strategy):
-    one, two = work / "alone-1", work / f"alone-{strategy}-2"
-    assert metrics(two)[0]["train/loss"] == pytest.approx(metrics(one)[0]["train/loss"], rel=1e-6)
-    weights = [load_file(run / "checkpoints/step_1/huggingface/model.safetensors") for run in (one, two)]
+def test_a_rank_without_supervised_tokens_gives_the_same_step(work, strategy):
+    one_rank, two_ranks = work / "uneven-1", work / f"uneven-{strategy}-2"
+    assert metrics(two_ranks)[0]["train/loss"] == pytest.approx(metrics(one_rank)[0]["train/loss"], rel=1e-6)
+    weights = [load_file(run / "checkpoints/step_1/huggingface/model.safetensors") for run in (one_rank, two_ranks)]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-6)
 
 
-def test_one_rank_computes_alike_with_fsdp2_and_without(work):
-    rows = metrics(work / "resharding-false-1"), metrics(work / "whole-1")
-    losses = [
-        [row[name] for row in of_run for name in ("train/loss", "train/grad_norm", "val/loss")] for of_run in rows
-    ]
+def test_one_rank_gives_the_same_losses_with_fsdp2_and_without(work):
+    rows = metrics(work / "resharding-false-1"), metrics(work / "unsharded-1")
+    losses = [[row[name] for row in run for name in ("train/loss", "train/grad_norm", "val/loss")] for run in rows]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_weights_that_stay_gathered_are_never_stale(work, ranks):
-    kept, freed = (
+    gathered, resharded = (
         [
             (row["train/loss"], row["train/grad_norm"], row["val/loss"])
-            for row in metrics(work / f"resharding-{how}-{ranks}")
+            for row in metrics(work / f"resharding-{value}-{ranks}")
         ]
-        for how in ("false", "true")
+        for value in ("false", "true")
     )
-    assert kept == freed and len(kept) == 3
-    assert kept[2][2] < kept[1][2] < kept[0][2]
+    assert gathered == resharded and len(gathered) == 3
+    assert gathered[2][2] < gathered[1][2] < gathered[0][2]
 
 
 def check_full(folder, tokenizer, output):
@@ -163,18 +161,18 @@ def check_full(folder, tokenizer, output):
     after = load_file(output / "checkpoints/step_1/huggingface/model.safetensors")
     assert after.keys() == before.keys()
     for name, parameter in before.items():
-        torch.testing.assert_close(moved(parameter.data, after[name]), parameter.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradient_from(parameter.data, after[name]), parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("shape", "adapters"), [("lora", 14), ("lora_on_head", 3)])
-def test_lora_step_equals_a_plain_peft_loop(work, tokenizer, shape, adapters, strategy, ranks):
-    output = work / f"{shape}-{strategy}-{ranks}"
+@pytest.mark.parametrize(("variant", "adapters"), [("lora", 14), ("lora_on_head", 3)])
+def test_lora_step_equals_a_plain_peft_loop(work, tokenizer, variant, adapters, strategy, ranks):
+    output = work / f"{variant}-{strategy}-{ranks}"
     adapter = output / "checkpoints/step_1/lora_adapter"
-    base = AutoModelForCausalLM.from_pretrained(model_of(work, shape), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model_of(work, variant), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    # Where training began: A as it is (its gradient is zero while B is), B zero.
+    # Training began with this A (its gradient is zero while B is) and with B = 0.
     trained = {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name}
     with torch.no_grad():
         for name, value in model.named_parameters():

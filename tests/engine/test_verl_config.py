@@ -1,4 +1,4 @@
-"""Our keys reach verl's; what means nothing on a CPU is switched off there; Megatron's config is built from ours."""
+"""Configuration keys reach verl, offloading is off on CPUs, and Megatron's config is built from the same keys."""
 
 import importlib
 import os
@@ -6,7 +6,7 @@ import os
 import pytest
 
 from sft_recipe.config.compose import load_config
-from sft_recipe.engine.cpu.platform import SHAPE_CACHE_SIZES, PlatformCPU, measured_peak_flops, use_cpu
+from sft_recipe.engine.cpu.platform import KERNEL_CACHE_SIZES, PlatformCPU, measured_peak_flops, use_cpu
 from sft_recipe.errors import PreflightError
 
 
@@ -21,7 +21,7 @@ def build(verl_config, model_dir, device, *overrides):
     return verl_config.build_verl_config(config, model_dir, 100, device)
 
 
-def test_the_cpu_is_verls_platform(verl_config):
+def test_verl_uses_the_cpu_platform(verl_config):
     from verl.utils.device import get_device_name, get_torch_device
 
     assert get_device_name() == "cpu"
@@ -29,15 +29,15 @@ def test_the_cpu_is_verls_platform(verl_config):
     assert get_torch_device().max_memory_allocated() > 0
 
 
-def test_few_shapes_of_matrix_products_are_remembered_unless_the_user_says_otherwise(monkeypatch):
-    one, other = SHAPE_CACHE_SIZES
-    monkeypatch.setenv(one, "7")
-    monkeypatch.delenv(other, raising=False)
+def test_sizes_of_kernel_caches_are_set_unless_the_user_has_set_them(monkeypatch):
+    first, second = KERNEL_CACHE_SIZES
+    monkeypatch.setenv(first, "7")
+    monkeypatch.delenv(second, raising=False)
     use_cpu()
-    assert (os.environ[one], os.environ[other]) == ("7", SHAPE_CACHE_SIZES[other])
+    assert (os.environ[first], os.environ[second]) == ("7", KERNEL_CACHE_SIZES[second])
 
 
-def test_the_engine_that_verl_makes_is_ours(verl_config):
+def test_verl_uses_the_sft_engine(verl_config):
     from verl.workers.engine import EngineRegistry
 
     from sft_recipe.engine.sft_engine import SFTEngine
@@ -68,7 +68,7 @@ def test_the_engine_that_verl_makes_is_ours(verl_config):
         ("model.enable_gradient_checkpointing=false", "model", "enable_gradient_checkpointing", False),
     ],
 )
-def test_keys_arrive(verl_config, model_dir, override, part, key, expected):
+def test_keys_reach_verl(verl_config, model_dir, override, part, key, expected):
     built = build(verl_config, model_dir, "cuda", "fsdp.mixed_precision.param_dtype=bf16", override)
     assert getattr(getattr(built, part), key) == expected
 
@@ -92,13 +92,13 @@ def test_fsdp_runs_as_fsdp2_on_a_cpu(verl_config, model_dir, device, strategy, e
         ("cpu", ["trainer.n_gpus_per_node=2", "fsdp.reshard_after_forward=true"], True),
     ],
 )
-def test_weights_stay_gathered_where_that_is_quicker(verl_config, model_dir, device, overrides, expected):
+def test_weights_stay_gathered_where_that_is_faster(verl_config, model_dir, device, overrides, expected):
     engine = build(verl_config, model_dir, device, "fsdp.mixed_precision.param_dtype=bf16", *overrides).engine
     assert engine.reshard_after_forward is expected
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", False), ("cuda", True)])
-def test_gradient_checkpointing_is_on_on_gpus_only(verl_config, model_dir, device, expected):
+def test_gradient_checkpointing_is_on_by_default_on_gpus_only(verl_config, model_dir, device, expected):
     built = build(verl_config, model_dir, device, "fsdp.mixed_precision.param_dtype=bf16")
     assert built.model.enable_gradient_checkpointing is expected
 
@@ -109,7 +109,7 @@ def test_offloading_is_off_on_a_cpu(verl_config, model_dir):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_compute_dtype_is_the_one_asked_for(verl_config, model_dir, dtype):
+def test_compute_dtype_is_the_configured_one(verl_config, model_dir, dtype):
     engine = build(verl_config, model_dir, "cpu", f"fsdp.mixed_precision.param_dtype={dtype}").engine
     assert engine.mixed_precision["param_dtype"] == dtype
 
@@ -119,7 +119,7 @@ def test_ulysses_without_flash_attention_is_refused(verl_config, model_dir):
         build(verl_config, model_dir, "cpu", "fsdp.ulysses_sequence_parallel_size=2")
 
 
-def test_megatron_is_configured_from_our_keys(verl_config):
+def test_megatron_is_configured_from_the_same_keys(verl_config):
     sizes = ["fsdp.tensor_model_parallel_size=4", "fsdp.pipeline_model_parallel_size=2", "fsdp.context_parallel_size=2"]
     config = load_config(["fsdp=megatron", *sizes, "fsdp.param_offload=true", "optim.lr=1e-5"])
     engine = verl_config.megatron_engine(config.fsdp, seed=7)
@@ -131,7 +131,7 @@ def test_megatron_is_configured_from_our_keys(verl_config):
     assert (optim.lr, optim.lr_decay_style, optim.total_training_steps) == (1e-5, "cosine", 100)
 
 
-def test_matrix_peak_is_a_plausible_number():
+def test_measured_peak_flops_is_plausible():
     import torch
 
     assert 1e8 < measured_peak_flops(torch.float32, size=256, seconds=0.05) < 1e15
@@ -148,11 +148,11 @@ def test_matrix_peak_is_a_plausible_number():
         ("optim.optimizer_impl=torchao.optim", {}),
     ],
 )
-def test_adam_is_fused_unless_something_else_is_asked_for(verl_config, model_dir, override, expected):
+def test_adam_is_fused_unless_the_user_chooses_otherwise(verl_config, model_dir, override, expected):
     assert build(verl_config, model_dir, "cpu", override).optim.override_optimizer_config == expected
 
 
-def test_the_fused_step_equals_the_plain_one(verl_config, model_dir):
+def test_fused_adam_step_equals_the_unfused_one(verl_config, model_dir):
     import torch
     from verl.workers.config.optimizer import build_optimizer
 
@@ -168,27 +168,3 @@ def test_the_fused_step_equals_the_plain_one(verl_config, model_dir):
 
     plain = steps("optim.override_optimizer_config={fused: false, foreach: false}")
     torch.testing.assert_close(steps(), plain, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
-def test_schedule(verl_config, kind):
-    from sft_recipe.engine.sft_engine import schedule
-
-    rates = [schedule(step, 100, 10, kind, 0.1) for step in range(101)]
-    assert rates[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
-    expected = {"constant": (1.0, 1.0), "linear": (0.55, 0.1), "cosine": (0.55, 0.1)}[kind]
-    assert (rates[55], rates[100]) == pytest.approx(expected)
-    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
-    assert schedule(0, 1, 0, kind, 0.0) == 1.0
-
-
-def test_cosine_equals_transformers_after_the_warm_up(verl_config):
-    import torch
-    from transformers import get_cosine_schedule_with_warmup
-
-    from sft_recipe.engine.sft_engine import schedule
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = get_cosine_schedule_with_warmup(optimizer, 10, 100).lr_lambdas[0]
-    for step in range(10, 100):
-        assert schedule(step, 100, 10, "cosine", 0.0) == pytest.approx(theirs(step))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sft_recipe.config.auto import PACKED_ATTENTION
 from sft_recipe.config.compose import load_config
 from sft_recipe.engine.cpu.platform import use_cpu
 from sft_recipe.errors import PreflightError
@@ -133,7 +134,8 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype, kind):
     import transformers
 
     use_cpu()
-    from sft_recipe.engine.attention.packed import PACKED, packed_documents
+    import sft_recipe.engine.attention.packed  # noqa: F401
+    from sft_recipe.engine.attention.documents import PackedDocuments
     from sft_recipe.engine.attention.prefix_sharing import concatenate
     from sft_recipe.engine.cpu.recompute import recompute_norms_and_mlps
     from sft_recipe.engine.cpu.unsharded import UnshardedModel
@@ -143,7 +145,7 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype, kind):
     settings = {"num_attention_heads": 4, "num_key_value_heads": 2, **settings}
     config = getattr(transformers, f"{family}Config")(**settings)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION)
     model.to_empty(device="cpu").to(dtype).train()
     for part in [*model.parameters(), *model.buffers()]:
         part.data.fill_(0.01)
@@ -164,10 +166,10 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype, kind):
     lengths = [50, 30, 48]
     ids, targets = torch.arange(128)[None], torch.arange(128)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    segments = concatenate(lengths).segments
+    documents = PackedDocuments(concatenate(lengths).segments)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), packed_documents(segments), autocast:
-        inputs = dict(input_ids=ids, position_ids=positions, use_cache=False, attention_mask=None)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        inputs = dict(input_ids=ids, position_ids=positions, use_cache=False, attention_mask=documents)
         loss = model(**inputs, positions=targets, targets=targets, scale=torch.ones(()))
     assert loss.requires_grad
     dims, width = ModelDims.of(config.to_dict()), dtype.itemsize

@@ -1,12 +1,12 @@
-"""The documents of a micro-batch, laid out as one row of tokens in which a beginning that several share stands once.
+"""A pack: the documents of a micro-batch as one row of tokens, which contains a prefix that several share only once.
 
     documents          pack               segments
-    S S a a a          S S a a a b b b    rows 0 to 2, nothing before      S S
-    S S b b b                             rows 2 to 5, rows 0 to 2 before  a a a
-                                          rows 5 to 8, rows 0 to 2 before  b b b
+    S S a a a          S S a a a b b b    rows 0 to 2, no prefix            S S
+    S S b b b                             rows 2 to 5, prefix: rows 0 to 2  a a a
+                                          rows 5 to 8, prefix: rows 0 to 2  b b b
 
-Attention lets a segment see what stands before it, so that each document sees itself alone; all else in a transformer
-works on single tokens. What a shared token hands back to the weights is the sum over its documents.
+In attention a segment sees itself and its prefix, so that each document sees exactly its own tokens; all other layers
+of a transformer work on single tokens. The gradient of a shared token is the sum over its documents.
 """
 
 import itertools
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SHORTEST = 16  # tokens, below which a shared beginning saves less than the handling of it costs
+SHORTEST = 16  # tokens of a prefix: sharing a shorter one costs more than it saves
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows `begin` to `end` of a pack, which continue those of the segments `before`, outermost first."""
+    """Rows `begin` to `end` of a pack, which continue the segments of `prefix`, first to last."""
 
     begin: int
     end: int
@@ -31,11 +31,11 @@ class Segment:
 
     @property
     def position(self) -> int:
-        """Of its first token in its documents."""
+        """The position of its first token in its documents."""
         return sum(len(segment) for segment in self.prefix)
 
     def keys(self, end: int, skipped: int = 0) -> list[slice]:
-        """The rows that stand before row `end` of this segment in its documents, without the first `skipped`."""
+        """The rows before row `end` of this segment in its documents, without the first `skipped`."""
         spans = []
         for begin, stop in (*((segment.begin, segment.end) for segment in self.prefix), (self.begin, end)):
             if skipped < stop - begin:
@@ -46,52 +46,52 @@ class Segment:
 
 @dataclass
 class Pack:
-    """`segments`, and for each token of each document, one document after the other, the row that it stands in."""
+    """`segments`, and the row of each token of each document, one document after the other; (tokens,)."""
 
     segments: list[Segment]
     rows: np.ndarray
 
 
 def concatenate(lengths: Sequence[int]) -> Pack:
-    """Whole documents, one after the other."""
+    """A pack of documents of these lengths, one after the other, without sharing."""
     ends = np.cumsum(lengths).tolist()
     segments = [Segment(end - length, end) for length, end in zip(lengths, ends, strict=True)]
     return Pack(segments, np.arange(sum(lengths)))
 
 
 def share_prefixes(documents: Sequence[np.ndarray]) -> Pack:
-    """Documents of token ids, with each beginning of at least `SHORTEST` tokens that several share laid out once.
+    """A pack of documents of token ids that contains each common prefix of at least `SHORTEST` tokens once.
 
-    What shares a beginning may share a longer one with a few.
+    Documents with a common prefix may share a longer one with some of the others.
     """
     order = sorted(range(len(documents)), key=lambda number: documents[number].tolist())
     shared = [_common(documents[left], documents[right]) for left, right in itertools.pairwise(order)]
     segments: list[Segment] = []
     rows = [np.empty(0, dtype=np.int64)] * len(documents)
 
-    def lay(places: range, prefix: tuple[Segment, ...], rows_before: np.ndarray) -> None:
-        """Documents at these places of the order, all of which go on after the tokens at `rows_before`."""
-        for part in _alike(places, shared, len(rows_before) + SHORTEST):
-            length = min((shared[place] for place in part[:-1]), default=len(documents[order[part[0]]]))
+    def add(indices: range, prefix: tuple[Segment, ...], rows_before: np.ndarray) -> None:
+        """Add the documents at these indices of the order, which all continue the tokens at `rows_before`."""
+        for part in _runs(indices, shared, len(rows_before) + SHORTEST):
+            length = min((shared[index] for index in part[:-1]), default=len(documents[order[part[0]]]))
             begin = segments[-1].end if segments else 0
             segments.append(segment := Segment(begin, begin + length - len(rows_before), prefix))
-            inside = np.append(rows_before, np.arange(segment.begin, segment.end))
-            ending = [place for place in part if len(documents[order[place]]) == length]  # the first of the part
-            for place in ending:
-                rows[order[place]] = inside
-            lay(part[len(ending) :], (*prefix, segment), inside)
+            rows_so_far = np.append(rows_before, np.arange(segment.begin, segment.end))
+            ending = [index for index in part if len(documents[order[index]]) == length]  # the first of the part
+            for index in ending:
+                rows[order[index]] = rows_so_far
+            add(part[len(ending) :], (*prefix, segment), rows_so_far)
 
-    lay(range(len(documents)), (), np.empty(0, dtype=np.int64))
+    add(range(len(documents)), (), np.empty(0, dtype=np.int64))
     return Pack(segments, np.concatenate(rows))
 
 
-def _alike(places: range, shared: Sequence[int], least: int) -> Iterator[range]:
-    """Runs of neighbours that share at least so many tokens."""
-    begin = places.start
-    for place in places:
-        if place + 1 == places.stop or shared[place] < least:
-            yield range(begin, place + 1)
-            begin = place + 1
+def _runs(indices: range, shared: Sequence[int], minimum: int) -> Iterator[range]:
+    """Runs of neighbors that share at least `minimum` tokens."""
+    begin = indices.start
+    for index in indices:
+        if index + 1 == indices.stop or shared[index] < minimum:
+            yield range(begin, index + 1)
+            begin = index + 1
 
 
 def _common(left: np.ndarray, right: np.ndarray) -> int:

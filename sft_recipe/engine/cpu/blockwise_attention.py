@@ -1,8 +1,8 @@
 """Attention for CPUs, in matrix products of a few hundred rows at a time.
 
-PyTorch's kernel for CPUs multiplies bf16 in its own way, slowly where documents are short. Here each block of rows
-meets all the keys that it sees at once, so an ordinary softmax will do, and the matrix products are oneDNN's. The
-backward computes the scores again, as FlashAttention does (https://arxiv.org/abs/2205.14135, section 3.1).
+PyTorch's attention kernel for CPUs is slow in bf16 where documents are short. Here a block of rows is multiplied with
+all the keys that it sees at once: an ordinary softmax is enough, and oneDNN computes the matrix products. The backward
+pass computes the scores again, as FlashAttention does (https://arxiv.org/abs/2205.14135, section 3.1).
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
+from sft_recipe.engine import patches
 from sft_recipe.engine.attention.prefix_sharing import Segment
 
-ROWS = 192  # of a segment at a time: few enough that about half of what a causal mask hides is never computed
+ROWS = 192  # of a segment at a time: small enough to skip about half of what a causal mask hides
+
+_softmax_backward = patches.softmax_backward()
 
 
 def attend_blockwise(
@@ -24,7 +27,7 @@ def attend_blockwise(
     window: int | None,
     scale: float,
 ) -> torch.Tensor:
-    """Causal attention of each segment to itself and to what stands before it.
+    """Causal attention of each segment to itself and to its prefix.
 
     query (1, heads, tokens, size), key and value (1, groups, tokens, size); a token sees `window` tokens, itself among
     them. Returns (1, tokens, heads, size of the values).
@@ -33,7 +36,7 @@ def attend_blockwise(
 
 
 class _Blockwise(torch.autograd.Function):
-    """Inside, the query heads of a group lie side by side: (groups, tokens x heads of a group, size)."""
+    """Inside, queries are (groups, tokens x heads of a group, size): the heads of a group are adjacent."""
 
     @staticmethod
     def forward(
@@ -47,39 +50,39 @@ class _Blockwise(torch.autograd.Function):
     ) -> torch.Tensor:
         groups, heads = key.shape[1], query.shape[1] // key.shape[1]
         query = _by_group(query.transpose(1, 2), groups) * scale
-        key, value = (whole[0].contiguous() for whole in (key, value))
+        key, value = key[0].contiguous(), value[0].contiguous()
         result = query.new_empty(*query.shape[:2], value.shape[2])
         for rows, keys in _blocks(segments, window):
-            mine = slice(rows.start * heads, rows.stop * heads)
-            probs = _probabilities(query[:, mine], _gather(key, keys), rows, window)
-            result[:, mine] = probs @ _gather(value, keys)
+            block = slice(rows.start * heads, rows.stop * heads)
+            probs = _probabilities(query[:, block], _gather(key, keys), rows, window)
+            result[:, block] = probs @ _gather(value, keys)
         ctx.save_for_backward(query, key, value)
-        ctx.rest = segments, window, scale
+        ctx.settings = segments, window, scale
         return _by_head(result, heads)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        segments, window, scale = ctx.rest
+        segments, window, scale = ctx.settings
         groups, heads = key.shape[0], query.shape[1] // key.shape[1]
         upstream = _by_group(gradients[0], groups)
-        for_query = torch.empty_like(query)
-        for_key, for_value = (torch.zeros_like(whole, dtype=torch.float32) for whole in (key, value))
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value))
         for rows, keys in _blocks(segments, window):
-            mine = slice(rows.start * heads, rows.stop * heads)
-            seen = _gather(key, keys)
-            probs = _probabilities(query[:, mine], seen, rows, window)
-            grad_probs = upstream[:, mine] @ _gather(value, keys).transpose(1, 2)
-            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-            for_query[:, mine] = grad_scores @ seen
-            _scatter(for_key, keys, grad_scores.transpose(1, 2) @ query[:, mine])
-            _scatter(for_value, keys, probs.transpose(1, 2) @ upstream[:, mine])
-        for_query = _by_head(for_query, heads).transpose(1, 2).mul_(scale)
-        return for_query, for_key.to(key.dtype)[None], for_value.to(value.dtype)[None], None, None, None
+            block = slice(rows.start * heads, rows.stop * heads)
+            visible = _gather(key, keys)
+            probs = _probabilities(query[:, block], visible, rows, window)
+            grad_probs = upstream[:, block] @ _gather(value, keys).transpose(1, 2)
+            grad_scores = _softmax_backward(grad_probs, probs, -1, probs.dtype)
+            grad_query[:, block] = grad_scores @ visible
+            _scatter(grad_key, keys, grad_scores.transpose(1, 2) @ query[:, block])
+            _scatter(grad_value, keys, probs.transpose(1, 2) @ upstream[:, block])
+        grad_query = _by_head(grad_query, heads).transpose(1, 2).mul_(scale)
+        return grad_query, grad_key.to(key.dtype)[None], grad_value.to(value.dtype)[None], None, None, None
 
 
 def _blocks(segments: Sequence[Segment], window: int | None) -> Iterator[tuple[slice, list[slice]]]:
-    """Rows of one segment, and the rows of the keys that one of them sees, the last row's own last."""
+    """Blocks of rows of a segment, and the rows of the keys that any of them sees; the block's last row comes last."""
     for segment in segments:
         parts = -(-len(segment) // ROWS)
         size = -(-len(segment) // parts)
@@ -106,20 +109,20 @@ def _bias(rows: int, keys: int, window: int | None, dtype: torch.dtype) -> torch
     return torch.zeros(rows, keys, dtype=dtype).masked_fill_(is_hidden, float("-inf"))[:, None]
 
 
-def _gather(whole: torch.Tensor, spans: list[slice]) -> torch.Tensor:
-    return whole[:, spans[0]] if len(spans) == 1 else torch.cat([whole[:, span] for span in spans], dim=1)
+def _gather(tensor: torch.Tensor, spans: list[slice]) -> torch.Tensor:
+    return tensor[:, spans[0]] if len(spans) == 1 else torch.cat([tensor[:, span] for span in spans], dim=1)
 
 
-def _scatter(whole: torch.Tensor, spans: list[slice], parts: torch.Tensor) -> None:
+def _scatter(tensor: torch.Tensor, spans: list[slice], parts: torch.Tensor) -> None:
     for span, part in zip(spans, parts.split([span.stop - span.start for span in spans], dim=1), strict=True):
-        whole[:, span].add_(part)
+        tensor[:, span].add_(part)
 
 
-def _by_group(whole: torch.Tensor, groups: int) -> torch.Tensor:
+def _by_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
     """(1, tokens, heads, size) -> (groups, tokens x heads of a group, size)."""
-    return whole[0].unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+    return tensor[0].unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _by_head(whole: torch.Tensor, heads: int) -> torch.Tensor:
-    """And back."""
-    return whole.unflatten(1, (-1, heads)).transpose(0, 1).flatten(1, 2)[None]
+def _by_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """(groups, tokens x heads of a group, size) -> (1, tokens, heads, size)."""
+    return tensor.unflatten(1, (-1, heads)).transpose(0, 1).flatten(1, 2)[None]

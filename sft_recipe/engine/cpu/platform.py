@@ -1,12 +1,13 @@
-"""verl's platform plug-in for CPUs: gloo for collectives, resident memory for memory, nothing to synchronise.
+"""verl's platform plug-in for CPUs: gloo for collectives, the process's resident memory, nothing to synchronize.
 
-Must be registered before anything of verl's engine is imported, and must not import the engine itself.
+Must be registered before verl's engine is imported, and must not import the engine itself.
 """
 
 import contextlib
 import ctypes
 import os
 import time
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -16,18 +17,17 @@ from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
-# How many matrix products of other shapes oneDNN, and PyTorch before it, remember. Unless told, that is 1,024, and as
-# each is made in the middle of a step, their small pieces keep the heap from being whole again after it.
-SHAPE_CACHE_SIZES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "32"}
+# For how many shapes oneDNN, and PyTorch before it, cache the code of matrix products. The default is 1,024; since each
+# entry is allocated in the middle of a step, many small entries fragment the heap.
+KERNEL_CACHE_SIZES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "32"}
 
-# Of malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-LARGEST = 2**30, 2**25  # bytes that one tensor may have to come from the heap; what glibc before 2.35 takes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # from malloc.h
+LARGEST_ON_HEAP = 2**30, 2**25  # bytes of a tensor; glibc before 2.35 accepts only the second
 NEVER = -1
 
 
 class _CpuModule(ModuleType):
-    """`torch.cpu` with the names of `torch.cuda` that verl calls."""
+    """`torch.cpu` with the functions of `torch.cuda` that verl calls."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
@@ -67,7 +67,7 @@ class _CpuModule(ModuleType):
 
 
 class PlatformCPU(PlatformBase):
-    """A machine without an accelerator."""
+    """verl's description of a machine without an accelerator."""
 
     device_name = "cpu"
     vendor_name = "cpu"
@@ -108,8 +108,9 @@ class PlatformCPU(PlatformBase):
     def visible_devices_envvar(self) -> str:
         return "SFT_CPU_RANKS"
 
-    def nvtx_range(self, msg: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def nvtx_range(self, msg: str) -> Iterator[None]:
+        yield
 
     def profiler_start(self) -> None:
         pass
@@ -133,32 +134,32 @@ class PlatformCPU(PlatformBase):
 def use_cpu() -> None:
     """Make the CPU verl's platform in this process.
 
-    Raises RuntimeError where verl has settled on another platform already.
+    Raises RuntimeError where verl has chosen another platform already.
     """
     os.environ["VERL_PLATFORM"] = "cpu"
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
     if get_platform().device_name != "cpu":
         raise RuntimeError(f"verl chose the platform {get_platform().device_name} before the CPU was registered")
-    for name, count in SHAPE_CACHE_SIZES.items():
+    for name, count in KERNEL_CACHE_SIZES.items():
         os.environ.setdefault(name, count)
     tune_malloc()
 
 
 def tune_malloc() -> None:
-    """Let all threads allocate from one heap that keeps what it has, where the C library is glibc.
+    """Let all threads share one heap that returns no memory to the system, where the C library is glibc.
 
-    It gives each thread its own, and what one has freed another cannot use. And it gives large pieces back to the
-    system, which has to clear them, page by page, whenever they come again.
+    By default each thread has a heap, and memory that one thread has freed is not available to others. Also, large
+    allocations are returned to the system when freed, which has to clear their pages when they are allocated again.
     """
     with contextlib.suppress(OSError, AttributeError):
         set_option = ctypes.CDLL(None).mallopt
         set_option(M_ARENA_MAX, 1)
-        if any(set_option(M_MMAP_THRESHOLD, size) for size in LARGEST):  # the first that it takes
+        if any(set_option(M_MMAP_THRESHOLD, size) for size in LARGEST_ON_HEAP):  # the first that it accepts
             set_option(M_TRIM_THRESHOLD, NEVER)
 
 
 def measured_peak_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    """FLOP/s of square matrix products of this dtype with the threads at hand: what MFU is a share of on a CPU."""
+    """FLOP/s of products of square matrices of this dtype with PyTorch's threads: the peak for MFU on a CPU."""
     left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:

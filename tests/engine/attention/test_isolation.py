@@ -1,4 +1,4 @@
-"""Models whose layers let documents see each other are told, not trained; others share what documents begin with."""
+"""Models that leak information across packed documents are refused; others share the prefixes of documents."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.support.runs import metrics, run_here
 
 SIZES = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-QUESTION = "Please answer in one word, and do not say anything else at all: which colour has "
+QUESTION = "Please answer in one word, and do not say anything else at all: which color has "
 RECORDS = [{"prompt": QUESTION + what, "response": "Green."} for what in ("grass", "a tree", "a frog", "the moon")]
 
 
@@ -48,22 +48,22 @@ LEAKING = {
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layers", LEAKING)
-def test_layers_that_look_back_past_the_document_are_refused(layers, dtype, tmp_path, capfd):
+def test_layers_that_leak_across_documents_are_refused(layers, dtype, tmp_path, capfd):
     kind, settings = LEAKING[layers]
     save(tmp_path, kind, **settings)
     code, output = run(tmp_path, "out", f"fsdp.mixed_precision.param_dtype={dtype}")
     assert code == 2
-    assert "lets a document see the one before it" in capfd.readouterr().err
+    assert "leaks information across packed documents" in capfd.readouterr().err
     assert not (output / "checkpoints").exists() or not list((output / "checkpoints").glob("step_*"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gemma3_text"])
-def test_sharing_changes_no_weight_by_more_than_rounding(kind, tmp_path):
+def test_prefix_sharing_changes_weights_by_rounding_only(kind, tmp_path):
     save(tmp_path, kind)
-    runs = [run(tmp_path, f"shared-{how}", f"model.share_prefixes={how}") for how in ("true", "false")]
+    runs = [run(tmp_path, f"shared-{value}", f"model.share_prefixes={value}") for value in ("true", "false")]
     assert [code for code, _ in runs] == [0, 0]
-    shared, apart = (load_file(output / "checkpoints/step_2/huggingface/model.safetensors") for _, output in runs)
-    for name, weight in apart.items():
+    shared, separate = (load_file(output / "checkpoints/step_2/huggingface/model.safetensors") for _, output in runs)
+    for name, weight in separate.items():
         assert (shared[name] - weight).abs().max() < 1e-6 * max(1, weight.abs().max()), name
     losses = [[row["train/loss"] for row in metrics(output)] for _, output in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

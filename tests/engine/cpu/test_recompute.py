@@ -1,4 +1,4 @@
-"""Norms and gated MLPs that keep their inputs only, against the models' own."""
+"""Norms and gated MLPs that save only their inputs, against the models' own."""
 
 import copy
 
@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
-from sft_recipe.engine.cpu import recompute as elementwise
+from sft_recipe.engine.cpu import recompute
 from sft_recipe.engine.cpu.recompute import recompute_norms_and_mlps
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -40,27 +40,27 @@ def losses_and_gradients(model):
 
 @pytest.fixture(params=[64, 2**18], ids=["a few rows", "all rows"], autouse=True)
 def block(request, monkeypatch):
-    monkeypatch.setattr(elementwise, "BLOCK", request.param)
+    monkeypatch.setattr(recompute, "BLOCK", request.param)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "mixtral", "smollm3", "gemma3_text"])
-def test_a_models_loss_and_gradients_stay(kind):
+def test_loss_and_gradients_of_a_model_are_unchanged(kind):
     model, reference = build(kind), build(kind)
     recompute_norms_and_mlps(model)
     loss, gradients = losses_and_gradients(model)
-    expected, wanted = losses_and_gradients(reference)
-    assert torch.equal(loss, expected)
-    assert gradients.keys() == wanted.keys()
+    expected_loss, expected_gradients = losses_and_gradients(reference)
+    assert torch.equal(loss, expected_loss)
+    assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["norm", "mlp"])
-def test_bf16_is_as_near_to_the_truth_as_the_models_own(kind):
+def test_bf16_error_is_that_of_the_models_own(kind):
     torch.manual_seed(0)
     own = (LlamaRMSNorm(32) if kind == "norm" else LlamaMLP(AutoConfig.for_model("llama", **SIZES))).bfloat16()
-    ours, exact = copy.deepcopy(own), copy.deepcopy(own).double()
-    recompute_norms_and_mlps(ours)
+    changed, exact = copy.deepcopy(own), copy.deepcopy(own).double()
+    recompute_norms_and_mlps(changed)
     x = torch.randn(300, 32).bfloat16()
     upstream = torch.randn_like(x)
 
@@ -68,42 +68,41 @@ def test_bf16_is_as_near_to_the_truth_as_the_models_own(kind):
         leaf = x.to(dtype).requires_grad_()
         return torch.autograd.grad(module(leaf), [leaf, *module.parameters()], upstream.to(dtype))
 
-    wanted = gradients(exact, torch.float64)
+    expected = gradients(exact, torch.float64)
 
-    def errors(found):
-        return [(part.double() - right).norm() / right.norm() for part, right in zip(found, wanted, strict=True)]
+    def errors(module):
+        pairs = zip(gradients(module, torch.bfloat16), expected, strict=True)
+        return [(actual.double() - right).norm() / right.norm() for actual, right in pairs]
 
-    for of_ours, of_own in zip(
-        errors(gradients(ours, torch.bfloat16)), errors(gradients(own, torch.bfloat16)), strict=True
-    ):
-        assert of_ours < 1.02 * of_own < 0.02
+    for changed_error, own_error in zip(errors(changed), errors(own), strict=True):
+        assert changed_error < 1.02 * own_error < 0.02
 
 
-def test_norms_and_products_keep_their_inputs_only():
-    def kept(model):
+def test_norms_and_products_save_only_their_inputs():
+    def saved_bytes(model):
         sizes = {}
         own = {part.untyped_storage().data_ptr() for part in [*model.parameters(), *model.buffers()]}
 
-        def keep(tensor):
+        def record(tensor):
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             model(torch.randn(1, 10, 32, dtype=torch.bfloat16, requires_grad=True))
         return sum(size for address, (size, _) in sizes.items() if address not in own)
 
     config = AutoConfig.for_model("llama", **SIZES)
-    for module, prefix, after in (
+    for module, before, after in (
         (LlamaRMSNorm(32), 10 * (32 * (4 + 2) + 4), 10 * (32 * 2 + 4)),  # fp32, rounded; input; and each row's scale
         (LlamaMLP(config), 10 * 2 * (32 + 4 * 48), 10 * 2 * (32 + 3 * 48)),  # input, gate, up, product; activation
     ):
         module = module.bfloat16()
-        assert kept(module) == prefix
+        assert saved_bytes(module) == before
         recompute_norms_and_mlps(module)
-        assert kept(module) == after
+        assert saved_bytes(module) == after
 
 
-def test_what_is_of_another_kind_stays_as_it_is():
+def test_modules_of_another_kind_are_not_changed():
     class Shifted(LlamaRMSNorm):
         def forward(self, hidden_states):
             return LlamaRMSNorm.forward(self, hidden_states) + 1e-3
@@ -128,7 +127,7 @@ def test_what_is_of_another_kind_stays_as_it_is():
 
     class Strict(LlamaMLP):
         def forward(self, x):
-            raise ValueError("not a batch of mine")
+            raise ValueError("unexpected input")
 
     config = AutoConfig.for_model("llama", **SIZES)
     mlps = [kind(config) for kind in (Scaled, Wide, Dropping, Strict)]
@@ -140,7 +139,7 @@ def test_what_is_of_another_kind_stays_as_it_is():
     assert {type(part).__name__ for part in gemma.modules() if is_changed(part)} == {"Gemma3MLP"}
 
 
-def test_of_the_usual_kind_all_are_changed():
+def test_all_modules_of_the_usual_kind_are_changed():
     model = build("qwen3")
     recompute_norms_and_mlps(model)
     changed = [name.split(".")[-1] for name, part in model.named_modules() if is_changed(part)]
@@ -149,15 +148,15 @@ def test_of_the_usual_kind_all_are_changed():
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "linear"])
-def test_any_activation(activation):
+def test_any_activation_is_supported(activation):
     model, reference = (build("llama", hidden_act=activation) for _ in range(2))
     recompute_norms_and_mlps(model)
     assert is_changed(model.model.layers[0].mlp)
-    found, wanted = losses_and_gradients(model)[1], losses_and_gradients(reference)[1]
-    assert all(torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6) for name in wanted)
+    gradients, expected = losses_and_gradients(model)[1], losses_and_gradients(reference)[1]
+    assert all(torch.allclose(gradients[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
 
 
-def test_of_frozen_weights_no_gradient_is_made():
+def test_frozen_weights_get_no_gradient():
     norm = LlamaRMSNorm(32)
     recompute_norms_and_mlps(norm)
     x, upstream = torch.randn(1, 10, 32, requires_grad=True), torch.randn(1, 10, 32)
@@ -166,32 +165,32 @@ def test_of_frozen_weights_no_gradient_is_made():
     assert norm(x).grad_fn.apply(upstream, None)[1] is None
 
 
-def test_a_norm_that_may_be_given_a_gate_still_takes_it():
+def test_a_norm_with_an_optional_gate_still_takes_it():
     norm, x, gate = MambaRMSNormGated(32), torch.randn(3, 32), torch.randn(3, 32)
-    wanted = norm(x, gate), norm(x)
+    expected = norm(x, gate), norm(x)
     recompute_norms_and_mlps(norm)
-    assert torch.equal(norm(x, gate), wanted[0]) and torch.equal(norm(x, gate=gate), wanted[0])
-    assert torch.equal(norm(x), wanted[1]) and not torch.equal(*wanted)
+    assert torch.equal(norm(x, gate), expected[0]) and torch.equal(norm(x, gate=gate), expected[0])
+    assert torch.equal(norm(x), expected[1]) and not torch.equal(*expected)
 
 
-def test_an_input_of_another_width_than_the_weight_is_left_to_the_model():
+def test_inputs_of_another_dtype_than_the_weight_use_the_models_own_forward():
     norm, x = LlamaRMSNorm(32), torch.randn(3, 32).bfloat16()
-    wanted = norm(x)
+    expected = norm(x)
     recompute_norms_and_mlps(norm)
-    assert norm(x).dtype == wanted.dtype == torch.float32 and torch.equal(norm(x), wanted)
+    assert norm(x).dtype == expected.dtype == torch.float32 and torch.equal(norm(x), expected)
 
 
-def test_what_a_norm_gives_is_made_again_once_and_forgotten_with_its_backward():
+def test_a_norm_is_recomputed_once_and_freed_by_its_backward():
     norm = LlamaRMSNorm(32)
     recompute_norms_and_mlps(norm)
     result = norm(torch.randn(3, 32, requires_grad=True))
-    recipe = elementwise.Recomputation.of(result)
+    recipe = recompute.Recomputation.of(result)
 
     @torch.no_grad()  # as inside a backward
-    def made():
+    def recomputed():
         return recipe.make(*recipe.sources)
 
-    again = made()
-    assert torch.equal(again, result) and made() is again
+    again = recomputed()
+    assert torch.equal(again, result) and recomputed() is again
     result.sum().backward()
-    assert made() is not again
+    assert recomputed() is not again

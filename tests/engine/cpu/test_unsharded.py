@@ -1,4 +1,4 @@
-"""A model held whole by one rank, against a plain copy of it in the dtype that it computes in."""
+"""An unsharded model on one rank, against a plain copy of it in the dtype that it computes in."""
 
 from contextlib import nullcontext
 from copy import deepcopy
@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, XGLMConfig, XGLMForCausa
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sft_recipe.engine.cpu.recompute import Recomputation, recompute_norms_and_mlps
-from sft_recipe.engine.cpu.unsharded import GradAccumulator, UnshardedModel, clip_grad_norm
+from sft_recipe.engine.cpu.unsharded import GradAccumulator, UnshardedModel
 
 IDS = torch.arange(3, 23)[None]
 XGLM = XGLMConfig(
@@ -24,14 +24,14 @@ def build(**settings):
     torch.manual_seed(0)
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     model = LlamaForCausalLM(LlamaConfig(**sizes, **settings))
-    with torch.no_grad():  # else they are 0
+    with torch.no_grad():  # biases are 0 at first
         for name, weight in model.named_parameters():
             weight.normal_() if name.endswith(".bias") else weight
     return model
 
 
 def in_bf16(model):
-    """Another model with the same weights, rounded."""
+    """A copy of the model with its weights rounded to bf16."""
     other = deepcopy(model)
     for weight in other.parameters():
         weight.data = weight.data.bfloat16()
@@ -45,9 +45,9 @@ def backward(model, shift=0):
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_gradients_of_all_micro_batches_are_summed_in_fp32(is_tied):
+def test_gradients_of_micro_batches_are_summed_in_fp32(is_tied):
     model = build(tie_word_embeddings=is_tied)
-    prefix = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     sums: dict[str, torch.Tensor] = {}
     losses, rounded = [], in_bf16(model)
     for shift in range(3):
@@ -55,26 +55,27 @@ def test_gradients_of_all_micro_batches_are_summed_in_fp32(is_tied):
         losses.append(backward(plain, shift))
         for name, weight in plain.named_parameters():
             sums[name] = sums.get(name, 0) + weight.grad.float()
-    whole = UnshardedModel(model, torch.bfloat16, False)
+    unsharded = UnshardedModel(model, torch.bfloat16, False)
     for step in range(2):
         model.zero_grad()
-        with whole.computing():
+        with unsharded.computing():
             assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
             assert [backward(model, shift) for shift in range(3)] == losses
         for name, weight in model.named_parameters():
-            assert weight.dtype == torch.float32 and torch.equal(weight, prefix[name])
-            # A row of a tied weight has two gradients, each of which is rounded here, and there their sum.
+            assert weight.dtype == torch.float32 and torch.equal(weight, before[name])
+            # A row of a tied weight has two gradients: here each is rounded, in the reference only their sum.
             close = dict(rtol=2**-7, atol=2**-7 * sums[name].abs().max()) if is_tied else dict(rtol=0, atol=0)
             torch.testing.assert_close(weight.grad, sums[name], **close, msg=f"{step} {name}")
 
 
 def check_gradients(model, plain):
-    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6 * other.grad.abs().max(), msg=name)
+    for (name, weight), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        atol = 1e-6 * expected.grad.abs().max()
+        torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-5, atol=atol, msg=name)
 
 
 KINDS = {
-    "tied": lambda: build(tie_word_embeddings=True, pad_token_id=5),  # which is among the tokens
+    "tied": lambda: build(tie_word_embeddings=True, pad_token_id=5),  # the padding token is among the tokens
     "untied": lambda: build(tie_word_embeddings=False, pad_token_id=5),
     "biases": lambda: build(attention_bias=True, mlp_bias=True),
     "scaled embeddings": lambda: XGLMForCausalLM(XGLM),
@@ -82,42 +83,42 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_of_maps_and_embeddings_have_their_gradients_without_a_tensor_of_their_size(kind, monkeypatch):
+def test_linear_layers_and_embeddings_add_to_their_sums_directly(kind, monkeypatch):
     model = KINDS[kind]()
     plain = deepcopy(model)
-    whole = UnshardedModel(model, torch.float32, False)
+    unsharded = UnshardedModel(model, torch.float32, False)
     copied = set()
     add = GradAccumulator._add
     monkeypatch.setattr(GradAccumulator, "_add", lambda self, part: copied.add(self.weight.dim()) or add(self, part))
-    with whole.computing():
+    with unsharded.computing():
         for shift in range(3):
             assert torch.equal(backward(model, shift), backward(plain, shift))
     check_gradients(model, plain)
     assert copied == {1} or (kind == "scaled embeddings" and copied == {1, 2})
 
 
-@pytest.mark.parametrize("is_checkpointing", [False, True], ids=["at once", "checkpointing"])
+@pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("has_adapters", [False, True], ids=["full", "LoRA"])
-def test_what_maps_do_not_keep_is_made_again_bit_for_bit(has_adapters, dtype, is_checkpointing, monkeypatch):
-    found = {}
-    for remakes in (True, False):
+def test_recomputed_inputs_of_linear_layers_are_bit_identical(has_adapters, dtype, is_checkpointing, monkeypatch):
+    gradients = {}
+    for recomputes in (True, False):
         model = (adapted() if has_adapters else build()).train()
         if is_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         recompute_norms_and_mlps(model)
-        whole = UnshardedModel(model, dtype, False)
-        if not remakes:
+        unsharded = UnshardedModel(model, dtype, False)
+        if not recomputes:
             monkeypatch.setattr(Recomputation, "of", lambda tensor: None)
-        with whole.computing():
+        with unsharded.computing():
             for shift in range(2):
                 backward(model, shift)
-        found[remakes] = [weight.grad for weight in model.parameters() if weight.requires_grad]
-    assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
+        gradients[recomputes] = [weight.grad for weight in model.parameters() if weight.requires_grad]
+    assert all(torch.equal(first, second) for first, second in zip(*gradients.values(), strict=True))
 
 
 def adapted():
-    """B is not 0, so that A has a gradient."""
+    """A model with LoRA adapters; B is not 0, so that A has a gradient."""
     torch.manual_seed(1)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=4, lora_alpha=10, target_modules=targets, init_lora_weights=False)
@@ -192,14 +193,14 @@ def test_adapters_of_another_kind_stay_pefts(special):
     check_same(gradients(one), gradients(plain))
 
 
-def test_what_was_changed_in_place_is_kept():
+def test_tensors_changed_in_place_are_not_recomputed():
     def gradient(changes_a_copy):
         torch.manual_seed(0)
-        maps = nn.ModuleList([LlamaRMSNorm(8), nn.Linear(8, 3)])
-        recompute_norms_and_mlps(maps)
-        whole = UnshardedModel(maps, torch.float32, False)
-        norm, linear = maps
-        with whole.computing():
+        layers = nn.ModuleList([LlamaRMSNorm(8), nn.Linear(8, 3)])
+        recompute_norms_and_mlps(layers)
+        unsharded = UnshardedModel(layers, torch.float32, False)
+        norm, linear = layers
+        with unsharded.computing():
             hidden = norm(torch.randn(1, 5, 8, requires_grad=True))
             linear((hidden.clone() if changes_a_copy else hidden).mul_(2)).sum().backward()
         return linear.weight.grad
@@ -207,7 +208,7 @@ def test_what_was_changed_in_place_is_kept():
     assert torch.equal(gradient(False), gradient(True))
 
 
-def test_the_copies_are_of_the_weights_as_they_are_now():
+def test_copies_follow_changes_of_the_weights():
     model, plain = build(), build()
     copies = UnshardedModel(model, torch.bfloat16, False)
     with copies.computing():
@@ -220,7 +221,7 @@ def test_the_copies_are_of_the_weights_as_they_are_now():
     assert second == backward(in_bf16(plain)) != first
 
 
-def test_tied_weights_stay_one():
+def test_tied_weights_share_one_copy():
     model = build(tie_word_embeddings=True)
     copies = UnshardedModel(model, torch.bfloat16, False)
     with copies.computing():
@@ -229,89 +230,77 @@ def test_tied_weights_stay_one():
 
 
 @pytest.mark.parametrize("converts", [True, False])
-def test_weights_that_are_not_trained_are_converted_for_good_where_that_is_wanted(converts):
+def test_frozen_weights_are_converted_for_good_on_request(converts):
     model = build()
     model.model.layers.requires_grad_(False)
     expected = in_bf16(model)
-    whole = UnshardedModel(model, torch.bfloat16, converts)
+    unsharded = UnshardedModel(model, torch.bfloat16, converts)
     outside = torch.bfloat16 if converts else torch.float32
     assert {weight.dtype for weight in model.model.layers.parameters()} == {outside}
-    with whole.computing():
+    with unsharded.computing():
         assert backward(model) == backward(expected)
     assert all(weight.grad is None for weight in model.model.layers.parameters())
 
 
-def test_gradients_of_weights_in_bf16_are_summed_in_fp32_and_rounded_once():
+def test_gradients_of_bf16_weights_are_summed_in_fp32_and_rounded_once():
     model, plain = in_bf16(build()), in_bf16(build())
-    whole = UnshardedModel(model, torch.bfloat16, False)
+    unsharded = UnshardedModel(model, torch.bfloat16, False)
     sums: dict[str, torch.Tensor] = {}
     for shift in range(8):
         other = deepcopy(plain)
         backward(other, shift)
         for name, weight in other.named_parameters():
             sums[name] = sums.get(name, 0) + weight.grad.float()
-    with whole.computing():
+    with unsharded.computing():
         for shift in range(8):
             backward(model, shift)
     assert all(torch.equal(weight.grad, sums[name].bfloat16()) for name, weight in model.named_parameters())
 
 
-def test_a_failed_step_leaves_nothing_for_the_next():
+def test_a_failed_step_leaves_no_gradients_for_the_next():
     model, other = build(), build()
-    whole = UnshardedModel(model, torch.float32, False)
-    with pytest.raises(ZeroDivisionError), whole.computing():
+    unsharded = UnshardedModel(model, torch.float32, False)
+    with pytest.raises(ZeroDivisionError), unsharded.computing():
         backward(model)
         raise ZeroDivisionError
-    for one, context in ((model, whole.computing()), (other, nullcontext())):
+    for each, context in ((model, unsharded.computing()), (other, nullcontext())):
         with context:
-            backward(one, 2)
+            backward(each, 2)
     check_gradients(model, other)
 
 
-def test_layers_compute_in_its_numbers_whatever_they_are_given():
+def test_inputs_of_layers_are_cast_to_the_compute_dtype():
     """XGLM adds positions in fp32."""
     model = XGLMForCausalLM(XGLM)
-    whole = UnshardedModel(model, torch.bfloat16, False, model._no_split_modules)
-    with whole.computing():
+    unsharded = UnshardedModel(model, torch.bfloat16, False, model._no_split_modules)
+    with unsharded.computing():
         backward(model)
     assert all(weight.grad.any() for name, weight in model.named_parameters() if "fc1.weight" in name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_stay_where_they_are(dtype):
+def test_gradients_keep_their_buffers_from_step_to_step(dtype):
     model, plain = build(), build()
-    whole = UnshardedModel(model, dtype, False)
-    places = []
+    unsharded = UnshardedModel(model, dtype, False)
+    addresses = []
     for _ in range(2):
-        for one in (model, plain):
-            one.zero_grad()
-        with whole.computing():
+        for each in (model, plain):
+            each.zero_grad()
+        with unsharded.computing():
             for shift in range(2):
                 backward(model, shift)
         for shift in range(2):
             backward(plain, shift)
-        places.append([weight.grad.data_ptr() for weight in model.parameters()])
+        addresses.append([weight.grad.data_ptr() for weight in model.parameters()])
         if dtype == torch.float32:
-            assert not whole.copies
+            assert not unsharded.copies
             check_gradients(model, plain)
-    assert places[0] == places[1]
+    assert addresses[0] == addresses[1]
 
 
-def test_an_error_leaves_the_weights_in_their_places():
+def test_an_error_restores_the_weights():
     model = build()
-    prefix = list(model.parameters())
+    before = list(model.parameters())
     with pytest.raises(ZeroDivisionError), UnshardedModel(model, torch.bfloat16, False).computing():
         raise ZeroDivisionError
-    assert all(one is other for one, other in zip(prefix, model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("limit", [0.5, 100.0])
-def test_clipping_is_torchs_own(limit):
-    weights = [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2))]
-    for number, weight in enumerate(weights[:2]):
-        weight.grad = torch.full_like(weight, number + 1.0)
-    others = deepcopy(weights)
-    for weight, other in zip(weights, others, strict=True):
-        other.grad = None if weight.grad is None else weight.grad.clone()
-    assert clip_grad_norm(weights, limit) == nn.utils.clip_grad_norm_(others, limit)
-    assert all(torch.equal(one.grad, other.grad) for one, other in zip(weights[:2], others[:2], strict=True))
+    assert all(weight is same for weight, same in zip(before, model.parameters(), strict=True))

@@ -1,0 +1,283 @@
+"""Every monkey patch of a library and every private API in use, each checked before it is used.
+
+A private API is a name that begins with an underscore: its library may rename it in any release. `check` runs when an
+engine is built and looks for all that its device needs, so that a library that has moved is reported once, in one
+message, before training starts. No other module of sft_recipe uses a private API, except these, which come before
+`engine` in the import order and guard theirs themselves:
+
+    models/stats.py      transformers: `PreTrainedModel._no_split_modules`
+    data/sources.py      datasets: `Dataset._fingerprint`
+    config/compose.py    Hydra: `hydra.core.override_parser` and `hydra.core.global_hydra`, which are not documented
+    main_sft.py          Python: `atexit._run_exitfuncs`
+
+The monkey patches are `patch_model_class_lookup` and `keep_head_unwrapped`, both of verl.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sft_recipe.errors import PreflightError
+
+# Versions with which all of these were tried; pyproject.toml asks for the same.
+SUPPORTED = {"torch": ">=2.11,<2.13.1", "transformers": ">=5.10,<5.11", "verl": "==0.9.1"}
+
+
+@dataclass(frozen=True)
+class PrivateApi:
+    """A private name of a library: `path` is "module:attribute.attribute"; an attribute with () is called.
+
+    `parameters` are the names of those that it takes, in order; empty where presence is enough. `used_by` names a
+    function of the library, by its path, that must look the name up: else replacing it would have no effect.
+    """
+
+    package: str
+    path: str
+    parameters: tuple[str, ...] = ()
+    used_by: str | None = None
+
+    def find(self) -> Any:
+        """The object. Raises PreflightError where it is missing or takes other parameters."""
+        problem = self.problem()
+        if problem:
+            raise PreflightError(_moved([problem], [self.package]))
+        return _resolve(self.path)
+
+    def problem(self) -> str | None:
+        """What is wrong with the installed library, or None."""
+        name = self.path.replace(":", ".")
+        try:
+            found = _resolve(self.path)
+        except (ImportError, AttributeError):
+            return f"{name} is missing"
+        if self.parameters:
+            try:
+                taken = _parameters(found)
+            except (TypeError, ValueError):
+                return f"{name} is not a function with readable parameters"
+            if taken != self.parameters:
+                return f"{name} takes ({', '.join(taken)}) instead of ({', '.join(self.parameters)})"
+        if self.used_by:
+            try:
+                names = _resolve(self.used_by).__code__.co_names
+            except (ImportError, AttributeError):
+                return f"{self.used_by.replace(':', '.')} is missing"
+            if self.path.rpartition(":")[2].rpartition(".")[2] not in names:
+                return f"{self.used_by.replace(':', '.')} no longer calls {name}"
+        return None
+
+
+_ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngine"
+_BUILD = f"{_ENGINE}._build_model_optimizer"
+_SELECT = PrivateApi(
+    "verl",
+    "verl.utils.fsdp_utils:_select_fsdp2_wrap_targets",
+    ("model", "fsdp_transformer_layer_cls_to_wrap"),
+    "verl.utils.fsdp_utils:apply_fsdp2",
+)
+_POLICY = PrivateApi(
+    "verl",
+    "verl.workers.engine.fsdp.transformer_impl:get_fsdp_wrap_policy",
+    ("module", "config", "is_lora"),
+    f"{_ENGINE}._build_fsdp_module",
+)
+_MODEL_CLASS = PrivateApi(
+    "verl", "verl.utils.model:get_hf_auto_model_class", ("hf_config",), f"{_ENGINE}._build_module"
+)
+_ASSERT_ASYNC = PrivateApi("torch", "torch.ops:aten._assert_async.msg", ("self", "assert_msg"))
+_FLASH = "torch.ops:aten._scaled_dot_product_flash_attention_for_cpu"
+_FLASH_FORWARD = PrivateApi(
+    "torch", f"{_FLASH}.default", ("query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale")
+)
+_FLASH_BACKWARD = PrivateApi(
+    "torch",
+    f"{_FLASH}_backward.default",
+    ("grad_out", "query", "key", "value", "out", "logsumexp", "dropout_p", "is_causal", "attn_mask", "scale"),
+)
+_SOFTMAX_BACKWARD = PrivateApi(
+    "torch", "torch.ops:aten._softmax_backward_data.default", ("grad_output", "output", "dim", "input_dtype")
+)
+_TREE_MAP = PrivateApi("torch", "torch.utils._pytree:tree_map_only")
+
+EVERYWHERE = (
+    _SELECT,
+    _POLICY,
+    _MODEL_CLASS,
+    # Methods that SFTEngine overrides.
+    PrivateApi("verl", f"{_ENGINE}._build_module", ("self",), _BUILD),
+    PrivateApi("verl", f"{_ENGINE}._build_fsdp_module", ("self", "module"), _BUILD),
+    PrivateApi("verl", f"{_ENGINE}._build_lr_scheduler", ("self", "optimizer"), _BUILD),
+    PrivateApi("verl", f"{_ENGINE}._gradient_sync_context", ("self", "is_last_micro_batch")),
+    PrivateApi("transformers", "transformers:PretrainedConfig._attn_implementation"),
+    PrivateApi("transformers", "transformers:PreTrainedModel._no_split_modules"),
+    PrivateApi("transformers", "transformers:PreTrainedModel._supports_sdpa"),
+    _ASSERT_ASYNC,
+)
+ON_CPUS = (
+    _FLASH_FORWARD,
+    _FLASH_BACKWARD,
+    _SOFTMAX_BACKWARD,
+    _TREE_MAP,
+    PrivateApi("torch", "torch:Tensor._version"),
+    PrivateApi("torch", "torch.nn:Module()._parameters"),
+)
+
+
+def check(device: str) -> None:
+    """Raises PreflightError with all that the installed libraries lack for training on `device`, "cuda" or "cpu"."""
+    apis = EVERYWHERE + (ON_CPUS if device == "cpu" else ())
+    problems = {api: problem for api in apis if (problem := api.problem())}
+    if problems:
+        raise PreflightError(_moved(list(problems.values()), [api.package for api in problems]))
+
+
+def _moved(problems: list[str], packages: list[str]) -> str:
+    names = sorted(set(packages))
+    installed = ", ".join(f"{name} {version(name)}" for name in names)
+    wanted = " ".join(f"'{name}{SUPPORTED[name]}'" for name in names)
+    return (
+        f"The installed {installed} does not fit this version of sft_recipe: {'; '.join(problems)}. "
+        f"Install a supported version: pip install {wanted}"
+    )
+
+
+def _resolve(path: str) -> Any:
+    module, _, attributes = path.partition(":")
+    found: Any = torch.ops if module == "torch.ops" else import_module(module)
+    for name in attributes.split("."):
+        found = getattr(found, name.removesuffix("()"))
+        found = found() if name.endswith("()") else found
+    return found
+
+
+def _parameters(function: Any) -> tuple[str, ...]:
+    schema = getattr(function, "_schema", None)  # of torch's operators, which inspect cannot read
+    if schema is not None:
+        return tuple(argument.name for argument in schema.arguments)
+    return tuple(inspect.signature(function).parameters)
+
+
+# transformers
+
+
+def attention_implementation(config: PretrainedConfig) -> str | None:
+    """The name of the attention that a model with this configuration uses."""
+    return config._attn_implementation
+
+
+def set_attention_implementation(config: PretrainedConfig, name: str) -> None:
+    """Choose the attention of models that are built with this configuration."""
+    config._attn_implementation = name
+
+
+def supports_sdpa(model_class: type[PreTrainedModel]) -> bool:
+    """Whether the model can attend with PyTorch's scaled_dot_product_attention."""
+    return model_class._supports_sdpa
+
+
+def layer_class_names(model: PreTrainedModel) -> Collection[str]:
+    """Names of the classes of the model's layers."""
+    return model._no_split_modules or ()
+
+
+# verl
+
+
+def patch_model_class_lookup() -> None:
+    """Make verl's look-up of a causal language model's class quick.
+
+    verl's own first asks whether the model takes images, which imports the configurations of all models that do.
+    It still decides about models with code of their own and about those that do not call themselves causal.
+    """
+    original = _MODEL_CLASS.find()
+    if hasattr(original, "replaces"):
+        return
+
+    def model_class(hf_config: PretrainedConfig) -> Any:
+        is_causal = not hasattr(hf_config, "auto_map") and (hf_config.architectures or [""])[0].endswith("ForCausalLM")
+        return AutoModelForCausalLM if is_causal else original(hf_config)
+
+    model_class.replaces = original  # type: ignore[attr-defined]
+    _replace(_MODEL_CLASS, model_class)
+
+
+@contextmanager
+def keep_head_unwrapped(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, verl does not wrap any module that holds one of `weights` in an FSDP unit.
+
+    They belong to the root's unit then, and are unsharded while its forward and backward run. verl would wrap an untied
+    head with FSDP2, and its adapters with FSDP1; those are unsharded only while they are called themselves.
+    """
+    excluded = set(weights)
+    select, policy_for = _SELECT.find(), _POLICY.find()
+
+    def select_others(*args: Any) -> list[nn.Module]:
+        return [module for module in select(*args) if excluded.isdisjoint(module.parameters())]
+
+    def policy_for_others(**settings: Any) -> Callable | None:
+        policy = policy_for(**settings)
+        if policy is None:
+            return None
+
+        def wraps(module: nn.Module, recurse: bool, **more: Any) -> bool:
+            is_excluded = not recurse and not excluded.isdisjoint(module.parameters())
+            return not is_excluded and policy(module=module, recurse=recurse, **more)
+
+        return wraps
+
+    _replace(_SELECT, select_others)
+    _replace(_POLICY, policy_for_others)
+    try:
+        yield
+    finally:
+        _replace(_SELECT, select)
+        _replace(_POLICY, policy_for)
+
+
+def _replace(api: PrivateApi, value: Any) -> None:
+    module, _, name = api.path.partition(":")
+    setattr(import_module(module), name, value)
+
+
+# torch
+
+
+def assert_async(condition: torch.Tensor, message: str) -> None:
+    """Fail with `message` where the only element of `condition` is false; does not wait for a GPU."""
+    _ASSERT_ASYNC.find()(condition, message)
+
+
+def flash_attention_on_cpu() -> tuple[Callable, Callable]:
+    """PyTorch's kernel for CPUs, forward and backward."""
+    return _FLASH_FORWARD.find(), _FLASH_BACKWARD.find()
+
+
+def softmax_backward() -> Callable:
+    """(gradient of the softmax, the softmax, dimension, dtype) -> gradient of its input."""
+    return _SOFTMAX_BACKWARD.find()
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    """Apply `function` to all tensors in nested tuples, lists and dictionaries."""
+    return _TREE_MAP.find()(torch.Tensor, function, tree)
+
+
+def replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Set a parameter of a module without `register_parameter`.
+
+    peft replaces that function in all threads while it builds a model without weights, as the thread that saves does.
+    """
+    module._parameters[name] = parameter
+
+
+def changes_in_place(tensor: torch.Tensor) -> int:
+    """How often a tensor has been changed in place."""
+    return tensor._version
