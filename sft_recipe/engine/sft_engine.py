@@ -96,7 +96,7 @@ class SFTEngine(FSDPEngineWithLMHead):
                     nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)
                 )
                 with sync, torch.set_grad_enabled(not forward_only):
-                    loss = self._loss(micro_batch, scale)
+                    loss = self._loss(micro_batch, scale=scale)
                     if not forward_only:
                         loss.backward()
                 losses.append(loss.detach())
@@ -143,7 +143,7 @@ class SFTEngine(FSDPEngineWithLMHead):
         finally:
             self.to(device="cpu", model=has_model, optimizer=has_optimizer, grad=False)
 
-    def _loss(self, micro_batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
+    def _loss(self, micro_batch: MicroBatch, *, scale: torch.Tensor) -> torch.Tensor:
         """The negative log-likelihood in fp32, summed over the supervised tokens of a micro-batch, times `scale`."""
         input_ids, position_ids = micro_batch.input_ids, micro_batch.position_ids
         positions, targets = micro_batch.positions, micro_batch.targets
