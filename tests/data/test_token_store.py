@@ -423,7 +423,7 @@ def test_a_full_disk_is_one_clear_error(data, tokenizer, cache_dir, monkeypatch)
 
 
 def test_a_slow_tokenizer_is_refused_by_name(data, cache_dir):
-    with pytest.raises(ModelError, match="ByT5Tokenizer .* use a fast one"):
+    with pytest.raises(ModelError, match="ByT5Tokenizer .* use a fast tokenizer"):
         build(data, ByT5Tokenizer(), cache_dir)
 
 

@@ -299,7 +299,8 @@ POOL = [
 ]
 SAID = [*POOL, *ROLE_WORDS, "You are a helpful assistant.", "no thoughts"]
 pieces = st.one_of(st.sampled_from(SAID), st.text(max_size=12))
-contents = st.lists(pieces, min_size=1, max_size=4).map("".join).filter(str.strip)
+contents = st.lists(pieces, min_size=1, max_size=4).map("".join)
+contents = contents.filter(lambda text: text.rpartition("</think>")[2].strip())  # else nothing is left to show
 blank_too = st.one_of(contents, st.sampled_from(["", " \n"]))
 
 
@@ -496,7 +497,7 @@ NO_GUESSING = {
     "refuses the conversation: Conversation roles must alternate": LLAMA2.replace("== 0)", "== 1)"),
     "refuses the conversation: System role not supported": GEMMA_STRICT,
     "changes the text of messages[0]": TURN.replace("BODY", "{{ m.content | upper }}"),
-    "does not render messages[2]": TURN.replace("BODY", "{{ m.content if loop.last or m.role != 'assistant' }}"),
+    "omits messages[2].content (assistant)": TURN.replace("BODY", "{{ m.content if loop.last or m.role != 'assistant' }}"),
     "omits messages[0].content (system)": TURN.replace("BODY", "{{ m.content if m.role != 'system' }}"),
     "messages[2] (assistant) more than once": TURN.replace("BODY", "{{ m.content + m.content }}"),
     "has the generation prompt": TURN.replace("BODY", "{{ m.content }}").replace("start|>assistant", "start|>bot"),
