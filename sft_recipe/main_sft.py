@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import socket
 import sys
 import warnings
 from contextlib import ExitStack
@@ -171,14 +170,8 @@ def _with_launched_ranks(config: Config) -> Config:
         )
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", str(trainer.master_port or _free_port()))
+    os.environ.setdefault("MASTER_PORT", str(trainer.master_port or 0))  # 0: the store chooses a free port
     return config
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
 
 
 def _silence_libraries(local_rank: int) -> None:

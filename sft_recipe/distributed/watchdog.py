@@ -185,6 +185,7 @@ def open_store(purpose: str) -> Store:
         multi_tenant=True,
         timeout=timedelta(seconds=STARTUP_TIMEOUT_S),
     )
+    os.environ["MASTER_PORT"] = str(store.port)  # a single process asks for port 0 and gets a free one
     return PrefixStore(f"sft_recipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{purpose}", store)
 
 

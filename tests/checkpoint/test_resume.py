@@ -3,15 +3,12 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from tests.support import tiny
 from tests.support.chaos import differences
-from tests.support.runs import ROOT, metrics, run_here
+from tests.support.runs import metrics, run_here
 
 PER_EPOCH = 5  # 18 examples, 4 a step: the last step of an epoch has two
 RECORDS = [{"prompt": f"What is {i} and {i}?", "response": f"It is {2 * i}. " * (1 + i % 5)} for i in range(18)]
@@ -150,24 +147,13 @@ def test_auto_without_a_checkpoint_starts_from_the_beginning(work, tmp_path):
     assert len(metrics(tmp_path)) == 1
 
 
-def test_ctrl_c_finishes_the_step_saves_and_exits_with_75(work, tmp_path):
+def test_ctrl_c_finishes_the_step_saves_and_exits_with_75(warm, work, tmp_path):
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "sft_recipe.cli.train"]
-    extra = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=100000", "trainer.save_freq=-1"]
-    process = subprocess.Popen(
-        [*command, *arguments(work, output, *extra)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    signals = {"phase": "forward", "on_rank": 1, "call": 3, "sends": signal.SIGINT}
+    end = warm.run(
+        arguments(work, output, "trainer.save_freq=-1"), ranks=2, setup=("tests.support.chaos:strike", signals)
     )
-    deadline = time.time() + 120
-    while not (output / "metrics.jsonl").is_file() or len(metrics(output)) < 3:
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, said
+    assert end.codes == [75, 75], end.said
     last = metrics(output)[-1]["step"]
     assert (output / f"checkpoints/step_{last}/manifest.json").is_file()
-    assert "--resume_from auto" in said and "Traceback" not in said
+    assert "--resume_from auto" in end.said and "Traceback" not in end.said

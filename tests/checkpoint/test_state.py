@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from tests.support import tiny
-from tests.support.runs import run_here, run_ranks, torchrun
+from tests.support.runs import run_here
 
 RECORDS = [{"prompt": f"Say {i}.", "response": f"{i}."} for i in range(6)]
 
@@ -58,44 +58,40 @@ def test_tied_weights_that_are_copies_take_what_was_loaded():
     assert model["lm_head.weight"] is loaded
 
 
-FULL_DISK = """
-import sys
-from sft_recipe import main_sft
-from sft_recipe.checkpoint import manager as checkpoint
+def fill_disk(rank: int) -> None:
+    """A setup: the folder of step 2 cannot be synchronized to disk."""
+    from sft_recipe.checkpoint import manager
 
-sync = checkpoint._sync_folder
+    sync = manager._sync_folder
 
-def full(path):
-    if path.name == ".step_2.partial":
-        raise OSError(28, "No space left on device")
-    sync(path)
+    def fail(path):
+        if path.name == ".step_2.partial":
+            raise OSError(28, "No space left on device")
+        sync(path)
 
-checkpoint._sync_folder = full
-sys.exit(main_sft.main(sys.argv[1:]))
-"""
+    manager._sync_folder = fail
 
 
-def test_a_save_that_fails_on_one_rank_is_told_once_and_keeps_what_was_saved(tmp_path):
+def test_failed_save_is_reported_once_and_keeps_earlier_checkpoints(warm, tmp_path):
     tiny.build_model(tmp_path / "model")
-    (tmp_path / "full_disk.py").write_text(FULL_DISK)
     output = tmp_path / "out"
     run = arguments(tmp_path, output, "trainer.total_training_steps=2", "trainer.save_freq=1")
-    result = torchrun(2, str(tmp_path / "full_disk.py"), *run)
-    assert result.returncode != 0
-    assert result.stderr.count("error: step 2 cannot be saved") == 1 and "No space left" in result.stderr
+    end = warm.run(run, ranks=2, setup=(f"{__name__}:fill_disk", {}))
+    assert end.code != 0
+    assert end.said.count("error: step 2 cannot be saved") == 1 and "No space left" in end.said
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_1"]
 
 
-def test_ranks_with_different_settings_are_refused(tmp_path):
-    """Two machines with command lines of their own; here, two ranks that read different variables."""
+def test_ranks_with_different_settings_are_refused(warm, tmp_path):
+    """Two machines may have different command lines; here, two ranks read different variables."""
     tiny.build_model(tmp_path / "model")
-    result = run_ranks(2, arguments(tmp_path, tmp_path / "out", "optim.lr=1${oc.env:RANK}.0"))
-    assert result.returncode != 0
-    assert "optim.lr: 10.0 on rank 0, 11.0 on rank 1" in result.stderr
+    end = warm.run(arguments(tmp_path, tmp_path / "out", "optim.lr=1${oc.env:RANK}.0"), ranks=2)
+    assert end.code != 0
+    assert "optim.lr: 10.0 on rank 0, 11.0 on rank 1" in end.said
 
 
-def test_folders_that_are_not_shared_are_refused(tmp_path):
+def test_folders_that_are_not_shared_are_refused(warm, tmp_path):
     tiny.build_model(tmp_path / "model")
-    result = run_ranks(2, arguments(tmp_path, f"{tmp_path}/out-${{oc.env:RANK}}"))
-    assert result.returncode != 0
-    assert "is not the same folder on all machines" in result.stderr
+    end = warm.run(arguments(tmp_path, f"{tmp_path}/out-${{oc.env:RANK}}"), ranks=2)
+    assert end.code != 0
+    assert "is not the same folder on all machines" in end.said

@@ -89,9 +89,9 @@ def hang_alone(rank: int) -> None:
 
 def fall_silent(rank: int) -> None:
     """A setup: rank 1 stops altogether, as on a machine that is gone; silence of a few seconds counts."""
-    from sft_recipe.distributed import watchdog as watch
+    from sft_recipe.distributed import watchdog
 
-    watch.SILENCE = 4.0
+    watchdog.HEARTBEAT_TIMEOUT_S = 4.0
     if rank == 1:
         strike(1, "optimizer step", on_rank=1, call=2, sends=signal.SIGSTOP)
 

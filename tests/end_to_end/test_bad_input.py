@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.support import tiny
-from tests.support.runs import run_here, run_ranks
+from tests.support.runs import run_here
 
 GOOD = [{"prompt": f"Say {i}.", "response": f"{i}."} for i in range(6)]
 
@@ -150,12 +150,12 @@ def test_an_error_before_training_leaves_what_is_there_alone(run, tmp_path):
     assert {path: time for path, time in files().items() if path.is_file()} == before
 
 
-def test_ranks_say_an_error_once(model, tmp_path):
+def test_ranks_report_an_error_once(warm, model, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(GOOD))
     arguments = [f"model.path={model}", f"data.train_files={tmp_path}/data.json", f"trainer.output_dir={tmp_path}/out"]
-    result = run_ranks(2, [*arguments, "trainer.device=cpu", "data.train_batch_size=1"])
-    assert result.returncode != 0
-    assert result.stderr.count("error: BATCH_SIZE=1 is smaller than the number of ranks (2)") == 1
+    end = warm.run([*arguments, "trainer.device=cpu", "data.train_batch_size=1"], ranks=2)
+    assert end.codes == [2, 2]
+    assert end.said.count("error: BATCH_SIZE=1 is smaller than the number of ranks (2)") == 1
 
 
 def test_bad_records_can_be_skipped_up_to_a_share(run, tmp_path, capfd):

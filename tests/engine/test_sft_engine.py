@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from sft_recipe.engine.cpu.platform import use_cpu
 from tests.support import tiny
-from tests.support.runs import metrics, run_here, run_ranks
+from tests.support.runs import metrics, run_here
 
 RECORDS = [
     {"prompt": "Hello there, how are you?", "response": "I am fine, thank you."},
@@ -52,7 +52,7 @@ STRATEGIES = ["fsdp", "fsdp2"]
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(warm, tmp_path_factory):
     """A model, data, and the output folders of every run, made by one process and by two."""
     folder = tmp_path_factory.mktemp("step")
     tiny.build_model(folder / "model")
@@ -83,8 +83,9 @@ def work(tmp_path_factory):
     for strategy in STRATEGIES:
         on_two_ranks.append([*uneven, f"fsdp.strategy={strategy}", f"trainer.output_dir={folder}/uneven-{strategy}-2"])
     assert run_here(*uneven, f"trainer.output_dir={folder}/uneven-1") == 0
-    result = run_ranks(2, *on_two_ranks)
-    assert result.returncode == 0, result.stderr
+    for arguments in on_two_ranks:
+        end = warm.run(arguments, ranks=2)
+        assert end.code == 0, end.said
     return folder
 
 

@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -135,21 +134,44 @@ def _start_ranks(arguments: list[str], ranks: int, setup: Any, environment: dict
     os.setsid()
     said = os.open(scratch / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1), os.dup2(said, 2)
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        port = server.getsockname()[1]
-    os.environ.update(environment, MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    store, port = _start_store()
+    os.environ.update(environment, MASTER_ADDR="localhost", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
     os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     left = {_fork(lambda rank=rank: _rank(arguments, rank, setup, scratch)): rank for rank in range(ranks)}
     codes = [0] * ranks
     while left:
         process, status = os.wait()
+        if process == store:
+            raise AssertionError("the process that holds the store has ended")
         codes[left.pop(process)] = os.waitstatus_to_exitcode(status)
         if any(codes) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
             signal.signal(signal.SIGALRM, lambda *_: [os.kill(rank, signal.SIGKILL) for rank in left])
             signal.alarm(SECONDS_TO_END_OTHERS)
     (scratch / "codes").write_text(json.dumps(codes))
+    os.kill(store, signal.SIGKILL)
     return 0
+
+
+def _start_store() -> tuple[int, str]:
+    """Start a process that holds the store of the ranks, as torchrun does; return its id and its port.
+
+    The store binds to a free port itself: a port that is chosen first and used later may be taken in between.
+    """
+    from torch.distributed import TCPStore
+
+    ports, port = os.pipe()
+
+    def hold() -> int:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.write(port, str(store.port).encode())
+        os.close(port)
+        signal.pause()
+        return 1
+
+    process = _fork(hold)
+    os.close(port)
+    with open(ports) as file:
+        return process, file.read()
 
 
 def _rank(arguments: list[str], rank: int, setup: Any, scratch: Path) -> int:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from sft_recipe.engine.cpu.platform import use_cpu
 from tests.engine.test_sft_engine import RECORDS, plain_loss
 from tests.support import tiny
-from tests.support.runs import metrics, run_here, run_ranks
+from tests.support.runs import metrics, run_here
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,10 @@ def arguments(work, output, *extra):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_validation_loss_is_the_mean_over_all_supervised_tokens(work, tokenizer, ranks, tmp_path):
+def test_validation_loss_is_the_mean_over_all_supervised_tokens(warm, work, tokenizer, ranks, tmp_path):
     """Of the saved model, whatever the batch size; the five examples share into no even batches."""
     run = arguments(work, tmp_path, f"data.val_files={work}/val.json", "data.max_length=128", "optim.lr=1e-2")
-    if ranks == 1:
-        assert run_here(*run) == 0
-    else:
-        assert run_ranks(2, run).returncode == 0
+    assert warm.run(run, ranks=ranks).code == 0
     rows = metrics(tmp_path)
     assert "val/loss" not in rows[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints/step_2/huggingface", dtype=torch.float32)
