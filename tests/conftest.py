@@ -30,6 +30,22 @@ def warm():
         yield process
 
 
+# Test files that take longest, longest first: two workers that begin with them finish together.
+LONGEST_FILES = [
+    "test_smollm2",
+    "test_chaos",
+    "test_local",
+    "test_signals",
+    "test_elastic",
+    "test_sft_engine",
+    "test_resolve",
+    "test_trainer",
+    "test_manager",
+    "test_resume",
+]
+
+
 def pytest_collection_modifyitems(items):
-    """The longest tests begin, so that no process is left with them when the others are done."""
-    items.sort(key=lambda item: item.path.stem != "test_smollm2")
+    """Order the test files by how long they take."""
+    order = {name: position for position, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -64,19 +64,24 @@ def runner(tmp_path, monkeypatch):
 
 def test_the_clock_runs_from_begin_to_ready(runner):
     measured = runner(
-        "time.sleep(0.5); tell('begin'); print('noise'); time.sleep(0.2)\n"
-        "tell('ready', said=sys.argv[1]); time.sleep(0.5); tell('counted', tokens=3)"
+        "time.sleep(0.5); earliest = time.monotonic(); tell('begin'); begun = time.monotonic(); print('noise')\n"
+        "time.sleep(0.1); nearly = time.monotonic(); tell('ready', said=sys.argv[1]); latest = time.monotonic()\n"
+        "time.sleep(0.1); tell('counted', tokens=3, least=nearly - begun, most=latest - earliest)"
     )
-    assert 0.2 <= measured.seconds < 0.5 <= measured.start_seconds
+    least, most = measured.facts.pop("least"), measured.facts.pop("most")
+    assert least <= measured.seconds <= most and measured.start_seconds >= 0.5
     assert measured.facts == {"said": "an argument", "tokens": 3}
 
 
 def test_memory_is_that_of_all_processes_until_ready(runner):
-    hold = "block = b'x' * (64 << 20); time.sleep(1)"
+    hold = "block = b'x' * (64 << 20)\n"
+    child = hold + "print('holding', flush=True); input()"
     measured = runner(
         "import subprocess\ntell('begin')\n"
-        f"others = [subprocess.Popen([sys.executable, '-c', {'import time; ' + hold!r}]) for _ in range(2)]\n"
-        f"{hold}\ntell('ready')\nmore = b'x' * (300 << 20); time.sleep(0.5)\n[other.wait() for other in others]"
+        f"command = dict(args=[sys.executable, '-c', {child!r}], stdin=-1, stdout=-1)\n"
+        "others = [subprocess.Popen(**command) for _ in range(2)]\n"
+        f"{hold}[other.stdout.readline() for other in others]\ntime.sleep(1)\ntell('ready')\n"
+        "more = b'x' * (300 << 20)\n[other.communicate(b'end') for other in others]"
     )
     assert 3 * 64 << 20 < measured.peak < 3 * 64 + 200 << 20
 

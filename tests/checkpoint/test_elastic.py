@@ -25,8 +25,17 @@ def whole(warm, model, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [
+        (1, "fsdp"),
+        (4, "fsdp2"),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(1, "fsdp2"), (2, "fsdp"), (2, "fsdp2"), (4, "fsdp")]
+        ],
+    ],
+)
 def test_ten_more_steps_have_the_same_losses(warm, model, whole, tmp_path, ranks, strategy):
     folder = tmp_path / "run"
     shutil.copytree(whole / "out", folder / "out")

@@ -30,7 +30,7 @@ def test_the_script_from_another_folder(data, model_dir, tmp_path):
         "MODEL_PATH": str(model_dir),
         "PYTHONPROFILEIMPORTTIME": "1",
     }
-    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("⟦Yes.") == 2
     assert "12 records, " in done.stdout and "3 exact duplicates" in done.stdout and "MAX_LENGTH 30" in done.stdout

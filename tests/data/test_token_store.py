@@ -572,7 +572,7 @@ def test_two_builds_at_once_both_end_with_a_whole_store(data, tokenizer, cache_d
 
     def check_together(*args):
         check(*args)
-        meeting.wait(timeout=60)
+        meeting.wait(timeout=600)
 
     def build_and_tell():
         store = build(data, tokenizer, cache_dir)
@@ -582,9 +582,9 @@ def test_two_builds_at_once_both_end_with_a_whole_store(data, tokenizer, cache_d
     builders = [fork.Process(target=build_and_tell) for _ in range(2)]
     for builder in builders:
         builder.start()
-    first, second = (fingerprints.get(timeout=60) for _ in builders)
+    first, second = (fingerprints.get(timeout=600) for _ in builders)
     for builder in builders:
-        builder.join(timeout=60)
+        builder.join(timeout=600)
     assert [builder.exitcode for builder in builders] == [0, 0]
     assert first == second
     assert first[1] == encoded(tokenizer, data)
@@ -715,7 +715,7 @@ def test_a_killed_build_leaves_nothing_that_is_believed_and_the_next_removes_it(
 
         process = fork.Process(target=run)
         process.start()
-        process.join(timeout=60)
+        process.join(timeout=600)
         assert process.exitcode == -signal.SIGKILL
         assert len([name for name in stores(cache_dir) if "partial" in name]) == 1
     assert examples(build(many, tokenizer, cache_dir)) == encoded(tokenizer, many)
@@ -751,7 +751,7 @@ def test_workers_die_with_the_process_that_builds(many, tokenizer, cache_dir, po
 
     def report(*_):
         workers.put(os.getpid())
-        time.sleep(60)
+        time.sleep(600)
 
     def run():
         monkeypatch.setattr(encode, "_admit", report)
@@ -759,11 +759,11 @@ def test_workers_die_with_the_process_that_builds(many, tokenizer, cache_dir, po
 
     process = fork.Process(target=run)
     process.start()
-    found = {workers.get(timeout=30), workers.get(timeout=30)}
+    found = {workers.get(timeout=600), workers.get(timeout=600)}
     assert process.pid not in found
     process.kill()
-    process.join(timeout=30)
-    end = time.monotonic() + 20
+    process.join(timeout=600)
+    end = time.monotonic() + 600
     while any(map(is_alive, found)) and time.monotonic() < end:
         time.sleep(0.05)
     left = [pid for pid in found if is_alive(pid)]

@@ -16,13 +16,13 @@ def places_of_children(count=2):
 
     def meet():
         found.put(str(rendezvous_dir()))
-        all_met.wait(timeout=60)
+        all_met.wait(timeout=600)
         remove_rendezvous_dir()
 
     children = [fork.Process(target=meet) for _ in range(count)]
     for child in children:
         child.start()
-    places = {found.get(timeout=60) for _ in children}
+    places = {found.get(timeout=600) for _ in children}
     for child in children:
         child.join()
     return places

@@ -106,7 +106,7 @@ def fall_silent(rank: int) -> None:
     ],
 )
 def test_a_rank_that_ends_or_hangs_ends_the_others_with_the_reason(warm, model, tmp_path, setup, says):
-    run = arguments(model, tmp_path, f"trainer.heartbeat_timeout={5 if setup is hang_alone else 60}")
+    run = arguments(model, tmp_path, f"trainer.heartbeat_timeout={15 if setup is hang_alone else 60}")
     end = warm.run(run, ranks=2, setup=(f"{__name__}:{setup.__name__}", {}))
     assert end.codes[0] == 1, end.said
     assert says in end.said, end.said

@@ -55,6 +55,7 @@ def test_the_default_model_gives_way_with_a_notice_learns_and_answers(records, t
     assert loss_of(tmp_path / "checkpoints/step_6/huggingface", records) == pytest.approx(rows[5]["val/loss"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_lora_on_two_ranks_stops_and_resumes(records, tmp_path):
     flags = ["--use_lora", "--merge_lora", "--n_gpus", "2", "--model", "SmolLM2-135M-Instruct", "--lr", "2e-4"]
     data = ["--train_data", str(records), "--val_data", str(records), "--output_dir", str(tmp_path)]

@@ -299,6 +299,7 @@ def test_a_package_without_its_file_is_to_be_installed_anew(files, cache_dir, mo
         find(EMBEDDED, cache_dir)
 
 
+@pytest.mark.slow
 def test_the_embedded_model_converts_once_and_answers(cache_dir, monkeypatch):
     """The real thing, from its package: about 25 seconds."""
     found = find(EMBEDDED, cache_dir)
@@ -421,7 +422,7 @@ def test_two_conversions_at_once_are_one(gguf, cache_dir, tmp_path, monkeypatch)
         (target / "config.json").write_text("{}")
 
     def convert() -> None:
-        ready.wait(timeout=60)
+        ready.wait(timeout=600)
         assert (convert_gguf(gguf, cache_dir) / "config.json").is_file()
 
     monkeypatch.setattr(models, "_write_converted", write)
@@ -429,7 +430,7 @@ def test_two_conversions_at_once_are_one(gguf, cache_dir, tmp_path, monkeypatch)
     for converter in converters:
         converter.start()
     for converter in converters:
-        converter.join(timeout=60)
+        converter.join(timeout=600)
     assert [converter.exitcode for converter in converters] == [0, 0]
     assert log.read_text() == "converted\n"
 

@@ -64,7 +64,7 @@ class Warm:
         ranks: int = 1,
         setup: tuple[str, dict[str, Any]] | None = None,
         kill_after: float | None = None,
-        timeout: float = 120.0,
+        timeout: float = 600.0,
         **environment: str,
     ) -> End:
         """main_sft on that many ranks. `setup` names a function, "module:name", and its arguments: called on each rank
