@@ -49,9 +49,10 @@ save beside training slows the steps that go on is not counted.
 def measured_rows(model: str, folder: Path, extra: list[str]) -> list[list[str]]:
     """Set a run up as always, and measure where it would train."""
     from sft_recipe import main_sft
+    from sft_recipe.distributed import process_group
 
     rows: list[list[str]] = []
-    join = main_sft._join_process_group
+    join = process_group.join_process_group
 
     def join_and_patch(device: str) -> None:
         join(device)
@@ -63,13 +64,13 @@ def measured_rows(model: str, folder: Path, extra: list[str]) -> list[list[str]]
 
         SFTTrainer.fit = fit
 
-    main_sft._join_process_group = join_and_patch
+    process_group.join_process_group = join_and_patch
     run = [f"model.path={model}", "model.fallback=null", f"trainer.output_dir={folder}", "data.max_length=256", *extra]
     before = dict(os.environ)
     try:
         assert main_sft.main([*run, "trainer.max_ckpt_to_keep=1"]) == 0
     finally:
-        main_sft._join_process_group = join
+        process_group.join_process_group = join
         os.environ.clear()
         os.environ.update(before)
     return rows

@@ -1,31 +1,49 @@
-"""What a user can cause: each kind ends the program with exit code 2 and its message, without a traceback."""
+"""Errors that a user can cause: each ends the program with its exit code and one message, without a traceback."""
 
 import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
 
 
 def is_debugging() -> bool:
-    """SFT_DEBUG=1 shows tracebacks and what libraries print."""
+    """Return True if SFT_DEBUG=1 asks for tracebacks and for the output of libraries."""
     return os.environ.get("SFT_DEBUG", "0").lower() not in ("", "0", "false")
 
 
+def silence_libraries(shows_progress: bool = True) -> None:
+    """Hide the warnings that libraries print about themselves, and their progress bars unless `shows_progress`.
+
+    Must run before the libraries are imported. Does nothing with SFT_DEBUG=1.
+    """
+    if is_debugging():
+        return
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("VERL_LOGGING_LEVEL", "ERROR")
+    if not shows_progress:
+        os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+
+
 class RecipeError(Exception):
-    """One clear message: what is wrong, where, and what to do about it."""
+    """The message says what is wrong, where, and what to do about it."""
 
     exit_code = 2
 
 
 class ConfigError(RecipeError):
-    """A flag, key or value that cannot be used."""
+    """A flag, key or value is invalid."""
 
 
 class DataError(RecipeError):
-    """A data file or record that cannot be used; the message names file, record and field.
+    """A data file or record is invalid; the message names file, record and field.
 
-    `kind` sorts bad records that are counted: malformed, fields, type, empty, roles, tools, template, length.
+    `kind` classifies invalid records for counting: malformed, fields, type, empty, roles, tools, template, length.
     """
 
     def __init__(self, message: str, kind: str = "fields"):
-        super().__init__(message, kind)  # both, so that it survives the way back from another process
+        super().__init__(message, kind)  # both, so that the error can be pickled by a worker process
         self.kind = kind
 
     def __str__(self) -> str:
@@ -33,16 +51,31 @@ class DataError(RecipeError):
 
 
 class ModelError(RecipeError):
-    """A model or tokenizer that cannot be found, loaded or trained."""
+    """A model or tokenizer cannot be found, loaded or trained."""
 
 
 class PreflightError(RecipeError):
-    """The machine cannot do what was asked: GPUs, disk, packages."""
+    """The machine lacks what the configuration needs: GPUs, disk space, packages."""
 
 
 class CheckpointError(RecipeError):
-    """A checkpoint that cannot be resumed from, or a place that cannot be written."""
+    """A checkpoint cannot be resumed from, or a folder cannot be written."""
 
 
 class TrainingError(RecipeError):
-    """Training itself went wrong in a way that the user can mend, such as a loss that is no longer a number."""
+    """Training failed in a way that the user can fix, such as a loss that is not finite."""
+
+
+def run_command(command: Callable[[], int], reports_errors: Callable[[], bool] = lambda: True) -> int:
+    """Run a command and return its exit code; a RecipeError becomes one message on stderr and its exit code.
+
+    `reports_errors` decides, after an error, whether this process prints it. SFT_DEBUG=1 adds the traceback.
+    """
+    try:
+        return command()
+    except RecipeError as error:
+        if is_debugging():
+            traceback.print_exc()
+        if reports_errors():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code

@@ -1,1 +1,1 @@
-"""What people type: one module for each script, and the flags that they share."""
+"""Holds one module for each command, and the flags that they share."""

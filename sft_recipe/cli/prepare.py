@@ -1,4 +1,4 @@
-"""What scripts/prepare_sft_data.py runs: data of any format -> train and validation Parquet, without duplicates."""
+"""scripts/prepare_sft_data.py: converts data of any format to train and validation Parquet, without duplicates."""
 
 import argparse
 import hashlib
@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from sft_recipe.cli.flags import Parser
 from sft_recipe.data.batching import split_validation
 from sft_recipe.data.formats import FORMATS, Columns, read_data
 from sft_recipe.data.messages import Conversation
 from sft_recipe.data.readers import BadRecord
 from sft_recipe.data.sources import resolve_files
-from sft_recipe.errors import ConfigError, DataError, RecipeError, is_debugging
+from sft_recipe.errors import ConfigError, DataError, run_command
 
 ROWS = 10_000  # of a Parquet row group
 REJECTED = "rejected.jsonl"
@@ -58,46 +59,44 @@ class ScanResult:
 
 
 def main(args: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 an error that the message explains."""
-    try:
-        run(_parser().parse_args(args))
-        return 0
-    except RecipeError as error:
-        if is_debugging():
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    """Run a command line; returns the exit code: 0 done, 2 an error that the message explains."""
+    return run_command(lambda: run(_parser().parse_args(args)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="scripts/prepare_sft_data.py",
-        description="Reads data of any format and writes train.parquet and validation.parquet: prompt and response "
-        "where all conversations are of one question and one answer, else messages. Exact duplicates and empty records "
-        "are dropped and counted.",
+def _parser() -> Parser:
+    parser = Parser(
+        "scripts/prepare_sft_data.py --in X [X ...] --out DIR [FLAGS]",
+        """\
+Reads data of any format and writes train.parquet and validation.parquet: prompt and response if all
+conversations are one question and one answer, else messages. Exact duplicates and empty records are
+dropped and counted.""",
     )
     parser.add_argument("--in", dest="files", nargs="+", required=True, metavar="X", help="files, globs, hub data sets")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
-    parser.add_argument("--val_ratio", type=float, default=0.05, help="share held out (default: 0.05; 0: none)")
-    parser.add_argument("--small", type=int, metavar="N", help="also write train_small.parquet with N of the examples")
-    parser.add_argument("--seed", type=int, default=42, help="of the split and of --small (default: 42)")
+    parser.add_argument("--val_ratio", type=float, default=0.05, help="fraction held out (default: 0.05; 0: none)")
+    parser.add_argument("--small", type=int, metavar="N", help="also write train_small.parquet with N examples")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the split and of --small (default: 42)")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="default: auto")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="as in response=answer")
+    parser.add_argument(
+        "--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="your column names: response=answer"
+    )
     parser.add_argument("--on_bad_record", default="error", choices=["error", "skip"], help="default: error")
     return parser
 
 
-def run(options: argparse.Namespace) -> None:
-    """Raises DataError for data that cannot be used, ConfigError for options that make no sense."""
+def run(options: argparse.Namespace) -> int:
+    """Prepare the data and return 0. Raises DataError for invalid data, ConfigError for invalid options."""
     if not 0 <= options.val_ratio < 1:
-        raise ConfigError(f"--val_ratio is {options.val_ratio:g}; it is a share, from 0 to less than 1")
+        raise ConfigError(f"--val_ratio is {options.val_ratio:g}; it must be a fraction, at least 0 and less than 1")
     if options.small is not None and options.small < 1:
-        raise ConfigError(f"--small is {options.small}; it is a number of examples, from 1")
+        raise ConfigError(f"--small is {options.small}; it must be a number of examples, 1 or more")
     sources = resolve_files(
         options.files, Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sft_recipe"
     )
     if shared := [source.name for source in sources if source.weight != 1 or source.count is not None]:
-        raise ConfigError(f"{shared[0]} has a share, which counts in training; here name the file alone")
+        raise ConfigError(
+            f"{shared[0]} has a weight or count, which applies to training only; here name the file alone"
+        )
     files = [file for source in sources for file in source.files]
     columns = Columns(dict(_column(text) for text in options.columns))
     try:
@@ -111,13 +110,14 @@ def run(options: argparse.Namespace) -> None:
         written = _write(files, options, columns, scan, {name: part for name, part in parts.items() if len(part)})
     except OSError as error:
         raise DataError(f"{options.out} cannot be written: {error.strerror or error}") from None
-    _tell(scan, written)
+    _print_summary(scan, written)
+    return 0
 
 
 def _column(text: str) -> tuple[str, str]:
     ours, is_pair, theirs = text.partition("=")
     if not is_pair:
-        raise ConfigError(f"--columns {text}: expected OURS=THEIRS, as in response=answer")
+        raise ConfigError(f"--columns {text}: expected NAME=COLUMN, as in response=answer")
     return ours, theirs
 
 
@@ -233,7 +233,7 @@ def _row(conversation: Conversation, is_pair: bool) -> dict[str, Any]:
     return {"messages": turns, "tools": tools}
 
 
-def _tell(scan: ScanResult, written: dict[Path, int]) -> None:
+def _print_summary(scan: ScanResult, written: dict[Path, int]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right")
     table.add_column(overflow="fold")

@@ -1,20 +1,20 @@
-"""What scripts/preview_data.py runs: train.sh's flags, variables and overrides -> a preview of the training data.
+"""scripts/preview_data.py: shows the training data that train.sh's flags, variables and overrides select.
 
-Needs nothing but the standard library until a configuration is composed, so that --help works before the set-up.
+Until the configuration is composed it uses only the standard library, so that --help works before the installation.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_recipe.cli.train import FLAGS, parse
-from sft_recipe.errors import ConfigError, DataError, PreflightError, RecipeError, is_debugging
+from sft_recipe.cli.flags import FLAGS, Flag, Parser, parse
+from sft_recipe.errors import DataError, PreflightError, run_command, silence_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,77 +27,60 @@ if TYPE_CHECKING:
     from sft_recipe.data.sources import Source
 
 SHOWN = 5
+USAGE = "scripts/preview_data.py [-n 5] [--html FILE] [TRAIN.SH'S FLAGS] [HYDRA OVERRIDES]"
+DESCRIPTION = """\
+Shows the training data as training uses it: which tokens are supervised, how long the records are,
+what MAX_LENGTH cuts, what is duplicated. Reads all records and trains nothing."""
+EPILOG = """\
+All other flags, environment variables and overrides of ./train.sh are accepted and mean the same.
+Through a pipe, where colors are lost, supervised text is marked by ⟦ ⟧; in color: FORCE_COLOR=1 ... | less -R"""
 
 
-def help_text() -> str:
-    """The preview's own flags, and those of train.sh that decide what is seen."""
-    lines = [
-        "usage: scripts/preview_data.py [-n 5] [--html FILE] [TRAIN.SH'S FLAGS] [HYDRA OVERRIDES]",
-        "",
-        "Shows what training will see of the data: which tokens are supervised, how long the records are, what",
-        "MAX_LENGTH cuts, what repeats. Reads all of it, trains nothing.",
-        "",
-        "flags:",
-        f"  {'-n NUMBER':<26} conversations to show, drawn by trainer.seed (default: {SHOWN})",
-        f"  {'--html FILE':<26} write one self-contained page as well",
-    ]
-    for flag in FLAGS:
-        if flag.key.startswith(("model.", "data.")) and flag.name != "val_data":
-            names = f"--{flag.short}, --{flag.name}" if flag.short else f"--{flag.name}"
-            lines.append(f"  {names:<26} {flag.help} (default: {flag.default}; {flag.key})")
-    lines += [
-        f"  {'-h, --help':<26} this text",
-        "",
-        "All other flags, variables and overrides of ./train.sh are understood and mean the same.",
-        "Through a pipe, where colours are lost, supervised text stands in ⟦ ⟧; in colour: FORCE_COLOR=1 ... | less -R",
-    ]
-    return "\n".join(lines)
+def preview_parser() -> Parser:
+    """Return the parser of the preview's own flags; `parse` adds those of train.sh."""
+    parser = Parser(USAGE, DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "-n",
+        dest="count",
+        type=_count,
+        default=SHOWN,
+        metavar="NUMBER",
+        help=f"conversations to show, sampled with trainer.seed (default: {SHOWN})",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a self-contained HTML page")
+    return parser
+
+
+def shown_flags() -> list[Flag]:
+    """Return the flags of train.sh that change the preview, for --help."""
+    return [flag for flag in FLAGS if flag.key.startswith(("model.", "data.")) and flag.name != "val_data"]
 
 
 def main(args: list[str]) -> int:
     """Run a command line; returns the exit code: 0 done, 2 an error that the message explains."""
-    try:
-        show, html, rest = _own_flags(args)
-        line = parse(rest, os.environ)
-        if line.help:
-            print(help_text())
-            return 0
-        from sft_recipe.config.compose import load_config, parse_config_args
-
-        config = load_config(line.overrides, **parse_config_args(line.config_args))
-        if html:
-            _check_writable(html)
-        _preview(config, show, html)
-        return 0
-    except RecipeError as error:
-        if is_debugging():
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_command(lambda: _run(args))
 
 
-def _own_flags(args: list[str]) -> tuple[int, Path | None, list[str]]:
-    """-n and --html, and what is left for train.sh's parser."""
-    own: dict[str, str] = {}
-    rest = []
-    words = iter(args)
-    for word in words:
-        name, has_value, value = word.partition("=")
-        if name in ("-n", "--html"):
-            own[name] = value if has_value else next(words, "")
-            if not own[name] or own[name].startswith("--"):
-                raise ConfigError(f"{name} needs a value")
-        else:
-            rest.append(word)
-    number = own.get("-n", str(SHOWN))
-    if not (number.isascii() and number.isdigit()):
-        raise ConfigError(f"-n {number}: expected a number of conversations, 0 or more")
-    return int(number), Path(own["--html"]).expanduser() if "--html" in own else None, rest
+def _run(args: list[str]) -> int:
+    line = parse(args, os.environ, preview_parser(), shown_flags())
+    from sft_recipe.config.compose import load_config, parse_config_args
+
+    config = load_config(line.overrides, **parse_config_args(line.config_args))
+    html = line.options.html and line.options.html.expanduser()
+    if html:
+        _check_writable(html)
+    _preview(config, line.options.count, html)
+    return 0
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of conversations, 0 or more")
+    return int(text)
 
 
 def _preview(config: Config, show: int, html: Path | None) -> None:
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    silence_libraries()
     from rich.console import Console
 
     from sft_recipe.data.preview.terminal import print_preview
@@ -204,7 +187,7 @@ def _title(config: Config) -> str:
 
 
 def _check_writable(html: Path) -> None:
-    """Told before minutes of tokenising rather than after."""
+    """Raise PreflightError now rather than after minutes of tokenizing."""
     if html.is_dir():
         raise PreflightError(f"--html {html} is a directory; name a file in it")
     if not html.absolute().parent.is_dir():
@@ -212,5 +195,5 @@ def _check_writable(html: Path) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without an error message
     sys.exit(main(sys.argv[1:]))

@@ -1,1 +1,1 @@
-"""The configuration: typed keys, composition through Hydra, what `auto` means on a device, checks of the machine."""
+"""The configuration is defined, composed through Hydra, validated and checked against the machine here."""

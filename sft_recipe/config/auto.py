@@ -1,4 +1,4 @@
-"""What the value `auto` of a key means on a device: each function takes the configuration and returns what is used."""
+"""Resolves the value `auto` of a key on a device: each function takes the configuration and returns the value used."""
 
 import importlib.util
 
@@ -11,7 +11,7 @@ PACKED_ATTENTION = "sft_packed"  # the name of engine/attention/packed.py among 
 
 
 def compute_dtype(fsdp: FsdpConfig, device: str) -> str:
-    """bf16 or fp32: as asked for, or bf16 where the hardware multiplies it."""
+    """Return bf16 or fp32: the configured one, or for `auto` bf16 if the hardware multiplies it."""
     if fsdp.mixed_precision.param_dtype != "auto":
         return fsdp.mixed_precision.param_dtype
     fast = torch.cuda.is_bf16_supported() if device == "cuda" else has_fast_bf16()
@@ -19,18 +19,21 @@ def compute_dtype(fsdp: FsdpConfig, device: str) -> str:
 
 
 def effective_strategy(fsdp: FsdpConfig, device: str) -> str:
-    """torch's FSDP1 refuses the CPU; there fsdp runs as fsdp2."""
+    """Return the strategy that runs: on a CPU fsdp2 for fsdp, since PyTorch's FSDP1 does not support CPUs."""
     return "fsdp2" if device == "cpu" and fsdp.strategy == "fsdp" else fsdp.strategy
 
 
 def uses_gradient_checkpointing(config: Config, device: str) -> bool:
-    """What was chosen, by the user or by the memory plan; without either on on GPUs, where memory is short."""
+    """Return the configured or estimated choice; if there is neither, True on GPUs."""
     chosen = config.model.enable_gradient_checkpointing
     return device == "cuda" if chosen == "auto" else bool(chosen)
 
 
 def attention(config: Config, device: str) -> str:
-    """The attention implementation: flash-attn where it is installed on a GPU, else ours on PyTorch's kernels."""
+    """Return the attention implementation: for `auto` flash-attn if installed on a GPU, else packed attention.
+
+    Raises PreflightError if sequence parallelism lacks flash attention.
+    """
     chosen = config.model.attn_implementation
     if chosen == "auto":
         has_flash = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
@@ -44,18 +47,21 @@ def attention(config: Config, device: str) -> str:
 
 
 def shares_prefixes(config: Config, device: str) -> bool:
-    """Whether what several documents of a micro-batch begin with runs once; on by default where it was measured."""
-    chosen, can = config.model.share_prefixes, attention(config, device) == PACKED_ATTENTION
-    if chosen is True and not can:
+    """Return True if a common prefix of documents in a micro-batch is computed once; for `auto` on CPUs.
+
+    Raises PreflightError if the attention implementation does not support it.
+    """
+    chosen, is_supported = config.model.share_prefixes, attention(config, device) == PACKED_ATTENTION
+    if chosen is True and not is_supported:
         raise PreflightError(f"model.share_prefixes=true needs model.attn_implementation={PACKED_ATTENTION}")
-    return device == "cpu" and can if chosen == "auto" else chosen
+    return device == "cpu" and is_supported if chosen == "auto" else chosen
 
 
 def reshards_after_forward(config: Config, on_cpu: bool) -> bool:
-    """On by default where it frees much: among several GPUs, and with parameters that wait in CPU memory.
+    """Return True if gathered parameters are freed after each pass; for `auto` on several GPUs or with offload_policy.
 
-    One rank alone frees the copy in the compute dtype, and makes it again twice in each micro-batch. Ranks on CPUs wait
-    for what they gather: with gloo it takes a fifth of a step or more.
+    A single rank would free only the copy in the compute dtype and make it again twice per micro-batch. On CPU ranks
+    gathering with gloo takes a fifth of a step or more.
     """
     chosen = config.fsdp.reshard_after_forward
     frees_much = not on_cpu and (config.trainer.world_size > 1 or config.fsdp.offload_policy)
@@ -63,6 +69,6 @@ def reshards_after_forward(config: Config, on_cpu: bool) -> bool:
 
 
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    """Return True if this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

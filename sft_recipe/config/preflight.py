@@ -1,32 +1,33 @@
-"""What can be known to be wrong before anything is loaded: machine, packages, batch arithmetic, output folder."""
+"""Checks before anything is loaded: the machine, packages, batch arithmetic, and the output folder."""
 
 import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from sft_recipe.config.schema import Config, OptimConfig, nearest
+from sft_recipe.config.schema import Config, OptimConfig
+from sft_recipe.config.validation import nearest
 from sft_recipe.errors import CheckpointError, ConfigError, PreflightError
 
 
 def choose_device(config: Config) -> str:
-    """ "cuda" or "cpu". Raises PreflightError where more GPUs are asked for than there are."""
+    """Return "cuda" or "cpu". Raises PreflightError if the machine has fewer GPUs than the configuration needs."""
     import torch
 
-    asked = config.trainer.device
-    there = torch.cuda.device_count() if asked != "cpu" else 0
-    if there == 0 and asked == "cuda":
+    requested = config.trainer.device
+    available = torch.cuda.device_count() if requested != "cpu" else 0
+    if available == 0 and requested == "cuda":
         raise PreflightError("trainer.device=cuda, but PyTorch sees no GPU here; set it to auto or cpu")
-    if 0 < there < config.trainer.n_gpus_per_node:
+    if 0 < available < config.trainer.n_gpus_per_node:
         raise PreflightError(
-            f"{config.trainer.n_gpus_per_node} GPUs are asked for (N_GPUS), but this machine has {there}; "
-            f"ask for {there}, or train on the CPU with trainer.device=cpu"
+            f"{config.trainer.n_gpus_per_node} GPUs are requested (N_GPUS), but this machine has {available}; "
+            f"set N_GPUS={available}, or train on the CPU with trainer.device=cpu"
         )
-    return "cuda" if there else "cpu"
+    return "cuda" if available else "cpu"
 
 
 def check(config: Config, device: str) -> None:
-    """Raises ConfigError and PreflightError: what cannot work with this configuration on this machine."""
+    """Raise ConfigError or PreflightError if the configuration cannot work on this machine."""
     _check_batches(config)
     _check_optimizer(config.optim)
     if config.fsdp.strategy == "megatron":
@@ -34,7 +35,7 @@ def check(config: Config, device: str) -> None:
 
 
 def writable_folder(folder: Path) -> Path:
-    """The run folder, made where there is none. Raises CheckpointError where it cannot be written."""
+    """Create the run folder if needed and return it. Raises CheckpointError if it cannot be written."""
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
@@ -46,7 +47,7 @@ def writable_folder(folder: Path) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """Raises CheckpointError where that cannot be done, such as on a full disk."""
+    """Write a text file. Raises CheckpointError if that fails, for example on a full disk."""
     try:
         path.write_text(text)
     except OSError as error:
@@ -54,7 +55,7 @@ def write(path: Path, text: str) -> None:
 
 
 def is_installed(name: str) -> bool:
-    """Whether a package, or a module in one, can be found; nothing is imported but what stands above it."""
+    """Return True if a package or module is installed; imports only its parent packages."""
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sft_recipe.config.schema import nearest
+from sft_recipe.config.validation import nearest
 from sft_recipe.data.messages import Conversation, Message, check_text, data_error, json_type
 from sft_recipe.data.readers import BadRecord, read_records
 from sft_recipe.data.sources import check_file

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sft_recipe.config.schema import Config, DataConfig, without_secrets
+from sft_recipe.config.schema import Config, DataConfig
+from sft_recipe.config.secrets import without_secrets
 from sft_recipe.data.batching import sample_mixture, split_validation
 from sft_recipe.data.rendering.renderer import RenderOptions
 from sft_recipe.data.sources import Source, SourceCounts, resolve_files

@@ -1,1 +1,1 @@
-"""Starts the ranks of a run: on this machine, or as a job of a cluster."""
+"""Launchers start the ranks of a run."""

@@ -1,59 +1,76 @@
-"""Starts the ranks of this machine: one is forked from this process, several run under torchrun.
+"""Starts the ranks of this machine: a single rank is forked from this process, several ranks run under torchrun.
 
 A single rank needs no torchrun, whose imports would delay it by seconds.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_recipe import timing
-from sft_recipe.engine.import_stubs import quick_imports
 from sft_recipe.errors import PreflightError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    from sft_recipe.config.schema import TrainerConfig
+    from sft_recipe.config.schema import Config, TrainerConfig
 
 DEFAULT_PORT = 29500
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SECONDS_TO_END_OTHERS = 10  # torchrun gives ranks 30 to end after one has failed; then it kills them
+FIRST_FAILURES_S = 10  # torchrun gives the other ranks 30 s to end after a failure; then it kills them
 
 
-def start_ranks(trainer: TrainerConfig, overrides: list[str], config_args: list[str]) -> int:
-    """Run this machine's ranks to their end; returns the exit code of the run."""
-    _set_threads(trainer.n_gpus_per_node)
+def start_ranks(config: Config) -> int:
+    """Run this machine's ranks to their end with a composed configuration; returns the exit code of the run."""
+    _set_threads(config.trainer.n_gpus_per_node)
     timing.mark("launcher: configuration")
-    if trainer.world_size == 1 and not trainer.auto_restart:
-        return _fork([*config_args, *overrides])
-    return _torchrun(torchrun_args(trainer, overrides, config_args))
+    if config.trainer.world_size == 1 and not config.trainer.auto_restart:
+        return _fork(config)
+    with _resolved_file(config) as path:
+        return _torchrun(torchrun_args(config.trainer, [f"--resolved-config={path}"]))
 
 
-def torchrun_args(trainer: TrainerConfig, overrides: list[str], config_args: list[str]) -> list[str]:
-    """Arguments of the torchrun command that runs this configuration's `trainer` part."""
+def torchrun_args(trainer: TrainerConfig, arguments: list[str]) -> list[str]:
+    """Return the arguments of the torchrun command that runs sft_recipe.main_sft with `arguments`."""
     if trainer.nnodes == 1 and trainer.master_port is None:
-        place = ["--standalone"]
+        rendezvous = ["--standalone"]
     else:
         port = trainer.master_port or DEFAULT_PORT
-        place = [f"--node_rank={trainer.node_rank}", f"--master_addr={trainer.master_addr}", f"--master_port={port}"]
+        rendezvous = [
+            f"--node_rank={trainer.node_rank}",
+            f"--master_addr={trainer.master_addr}",
+            f"--master_port={port}",
+        ]
     return [
         f"--nnodes={trainer.nnodes}",
         f"--nproc_per_node={trainer.n_gpus_per_node}",
-        *place,
+        *rendezvous,
         *([f"--max_restarts={trainer.auto_restart}"] if trainer.auto_restart else []),
         "-m",
         "sft_recipe.main_sft",
-        *config_args,
-        *overrides,
+        *arguments,
     ]
 
 
-def _fork(arguments: list[str]) -> int:
+@contextmanager
+def _resolved_file(config: Config) -> Iterator[Path]:
+    """Write the configuration for the ranks to a file that only this user can read, until they have ended."""
+    with tempfile.TemporaryDirectory(prefix="sft_recipe-") as folder:  # mode 0700
+        path = Path(folder) / "config.json"
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(config.model_dump(mode="json"), file)
+        yield path
+
+
+def _fork(config: Config) -> int:
     """Run the only rank in a child of this process; returns its exit code."""
     timing.export_timings()
     _forward_signals()
@@ -65,20 +82,20 @@ def _fork(arguments: list[str]) -> int:
 
     os.setsid()  # a Ctrl-C reaches it once, from the launcher
     for name in [name for name in os.environ if name in RANK_VARIABLES or name.startswith("TORCHELASTIC_")]:
-        del os.environ[name]  # of something else: this rank is alone
-    main_sft.start(arguments, launcher)
+        del os.environ[name]  # left from another program: this rank is the only one
+    main_sft.start([], launcher, config)
 
 
 def _set_threads(ranks: int) -> None:
-    """torchrun would give each of several ranks one thread; on a CPU they should share all cores."""
+    """Share all cores among the ranks: torchrun would give each of several ranks one thread."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
 
 
 def _torchrun(arguments: list[str]) -> int:
-    """Run torchrun in this process, so that a rank's exit code and message reach the user as they are."""
+    """Run torchrun in this process, so that a rank's exit code and message reach the user unchanged."""
     import logging
 
-    with quick_imports():
+    with timing.paused_gc():
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import parse_args, run
 
@@ -87,7 +104,7 @@ def _torchrun(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
     _forward_signals()
-    # The ranks answer signals themselves (finish the step, save, exit); torchrun's own handlers would cut that short.
+    # The ranks handle signals themselves (finish the step, save, exit); torchrun's own handlers would end them early.
     options = parse_args(["--signals-to-handle=SIGQUIT", *arguments])
     try:
         run(options)
@@ -99,22 +116,22 @@ def _torchrun(arguments: list[str]) -> int:
 
 
 def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
-    """What ended the run: a rank's own code where it has a meaning, else the signal that killed a rank.
+    """Return the exit code of the first rank that failed by itself, else 128 plus the signal that killed a rank.
 
-    Ranks that torchrun ends later, because another one failed, say nothing.
+    Ranks that torchrun ends later, because another one failed, do not count.
     """
     first = min(failure.timestamp for failure in failures.values())
-    early = [failure for failure in failures.values() if failure.timestamp < first + SECONDS_TO_END_OTHERS]
-    own = [failure.exitcode for failure in early if failure.exitcode > 1]
+    early = [failure for failure in failures.values() if failure.timestamp < first + FIRST_FAILURES_S]
+    chosen = [failure.exitcode for failure in early if failure.exitcode > 1]
     killed = [failure for failure in early if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
-    if own or not killed:
-        codes = own or [failure.exitcode for failure in early]
+    if chosen or not killed:
+        codes = chosen or [failure.exitcode for failure in early]
         return next((code for code in codes if code > 0), 128 - codes[0])
     return _report_killed(killed[0].local_rank, -killed[0].exitcode)
 
 
 def _report_killed(rank: int, number: int) -> int:
-    """Of a rank that the signal `number` ended; returns the exit code that says so."""
+    """Print that the signal `number` killed a rank; returns 128 + `number`."""
     hint = " (out of memory?)" if number == signal.SIGKILL else ""
     print(f"error: rank {rank} of this machine was killed by {signal.Signals(number).name}{hint}", file=sys.stderr)
     return 128 + number

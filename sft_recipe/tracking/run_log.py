@@ -19,9 +19,9 @@ from rich.table import Table
 from sft_recipe import timing
 from sft_recipe.config.auto import compute_dtype, effective_strategy, uses_gradient_checkpointing
 from sft_recipe.config.preflight import is_installed
-from sft_recipe.config.schema import Config, nearest
+from sft_recipe.config.schema import Config
+from sft_recipe.config.validation import nearest
 from sft_recipe.data.run_inputs import RunInputs
-from sft_recipe.engine.import_stubs import UNUSED, quick_imports
 from sft_recipe.errors import CheckpointError, ConfigError, PreflightError
 from sft_recipe.models.memory_estimate import MemoryEstimate
 from sft_recipe.models.stats import ModelStats
@@ -304,8 +304,7 @@ def check_loggers(config: Config) -> None:
     """Raises ConfigError for a logger that verl does not have, PreflightError for one that is not installed."""
     if not _backends(config):
         return
-    with quick_imports(UNUSED):
-        from verl.utils.tracking import Tracking
+    from verl.utils.tracking import Tracking
 
     for name in _backends(config):
         if name not in Tracking.supported_backend:

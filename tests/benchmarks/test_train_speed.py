@@ -16,7 +16,7 @@ from benchmarks.speed.jobs import JOBS, Counts, Job, long_prompts, make_data, re
 from benchmarks.speed.measure import INSIDE, Measurement, RunFailed, counted_by_recipe, keep, kept, read_stopwatch, run
 from benchmarks.speed.report import VALIDATION_TARGET, JobResult, notes, section, verdicts
 from benchmarks.speed.systems import OURS, PEERS, Configuration, configurations, fastest, our_command
-from sft_recipe.cli.train import parse
+from sft_recipe.cli.flags import parse
 from sft_recipe.models.flops import MatmulParams, matmul_params
 from sft_recipe.models.memory_estimate import ModelDims
 

@@ -81,7 +81,7 @@ def test_everything_that_a_conversation_may_hold_comes_back(tmp_path):
     [
         (["--val_ratio", "1.5"], "--val_ratio is 1.5"),
         (["--small", "0"], "--small is 0"),
-        (["--columns", "answer"], "expected OURS=THEIRS"),
+        (["--columns", "answer"], "expected NAME=COLUMN"),
         (["--columns", "respons=answer"], "Did you mean response?"),
         (["--columns", "system=sys"], "system is to be 'sys', which no record has"),
         (["--format", "alpaca"], "record 1: the fields (prompt, response) fit no format"),
@@ -107,7 +107,7 @@ def test_a_bad_record_stops_and_can_be_skipped(tmp_path, capsys):
 def test_a_share_and_a_single_example_are_refused(tmp_path, capsys):
     source = write(tmp_path / "a.json", pairs(1))
     assert prepare_data.main(["--in", f"{source}*0.5", "--out", str(tmp_path / "out")]) == 2
-    assert "has a share" in capsys.readouterr().err
+    assert "has a weight or count" in capsys.readouterr().err
     assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out")]) == 2
     assert "one example cannot be split" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Every key has a type, a check and a message; conf/ and config.yaml name the same keys with the same defaults."""
+"""Every key has a type, a check and a message; conf/ and config.yaml have the same keys with the same defaults."""
 
 import re
 from pathlib import Path
@@ -8,18 +8,17 @@ import yaml
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from sft_recipe.config.schema import Config, all_keys, build_config, nearest, text_keys
+from sft_recipe.config.schema import Config
+from sft_recipe.config.validation import all_keys, build_config, nearest, text_keys
 from sft_recipe.errors import ConfigError
 
 HOME = Path(__file__).resolve().parents[2]
 GROUPS = ["model", "data", "optim", "fsdp", "lora"]
 GROUP_FILES = sorted(HOME.glob("conf/*/*.yaml"))
-# Keys whose default stands in conf/ alone: a model, what stands in for it, data, and a rate that depends on LoRA.
-ONLY_IN_CONF = {"model.path", "model.fallback", "data.train_files", "optim.lr"}
 
 
 def tree(**values):
-    """The smallest valid tree, with `values` (dotted keys) on top."""
+    """Return a small valid tree, with `values` (dotted keys) on top."""
     base = OmegaConf.create({group: {} for group in [*GROUPS, "trainer"]})
     for key, value in {"model.path": "m", "data.train_files": "d.json", **values}.items():
         OmegaConf.update(base, key, value, force_add=True)
@@ -38,13 +37,13 @@ def read(path):
 
 def leaves(mapping, prefix=""):
     """Dotted keys of the typed configuration, each with its value in `mapping`."""
-    found: dict = {}
+    result: dict = {}
     for key, value in mapping.items():
         if isinstance(value, dict) and prefix + key not in all_keys():
-            found |= leaves(value, f"{prefix}{key}.")
+            result |= leaves(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            result[prefix + key] = value
+    return result
 
 
 # conf/ and the code
@@ -52,24 +51,25 @@ def leaves(mapping, prefix=""):
 
 def written_defaults():
     """Every key of conf/<group>/default.yaml and of config.yaml."""
-    found = leaves({"trainer": read(HOME / "config.yaml")["trainer"]})
+    result = leaves({"trainer": read(HOME / "config.yaml")["trainer"]})
     for group in GROUPS:
-        found |= leaves({group: read(HOME / "conf" / group / "default.yaml")})
-    return found
+        result |= leaves({group: read(HOME / "conf" / group / "default.yaml")})
+    return result
 
 
-def test_the_yaml_files_and_the_code_have_the_same_keys():
+def test_yaml_files_and_schema_have_the_same_keys():
     assert sorted(written_defaults()) == sorted(all_keys())
 
 
-def test_the_yaml_files_and_the_code_have_the_same_defaults():
-    in_code = leaves(build_config(tree()).model_dump(mode="json"))
-    differ = {key for key, value in written_defaults().items() if value != in_code[key]}
-    assert differ == ONLY_IN_CONF
+def test_yaml_files_and_schema_have_the_same_defaults():
+    groups = {group: {} for group in [*GROUPS, "trainer"]}
+    in_code = leaves(build_config(groups).model_dump(mode="json"))
+    different = {key for key, value in written_defaults().items() if value != in_code[key]}
+    assert different == {"optim.lr"}  # depends on LoRA
 
 
 @pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
-def test_a_group_file_starts_with_a_comment_and_sets_known_keys_only(path):
+def test_group_file_starts_with_a_comment_and_sets_known_keys(path):
     assert path.read_text().startswith("# ")
     body = read(path)
     body.pop("defaults", None)
@@ -79,13 +79,13 @@ def test_a_group_file_starts_with_a_comment_and_sets_known_keys_only(path):
 @pytest.mark.parametrize(
     "path", [HOME / "config.yaml", *HOME.glob("conf/*/default.yaml")], ids=lambda path: path.parent.name
 )
-def test_every_key_is_explained_by_a_comment_beside_it(path):
+def test_every_key_has_a_comment(path):
     lines = [line for line in path.read_text().splitlines() if re.match(r"\s*\w+:\s*\S", line)]
     assert lines
-    assert [line for line in lines if not re.search(r"\S\s+# \w", line)] == []
+    assert [line for line in lines if not re.search(r"\S\s+# [\w<]", line)] == []
 
 
-def test_every_group_folder_offers_several_choices():
+def test_every_group_folder_has_several_files():
     assert {path.parent.name for path in GROUP_FILES} == set(GROUPS)
     for group in GROUPS:
         assert len(list((HOME / "conf" / group).glob("*.yaml"))) >= 3
@@ -94,7 +94,7 @@ def test_every_group_folder_offers_several_choices():
 # Values
 
 
-def test_the_smallest_tree_has_the_defaults_of_the_table():
+def test_smallest_tree_has_the_defaults():
     config = build_config(tree())
     assert (config.data.max_length, config.data.train_batch_size, config.data.micro_batch_size_per_gpu) == (2048, 4, 1)
     assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_grad) == (2e-5, 0.01, 1.0)
@@ -103,18 +103,18 @@ def test_the_smallest_tree_has_the_defaults_of_the_table():
     assert (config.trainer.resume_from, config.trainer.nnodes) == (None, 1)
 
 
-def test_a_tree_without_a_trainer_has_the_default_one():
+def test_tree_without_trainer_has_the_default_trainer():
     without = tree()
     del without["trainer"]
     assert build_config(without) == build_config(tree())
 
 
-def test_a_configuration_cannot_be_changed():
+def test_configuration_is_immutable():
     with pytest.raises(ValidationError):
         build_config(tree()).optim.lr = 1.0
 
 
-def test_the_token_budget_and_the_world_size_are_products():
+def test_token_budget_and_world_size_are_products():
     batch = {"data.max_length": 100, "data.micro_batch_size_per_gpu": 3}
     nodes = {"trainer.nnodes": 2, "trainer.n_gpus_per_node": 8, "trainer.master_addr": "10.0.0.1"}
     config = build_config(tree(**batch, **nodes))
@@ -122,22 +122,22 @@ def test_the_token_budget_and_the_world_size_are_products():
     assert config.trainer.world_size == 16
 
 
-def test_numbers_are_names_where_a_name_is_asked_for():
+def test_number_is_accepted_as_text():
     assert build_config(tree(**{"trainer.wandb_project": 2024})).trainer.wandb_project == "2024"
 
 
 @pytest.mark.parametrize("value", ["true", "yes", 1, True])
-def test_truth_values_may_be_spelt_in_several_ways(value):
+def test_truth_values_have_several_spellings(value):
     assert build_config(tree(**{"lora.enabled": value})).lora.enabled is True
 
 
 @pytest.mark.parametrize("value", [7, "7", "after_each_epoch", -1])
-def test_saving_happens_every_so_many_steps_or_after_each_epoch(value):
+def test_save_freq_accepts_steps_or_after_each_epoch(value):
     expected = int(value) if value != "after_each_epoch" else value
     assert build_config(tree(**{"trainer.save_freq": value})).trainer.save_freq == expected
 
 
-def test_the_cache_lies_where_it_is_told_to_else_where_the_system_keeps_caches(monkeypatch, tmp_path):
+def test_cache_dir_follows_key_then_xdg_then_home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert build_config(tree()).cache_dir() == tmp_path / "sft_recipe"
     assert build_config(tree(**{"data.cache_dir": "~/mine"})).cache_dir() == Path.home() / "mine"
@@ -146,7 +146,7 @@ def test_the_cache_lies_where_it_is_told_to_else_where_the_system_keeps_caches(m
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("key", "value", "expected_text"),
     [
         ("data.max_length", 1, ["1", "greater than or equal to 2"]),
         ("data.max_length", "long", ["'long'", "integer"]),
@@ -182,15 +182,15 @@ def test_the_cache_lies_where_it_is_told_to_else_where_the_system_keeps_caches(m
         ("optim", 3, ["group of keys"]),
     ],
 )
-def test_a_bad_value_is_told_with_its_key_and_what_is_allowed(key, value, says):
+def test_invalid_value_is_reported_with_key_and_allowed_values(key, value, expected_text):
     message = error_of(**{key: value})
     assert f"- {key} is " in message
-    assert [text for text in says if text not in message] == []
+    assert [text for text in expected_text if text not in message] == []
     assert len(message.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "expected_text"),
     [
         ({"data.val_files": "v.json", "data.val_ratio": 0.1}, "val_files and val_ratio are both set"),
         ({"fsdp.tensor_model_parallel_size": 2}, "tensor_model_parallel_size is for strategy=megatron"),
@@ -201,8 +201,8 @@ def test_a_bad_value_is_told_with_its_key_and_what_is_allowed(key, value, says):
         ({"trainer.nnodes": 2}, "need master_addr"),
     ],
 )
-def test_values_that_contradict_each_other_are_told(values, says):
-    assert says in error_of(**values)
+def test_contradicting_values_are_reported(values, expected_text):
+    assert expected_text in error_of(**values)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_values_that_contradict_each_other_are_told(values, says):
         {"trainer.nnodes": 2, "trainer.node_rank": 1, "trainer.master_addr": "192.168.1.1"},
     ],
 )
-def test_values_that_go_together_are_taken(values):
+def test_compatible_values_are_accepted(values):
     built = leaves(build_config(tree(**values)).model_dump())
     assert {key: built[key] for key in values} == values
 
@@ -239,13 +239,13 @@ def test_values_that_go_together_are_taken(values):
         ("fsdp.mixed_precision.param_type", "fsdp.mixed_precision.param_dtype"),
     ],
 )
-def test_an_unknown_key_is_an_error_that_names_the_nearest_right_one(key, right):
+def test_unknown_key_suggests_the_nearest_key(key, right):
     message = error_of(**{key: 1})
     assert f"{key} is not a key." in message
     assert right is None or f"Did you mean {right}?" in message
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     message = error_of(**{"optim.lrr": 1, "fsdp.strategy": "x", "data.max_length": 0, "lora.rank": "many"})
     assert message.startswith("the configuration has 4 mistakes:\n")
     assert [line.split()[1] for line in message.splitlines()[1:]] == [
@@ -256,20 +256,20 @@ def test_all_mistakes_are_told_at_once():
     ]
 
 
-def test_a_group_that_is_missing_is_told():
+def test_missing_group_is_reported():
     without = tree()
     del without["lora"]
     with pytest.raises(ConfigError, match="lora is not set: the defaults list of config.yaml must name this group"):
         build_config(without)
 
 
-def test_nothing_is_suggested_where_nothing_is_near():
+def test_nothing_is_suggested_for_a_distant_name():
     assert nearest("zzz", all_keys()) == ""
     assert nearest("optim.ler", all_keys()) == " Did you mean optim.lr?"
     assert nearest("max_len", all_keys()) == " Did you mean data.max_length?"
 
 
-def test_text_keys_are_those_that_take_names_and_paths():
+def test_text_keys_accept_names_and_paths():
     assert {"trainer.output_dir", "data.train_files", "data.val_files", "model.path", "lora.exclude_modules"} < set(
         text_keys()
     )
@@ -277,14 +277,6 @@ def test_text_keys_are_those_that_take_names_and_paths():
         assert key in all_keys() and key not in text_keys()
 
 
-def test_the_default_config_survives_yaml():
+def test_default_config_survives_yaml():
     dumped = build_config(tree()).model_dump(mode="json")
     assert Config.model_validate(yaml.safe_load(yaml.safe_dump(dumped))) == build_config(tree())
-
-
-def test_the_flags_that_hints_know_are_the_launchers():
-    from sft_recipe.cli.train import FLAGS
-    from sft_recipe.config.schema import FLAG_NAMES
-
-    launchers = {name: flag.key for flag in FLAGS for name in (flag.name, flag.short) if name}
-    assert FLAG_NAMES.items() <= launchers.items()

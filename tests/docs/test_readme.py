@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sft_recipe.cli.train import FLAGS
+from sft_recipe.cli.flags import FLAGS
 from sft_recipe.data.formats import read_conversations
 from tests.support.runs import ROOT
 

@@ -1,0 +1,275 @@
+"""The flags of train.sh and of the scripts that share them, and how a command line becomes Hydra overrides.
+
+This module uses only the standard library, so that --help works before the first installation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NoReturn
+
+from sft_recipe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag, the environment variable of the same name in capitals, and the key that both set."""
+
+    name: str
+    key: str
+    default: str
+    help: str
+    short: str | None = None
+    is_switch: bool = False
+    takes_several: bool = False
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that does the same as the flag."""
+        return self.name.upper()
+
+
+FLAGS = (
+    # begin: flags (written by scripts/generate_reference.py from sft_recipe/config/schema.py)
+    Flag(
+        "model_path",
+        "model.path",
+        "Qwen/Qwen2.5-0.5B",
+        "hub id, folder, .gguf file, or SmolLM2-135M-Instruct (the embedded model)",
+        short="model",
+    ),
+    Flag(
+        "tokenizer_path", "model.tokenizer_path", "the model's", "hub id or folder of the tokenizer; null: the model's"
+    ),
+    Flag(
+        "train_data",
+        "data.train_files",
+        "./data/example_sft.json",
+        "file, glob, hub data set (owner/name), or a list; a*0.5: half of it, a*2: twice, a#9: 9 examples",
+        takes_several=True,
+    ),
+    Flag(
+        "val_data", "data.val_files", "none", "validation data, written as train_files; null: none", takes_several=True
+    ),
+    Flag("max_length", "data.max_length", "2048", "longest example, in tokens"),
+    Flag("batch_size", "data.train_batch_size", "4", "examples per optimizer step, over all ranks"),
+    Flag(
+        "micro_batch_size",
+        "data.micro_batch_size_per_gpu",
+        "1",
+        "times max_length: the most tokens in one micro-batch; bounds memory",
+    ),
+    Flag("learning_rate", "optim.lr", "2e-5", "peak learning rate; 2e-4 with LoRA unless set", short="lr"),
+    Flag(
+        "warmup_ratio",
+        "optim.lr_warmup_steps_ratio",
+        "0.1",
+        "fraction of all steps in which the learning rate rises from 0 to lr",
+    ),
+    Flag("weight_decay", "optim.weight_decay", "0.01", "decoupled weight decay, as in AdamW"),
+    Flag("grad_clip", "optim.clip_grad", "1.0", "maximum global gradient norm"),
+    Flag("strategy", "fsdp.strategy", "fsdp", "fsdp, fsdp2, megatron"),
+    Flag(
+        "use_lora", "lora.enabled", "false", "train low-rank adapters; the model's weights stay frozen", is_switch=True
+    ),
+    Flag("lora_rank", "lora.rank", "8", "inner dimension of the adapters"),
+    Flag("lora_alpha", "lora.alpha", "16", "the update is scaled by alpha / rank"),
+    Flag("merge_lora", "lora.merge", "false", "save the merged model as well as the adapter", is_switch=True),
+    Flag("num_epochs", "trainer.total_epochs", "3", "passes over the training data", short="epochs"),
+    Flag("output_dir", "trainer.output_dir", "./outputs", "run folder: config.yaml, metrics.jsonl, checkpoints/step_N"),
+    Flag(
+        "resume_from",
+        "trainer.resume_from",
+        "none",
+        "a checkpoint folder, or auto: the newest complete checkpoint in output_dir; null: a new run",
+    ),
+    Flag("auto_restart", "trainer.auto_restart", "0", "restarts of a failed run, each from its newest checkpoint"),
+    Flag("wandb_project", "trainer.wandb_project", "none", "if set, log to wandb under this project as well"),
+    Flag("n_gpus", "trainer.n_gpus_per_node", "1", "ranks on this machine; CPU ranks if there is no GPU"),
+    Flag("nnodes", "trainer.nnodes", "1", "machines"),
+    Flag("node_rank", "trainer.node_rank", "0", "this machine's number, from 0"),
+    Flag("master_addr", "trainer.master_addr", "localhost", "address of machine 0"),
+    Flag(
+        "master_port",
+        "trainer.master_port",
+        "free",
+        "port of machine 0; null: a free one on one machine, 29500 on several",
+    ),
+    # end: flags
+)
+
+OVERRIDE = "--hydra-override"  # hidden: marks an override for argparse
+LOOKS_LIKE_OVERRIDE = re.compile(r"[+~]*[\w./@]+=")
+USAGE = "./train.sh [FLAGS] [HYDRA OVERRIDES]"
+DESCRIPTION = """\
+Fine-tunes a language model on prompt/response, Alpaca or multi-turn data, with verl.
+Each flag is also an environment variable of the same name in capitals (BATCH_SIZE=8 ./train.sh).
+Precedence: override > flag > environment variable > config.yaml > conf/."""
+EPILOG = """\
+overrides: any key of config.yaml and conf/, or a file of a group in conf/:
+  ./train.sh --use_lora optim.lr_scheduler_type=linear lora=r16 fsdp=fsdp2
+
+SFT_DEBUG=1 shows the traceback of an error; SFT_TIMING=1 shows where the time to the first step goes."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The result of parsing: overrides in order of precedence, the strongest last, and the options of the command."""
+
+    overrides: list[str]
+    config_args: list[str]
+    options: argparse.Namespace
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises ConfigError with one message instead of printing its usage and exiting."""
+
+    def __init__(self, usage: str, description: str, epilog: str = ""):
+        super().__init__(
+            usage=usage,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        missing = re.match(r"argument (\S+): expected (?:one|at least one) argument", message)
+        raise ConfigError(f"{missing[1].split('/')[0]} needs a value" if missing else message)
+
+
+def train_parser() -> Parser:
+    """Return the parser of train.sh, without the flags that set keys: `parse` adds those."""
+    parser = Parser(USAGE, DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the resolved configuration and the torchrun command, start nothing",
+    )
+    return parser
+
+
+def parse(
+    args: Sequence[str], environment: Mapping[str, str], parser: Parser | None = None, shown: Sequence[Flag] = FLAGS
+) -> CommandLine:
+    """Turn flags, the environment and Hydra overrides, in any order, into overrides: override > flag > environment.
+
+    `parser` has the further options of a command (by default train.sh's); its --help lists the flags `shown`.
+    Prints the help and raises SystemExit for --help. Raises ConfigError for an unknown flag (with the nearest one), a
+    flag without its value, or a word that is neither a flag nor an override.
+    """
+    parser = parser or train_parser()
+    _add_flags(parser, shown)
+    known = [name for action in parser._actions for name in action.option_strings]
+    options, unknown = parser.parse_known_args(list(_mark_overrides(args, parser)))
+    if unknown:
+        raise ConfigError(_explain_unknown(unknown[0], known))
+    values = vars(options)
+    by_name = {flag.name: flag for flag in FLAGS}
+    from_flags = {by_name[name].key: _override(by_name[name], values[name]) for name in values if name in by_name}
+    from_environment = [
+        _override(flag, environment[flag.variable])
+        for flag in FLAGS
+        if environment.get(flag.variable) and flag.key not in from_flags
+    ]
+    config_args = [f"--{name.replace('_', '-')}={values[name]}" for name in values if name in _CONFIG_ARGS]
+    return CommandLine([*from_environment, *from_flags.values(), *values.get("overrides", [])], config_args, options)
+
+
+_CONFIG_ARGS = {"config_path": "DIR", "config_name": "NAME"}
+
+
+def _add_flags(parser: Parser, shown: Sequence[Flag]) -> None:
+    group = parser.add_argument_group("flags")
+    for flag in FLAGS:
+        names = [f"--{name}" for name in (flag.short, flag.name) if name]
+        text = f"{flag.help} (default: {flag.default}; {flag.key})".replace("%", "%%")
+        help_text = text if flag in shown else argparse.SUPPRESS
+        if flag.is_switch:
+            group.add_argument(
+                *names,
+                dest=flag.name,
+                nargs="?",
+                const="true",
+                type=_truth_value,
+                metavar="true|false",
+                default=argparse.SUPPRESS,
+                help=help_text,
+            )
+        else:
+            nargs = "+" if flag.takes_several else None
+            metavar = flag.name.rpartition("_")[2].upper()
+            group.add_argument(
+                *names, dest=flag.name, nargs=nargs, metavar=metavar, default=argparse.SUPPRESS, help=help_text
+            )
+    where = {"config_path": "folder of another config.yaml", "config_name": "another name of config.yaml"}
+    for name, metavar in _CONFIG_ARGS.items():
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, f"--{name}", dest=name, metavar=metavar, default=argparse.SUPPRESS, help=where[name])
+    group.add_argument(OVERRIDE, dest="overrides", action="append", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def _mark_overrides(args: Sequence[str], parser: Parser) -> Iterator[str]:
+    """Make overrides an option, so that they end the values of a flag; write --batch-size as --batch_size.
+
+    A word after a flag that needs a value is that value, even if it looks like an override.
+    """
+    needs_value = {name for action in parser._actions if action.nargs in (None, "+") for name in action.option_strings}
+    previous = ""
+    for word in args:
+        if word.startswith("--") and previous not in needs_value:
+            name, equals, value = word.partition("=")
+            word = name[:2] + name[2:].replace("-", "_") + equals + value
+        elif LOOKS_LIKE_OVERRIDE.match(word) and previous not in needs_value:
+            word = f"{OVERRIDE}={word}"
+        previous = word
+        yield word
+
+
+def _truth_value(text: str) -> str:
+    if text.lower() not in ("true", "false", ""):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text
+
+
+def _explain_unknown(word: str, known: Sequence[str]) -> str:
+    if not word.startswith("-"):
+        return f"cannot read {word!r}: it is neither a flag (--epochs 3) nor an override (optim.lr=1e-5)"
+    name = word.partition("=")[0]
+    names = [option.lstrip("-") for option in known if option != OVERRIDE]
+    close = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.6)
+    return f"unknown flag {name}." + (f" Did you mean --{close[0]}?" if close else " See ./train.sh --help.")
+
+
+def _override(flag: Flag, value: str | list[str]) -> str:
+    """Return the override that sets a flag's key; several values may also be separated by commas."""
+    values = value if isinstance(value, list) else [value]
+    if flag.takes_several:
+        values = list(chain.from_iterable(text.split(",") for text in values))
+    values = [text for text in values if text]
+    if not values:
+        raise ConfigError(f"--{flag.name} needs a value")
+    if len(values) == 1:
+        return f"{flag.key}={_quote(values[0])}"
+    return f"{flag.key}=[{','.join(_quote(text, in_list=True) for text in values)}]"
+
+
+def _quote(value: str, in_list: bool = False) -> str:
+    """Return a value as Hydra reads it back unchanged; `none` becomes null."""
+    if value.lower() == "none":
+        return "null"
+    is_plain = re.fullmatch(r"[\w./+-]+(:[\w./+-]+)*", value, re.ASCII)
+    # The type of a key separates text from numbers and truth values; in a list of texts only quotes do.
+    is_other_type = re.fullmatch(r"[+-]?\.?\d.*|[+-]?(inf|nan)|true|false", value, re.IGNORECASE) if in_list else None
+    if is_plain and not is_other_type:
+        return value
+    # OmegaConf reads ${...} as a reference; a backslash before it (after doubled ones, if any) makes it plain text.
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    # Hydra's grammar has quotes and backslashes; a backslash is special only before a quote.
+    return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", "\\'") + "'"

@@ -1,0 +1,104 @@
+"""Builds the typed configuration from a plain tree, and explains what is wrong with it in terms of keys."""
+
+import difflib
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from sft_recipe.config.schema import AFTER_EACH_EPOCH, Config
+from sft_recipe.errors import ConfigError
+
+
+def build_config(tree: dict[str, Any]) -> Config:
+    """Validate a resolved tree of plain values and return the typed configuration.
+
+    Raises ConfigError that lists all mistakes at once, each with the nearest valid key or the accepted values.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = _explain_all(error.errors())
+        number = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise ConfigError("\n".join([f"the configuration has {number}:", *(f"  - {line}" for line in lines)])) from None
+
+
+def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the dotted name and the definition of every key, groups not included."""
+    for name, info in model.model_fields.items():
+        nested = info.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            yield from fields(nested, f"{prefix}{name}.")
+        else:
+            yield prefix + name, info
+
+
+def all_keys() -> list[str]:
+    """Return the dotted names of all keys."""
+    return [key for key, _ in fields()]
+
+
+def text_keys() -> list[str]:
+    """Return the dotted names of the keys that accept text, or a list of texts."""
+    return [key for key, info in fields() if str in _types(info)]
+
+
+def flag_names(info: FieldInfo) -> list[str]:
+    """Return the names of a key's flag, the short one last; an empty list if the key has no flag."""
+    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    return [str(name) for name in (extra.get("flag"), extra.get("short")) if name]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return ' Did you mean X?' for the nearest of the known names, or an empty string if none is near."""
+    by_flag = {flag: key for key, info in fields() if key in known for flag in flag_names(info)}
+    leaves = by_flag | {key.rsplit(".", 1)[-1]: key for key in known}
+    last = name.rsplit(".", 1)[-1]
+    close = [leaves[last]] if last in leaves else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close and (leaf := difflib.get_close_matches(last, leaves, n=1, cutoff=0.7)):
+        close = [leaves[leaf[0]]]
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _types(info: FieldInfo) -> tuple[Any, ...]:
+    annotation = info.annotation
+    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+
+
+def _explain_all(problems: list[Any]) -> list[str]:
+    """Return one line per key; for a key with several types the last problem is the most specific."""
+    complaints: dict[str, list[str]] = {}
+    for problem in problems:
+        key = ".".join(str(part) for part in problem["loc"] if _is_key_part(part))
+        complaints.setdefault(key, []).append(_explain(key, problem))
+    return [key + texts[-1] for key, texts in complaints.items()]
+
+
+def _explain(key: str, problem: Any) -> str:
+    kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f" is not a key.{nearest(key, all_keys())}"
+    if kind == "missing" and isinstance(problem["loc"][-1], int):
+        return f" is {given!r}; it has too few values"
+    if kind == "missing" and key in Config.model_fields:
+        return " is not set: the defaults list of config.yaml must name this group"
+    if kind == "missing":
+        return " is not set"
+    if kind == "model_type":
+        return f" is {given!r}, but it is a group of keys"
+    if kind == "value_error":
+        return f": {context['error']}"
+    if kind == "literal_error":
+        expected = context["expected"].replace("'", "").replace(" or ", ", ")
+        also = {AFTER_EACH_EPOCH: "a number of steps, ", "auto": "true, false, "}  # the other type of such a key
+        expected = also.get(expected, "") + expected
+        return f" is {given!r}; it must be one of {expected}.{nearest(str(given), expected.split(', '))}"
+    return f" is {given!r}; {problem['msg'].replace('Input should', 'it should')}"
+
+
+def _is_key_part(part: Any) -> bool:
+    """Return False for the union branch (str, list[str], literal[...]) that pydantic adds to the path of a key."""
+    names, prefixes = ("str", "int", "bool", "float"), ("list[", "literal[", "dict[", "function-")
+    return isinstance(part, str) and part not in names and not part.startswith(prefixes)
