@@ -9,6 +9,7 @@ shrink. Writes its section of RESULTS.md.
 import argparse
 import random
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from peft.tuners import lora
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,12 +39,11 @@ PREFIXES = "prefix sharing"
 LOSS = "chunked head and loss at supervised tokens"
 RECOMPUTE = "recomputed norms and MLPs"
 ACCUMULATE = "gradients accumulated in place"
-FUSED_LORA = "fused LoRA"
 ADAM = "fused Adam"
 UNSHARDED = "one rank without FSDP"
 BASELINE, NOISE = "all on", "all on, a second time (noise)"
 MAPS = nn.Linear, nn.Embedding
-OTHERS = *MAPS, PreTrainedModel, lora.Linear
+OTHERS = *MAPS, PreTrainedModel
 MEMORY_STEPS = 2
 
 
@@ -60,8 +59,6 @@ class Variants:
         self.names = [ATTENTION, PREFIXES, LOSS, ADAM]
         if self.unsharded.is_unsharded():
             self.names += [KERNELS, RECOMPUTE, ACCUMULATE, UNSHARDED]
-            if any(isinstance(part, lora.Linear) for part in self.unsharded.module.modules()):
-                self.names.append(FUSED_LORA)
         self.forwards: dict[nn.Module, Callable] = {}
         self._remember_forwards()
 
@@ -81,7 +78,6 @@ class Variants:
         self._use_forwards(lambda part: isinstance(part, PreTrainedModel), LOSS not in off)
         self._use_forwards(lambda part: not isinstance(part, OTHERS), RECOMPUTE not in off)
         self._use_forwards(lambda part: isinstance(part, MAPS), ACCUMULATE not in off)
-        self._use_forwards(lambda part: isinstance(part, lora.Linear), FUSED_LORA not in off)
         for group in engine.optimizer.param_groups:
             group["fused"], group["foreach"] = ADAM not in off, None
         return self._timed()
@@ -168,7 +164,7 @@ def main() -> None:
         for name, spent in seconds.items()
     ]
     header = ["variant", f"median {clock} s", "ratio", "least", "most", "peak MiB", "memory ratio"]
-    command = " ".join(["benchmarks/step_switches.py", *sys.argv[1:]])
+    command = shlex.join(["benchmarks/step_switches.py", *sys.argv[1:]])
     section = f"""## What each optimization of the step is worth: {options.name}
 
 `{command}`; {machine()}, {torch.get_num_threads()} threads. One step of {tokens:,} tokens in micro-batches of {docs}

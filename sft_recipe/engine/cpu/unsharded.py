@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from sft_recipe.engine import patches
-from sft_recipe.engine.cpu.fused_lora import adapted_forward
 from sft_recipe.engine.cpu.recompute import Recomputation
 
 NARROW = 16  # inputs of a linear layer, such as an adapter's second: BLAS computes the transpose up to 5x as fast
@@ -43,9 +42,7 @@ class UnshardedModel:
                 self.accumulators[weight] = GradAccumulator(self.copies.get(weight, weight), weight)
         for part in module.modules():
             weights = dict(part.named_parameters(recurse=False, remove_duplicate=False))
-            forward = adapted_forward(part)
-            if forward is None and weights.get("weight") in self.accumulators:
-                forward = _accumulating_forward(part)
+            forward = _accumulating_forward(part) if weights.get("weight") in self.accumulators else None
             if forward:
                 part.forward = MethodType(forward, part)  # type: ignore[method-assign]
             self.replaced += [(part, name, weight) for name, weight in weights.items() if weight in self.copies]

@@ -6,7 +6,6 @@ from copy import deepcopy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners import lora
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, XGLMConfig, XGLMForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -123,74 +122,6 @@ def adapted():
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=4, lora_alpha=10, target_modules=targets, init_lora_weights=False)
     return get_peft_model(build(attention_bias=True), config)
-
-
-def gradients(model, shifts=()):
-    for shift in shifts:
-        backward(model, shift)
-    return {name: weight.grad.float() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def check_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max())
-
-
-def test_maps_with_adapters_are_pefts_without_its_passes(monkeypatch):
-    model, plain = adapted(), adapted()
-    whole = UnshardedModel(model, torch.float32, True)
-    monkeypatch.setattr(lora.Linear, "_cast_input_dtype", None)  # peft's own forward would fail
-    with whole.computing():
-        losses = [backward(model, shift) for shift in range(3)]
-    monkeypatch.undo()
-    expected = gradients(plain, range(3))
-    found = gradients(model)
-    assert len(found) == 2 * 2 * 7 and all("lora_" in name for name in found)
-    check_same(found, expected)
-    torch.testing.assert_close(losses, [backward(plain, shift) for shift in range(3)], rtol=1e-6, atol=0)
-
-
-def test_maps_with_adapters_in_bf16_are_as_near_to_fp32_as_pefts():
-    expected = gradients(adapted(), range(2))
-
-    def error(found):
-        off = [(found[name] - expected[name]).norm() / expected[name].norm() for name in expected]
-        return sum(off).item() / len(off)
-
-    model = adapted()
-    with UnshardedModel(model, torch.bfloat16, True).computing():
-        for shift in range(2):
-            backward(model, shift)
-    assert error(gradients(model)) < 1.2 * error(gradients(in_bf16(adapted()), range(2))) < 0.2
-
-
-def test_an_adapter_that_is_off_is_off():
-    model = adapted()
-    with_adapter = model(input_ids=IDS).logits
-    whole = UnshardedModel(model, torch.float32, True)
-    with whole.computing(), model.disable_adapter():
-        off = model(input_ids=IDS).logits
-    assert torch.equal(off, build(attention_bias=True)(input_ids=IDS).logits) and not torch.allclose(off, with_adapter)
-
-
-@pytest.mark.parametrize(
-    "special", [dict(lora_dropout=0.5), dict(use_dora=True), dict(lora_bias=True), dict(bias="all")], ids=str
-)
-def test_adapters_of_another_kind_stay_pefts(special):
-    def model():
-        torch.manual_seed(1)
-        return get_peft_model(
-            build(attention_bias=True), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **special)
-        )
-
-    one, plain = model(), model()
-    torch.manual_seed(2)
-    with UnshardedModel(one, torch.float32, True).computing():
-        backward(one)
-    torch.manual_seed(2)
-    backward(plain)
-    check_same(gradients(one), gradients(plain))
 
 
 def test_tensors_changed_in_place_are_not_recomputed():
