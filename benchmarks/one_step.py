@@ -1,4 +1,4 @@
-"""One rank's engine and batches without a run around them, for benchmarks that look into the training step."""
+"""The engine and batches of one rank without a training run, for benchmarks of the training step."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from sft_recipe.data.batching import batch_indices, plan_micro_batches
 
 
 class OneRank:
-    """The engine of a configuration, given as Hydra's overrides, in this process, and the batches of its data."""
+    """Builds the engine of a configuration (Hydra overrides) in this process, and the batches of its data."""
 
     def __init__(self, overrides: list[str]):
         self.config = load_config(overrides)
@@ -26,7 +26,7 @@ class OneRank:
         self.engine = self.build()
 
     def batch(self, step: int) -> TensorDict:
-        """What step `step` (from 0) trains on, planned as a run plans it."""
+        """Return the batch of step `step` (from 0), planned as in a run."""
         data, train = self.config.data, self.prepared.train
         numbers = batch_indices(step, len(train), data.train_batch_size, self.config.trainer.seed, data.shuffle)
         [plan] = plan_micro_batches(train.lengths[numbers].tolist(), 1, data.token_budget)
@@ -38,16 +38,16 @@ class OneRank:
         }
         tensors: dict[str, Any] = {
             name: torch.nested.as_nested_tensor(
-                [torch.from_numpy(part.astype(np.int64)) for part in of_name], layout=torch.jagged
+                [torch.from_numpy(array.astype(np.int64)) for array in arrays], layout=torch.jagged
             )
-            for name, of_name in parts.items()
+            for name, arrays in parts.items()
         }
         batch = TensorDict(tensors, batch_size=[len(documents)])
         batch["micro_batch_docs"] = NonTensorData([len(part) for part in plan])
         return batch
 
     def train(self, batch: TensorDict) -> dict[str, Any]:
-        """One optimiser step."""
+        """Run one optimizer step; returns the engine's result."""
         with self.engine.train_mode():
             return self.engine.train_batch(batch, None)
 
@@ -64,7 +64,7 @@ class OneRank:
         torch.distributed.init_process_group("gloo" if self.device == "cpu" else "nccl")
 
     def build(self) -> Any:
-        """Another engine of the same configuration."""
+        """Build another engine of the same configuration."""
         from sft_recipe.config.auto import shares_prefixes
         from sft_recipe.engine.sft_engine import SFTEngine
         from sft_recipe.engine.verl_config import build_verl_config

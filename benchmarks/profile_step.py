@@ -1,7 +1,7 @@
-"""Where the time and the memory of a training step go: benchmarks/profile_step.py [Hydra overrides]
+"""Shows where the time and the memory of a training step go: benchmarks/profile_step.py [Hydra overrides]
 
-SmolLM2-135M (the embedded model) on the example data, unless overrides such as model.path=... or lora=r8 say otherwise.
-Times are those of the operators themselves, without what they call; on a GPU those of its kernels.
+Trains SmolLM2-135M (the embedded model) on the example data, unless overrides such as model.path=... or lora=r8 change
+that. Times are of the operators themselves, without the operators that they call; on a GPU, of its kernels.
 """
 
 import resource
@@ -20,10 +20,10 @@ from benchmarks.results import machine, table
 
 DEFAULTS = ["data.train_files=data/example_sft.json", "data.max_length=512", "data.train_batch_size=4",
             "data.micro_batch_size_per_gpu=4"]  # fmt: skip
-# By a part of an operator's name, or of one that it stands in. Of the first two, any of them tells; the head is told
-# by its shapes; then the innermost name counts.
+# Parts of names of operators. An operator is of an outer kind if its name, or that of any operator that calls it,
+# contains such a part; the head is recognized by its inputs' shapes; otherwise the innermost name that matches decides.
 OUTER_KINDS = {
-    "optimiser": ("optimizer.step", "_fused_adam", "_foreach", "clip_grad", "linalg_vector_norm"),
+    "optimizer": ("optimizer.step", "_fused_adam", "_foreach", "clip_grad", "linalg_vector_norm"),
     "gathering and casting weights": ("fsdp::",),
 }
 KINDS = {
@@ -40,7 +40,7 @@ OTHER = "other"
 def main() -> None:
     rank = OneRank([*DEFAULTS, *sys.argv[1:]])
     vocabulary = rank.engine.module.config.vocab_size
-    rank.train(rank.batch(0))  # the optimiser makes its state, buffers and kernels their first appearance
+    rank.train(rank.batch(0))  # the first step allocates optimizer state and buffers
     batch = rank.batch(1)
     on_gpu = rank.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -53,7 +53,7 @@ def main() -> None:
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for event in events:
-        kind = json_type(event, vocabulary)
+        kind = kind_of_event(event, vocabulary)
         spent[kind] += getattr(event, attribute) / 1e3
         calls[kind] += 1
     total = sum(spent.values())
@@ -72,12 +72,12 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def json_type(event: Any, vocabulary: int) -> str:
-    """By the operator and those it stands in."""
-    names, around = [], event
-    while around is not None:
-        names.append(around.name.lower())
-        around = around.cpu_parent
+def kind_of_event(event: Any, vocabulary: int) -> str:
+    """Return the kind of an operator, from its name and those of its callers."""
+    names, caller = [], event
+    while caller is not None:
+        names.append(caller.name.lower())
+        caller = caller.cpu_parent
     for kind, parts in OUTER_KINDS.items():
         if any(part in name for name in names for part in parts):
             return kind
@@ -93,7 +93,7 @@ def json_type(event: Any, vocabulary: int) -> str:
 
 
 def memory(rank: OneRank, profiler: profile) -> dict[str, int]:
-    """Bytes of what lives across steps, the most that one step needs beside it, and the process's peak."""
+    """Return the bytes that stay allocated between steps, the most that a step adds, and the peak of the process."""
 
     def size(tensors: Any) -> int:
         local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
@@ -101,16 +101,16 @@ def memory(rank: OneRank, profiler: profile) -> dict[str, int]:
 
     state = (part for parts in rank.engine.optimizer.state.values() for part in parts.values())
     parameters = list(rank.engine.module.parameters())
-    found = {
+    sizes = {
         "weights": size(parameters),
-        "gradients, when they are whole": size(part for part in parameters if part.requires_grad),
-        "optimiser state": size(part for part in state if isinstance(part, torch.Tensor)),
+        "gradients, unsharded": size(part for part in parameters if part.requires_grad),
+        "optimizer state": size(part for part in state if isinstance(part, torch.Tensor)),
         "most allocated during the step, above its start": _peak(profiler),
     }
     if rank.device == "cuda":
-        found["peak on the GPU"] = torch.cuda.max_memory_allocated()
-    found["peak of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return found
+        sizes["peak on the GPU"] = torch.cuda.max_memory_allocated()
+    sizes["peak of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return sizes
 
 
 def _peak(profiler: profile) -> int:

@@ -1,9 +1,9 @@
 """What each optimization of the training step is worth in time and memory: benchmarks/step_switches.py [OVERRIDES]
 
-SmolLM2-135M (the embedded model) on the example data. Each variant switches one optimization off, or all of them. For
-time the variants take turns on the same batch in one process, in another order each round; what counts is the CPU time
-of the process, on a GPU elapsed time. For memory each variant runs in a process of its own, since a heap does not
-shrink. Writes its section of RESULTS.md.
+Trains SmolLM2-135M (the embedded model) on the example data. Each variant switches one optimization off, or all of
+them. To measure time, the variants take turns on the same batch in one process, in another order each round; the figure
+is the CPU time of the process, on a GPU the elapsed time. To measure memory, each variant runs in a separate process,
+since a heap does not shrink. Writes its section of RESULTS.md.
 """
 
 import argparse
@@ -16,11 +16,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.one_step import OneRank
 from benchmarks.results import machine, table, write_section
+from sft_recipe.engine import patches
 from sft_recipe.engine.attention import packed
-from sft_recipe.engine.attention.prefix_sharing import Segment
 
 DEFAULTS = ["data.train_files=data/example_sft.json", "data.max_length=512", "data.train_batch_size=16",
             "data.micro_batch_size_per_gpu=4"]  # fmt: skip
 ATTENTION = "attention within documents (off: one mask over the pack)"
-KERNELS = "CPU attention kernels (off: SDPA per document)"
+BLOCKWISE = "blockwise attention (off: SDPA per document)"
 PREFIXES = "prefix sharing"
 LOSS = "chunked head and loss at supervised tokens"
 RECOMPUTE = "recomputed norms and MLPs"
@@ -42,8 +40,7 @@ ACCUMULATE = "gradients accumulated in place"
 ADAM = "fused Adam"
 UNSHARDED = "one rank without FSDP"
 BASELINE, NOISE = "all on", "all on, a second time (noise)"
-MAPS = nn.Linear, nn.Embedding
-OTHERS = *MAPS, PreTrainedModel
+LAYERS = nn.Linear, nn.Embedding  # whose forwards accumulate gradients
 MEMORY_STEPS = 2
 
 
@@ -54,30 +51,30 @@ class Variants:
         self.rank = OneRank([*DEFAULTS, *overrides])
         self.batch = self.rank.batch(1)
         self.unsharded, self.sharded = self.rank.engine, None
-        self.own_attention = self.unsharded.module.config._attn_implementation
-        self.kernels = {name: getattr(packed, name) for name in ("attend_flash", "attend_blockwise")}
+        self.own_attention = patches.attention_implementation(self.unsharded.module.config)
+        self.is_blockwise_faster = packed._is_blockwise_faster
         self.names = [ATTENTION, PREFIXES, LOSS, ADAM]
         if self.unsharded.is_unsharded():
-            self.names += [KERNELS, RECOMPUTE, ACCUMULATE, UNSHARDED]
+            self.names += [BLOCKWISE, RECOMPUTE, ACCUMULATE, UNSHARDED]
         self.forwards: dict[nn.Module, Callable] = {}
         self._remember_forwards()
 
     def run(self, off: Sequence[str]) -> float:
-        """Seconds of one step without the optimizations `off`: of CPU time, on a GPU of elapsed time."""
+        """Return the seconds of one step without the optimizations `off`: CPU time, on a GPU elapsed time."""
         if UNSHARDED in off and self.sharded is None:
             with patch.object(type(self.unsharded), "is_unsharded", return_value=False):
                 self.sharded = self.rank.build()
             self._remember_forwards()
         self.rank.engine = self.sharded if UNSHARDED in off else self.unsharded
         engine = self.rank.engine
-        engine.module.config._attn_implementation = "sdpa" if ATTENTION in off else self.own_attention
+        attention = "sdpa" if ATTENTION in off else self.own_attention
+        patches.set_attention_implementation(engine.module.config, attention)
         engine.shares_prefixes = PREFIXES not in off and ATTENTION not in off
         engine._returns_loss = LOSS not in off
-        for name, kernel in self.kernels.items():
-            setattr(packed, name, sdpa_per_document if KERNELS in off else kernel)
+        packed._is_blockwise_faster = (lambda *_: False) if BLOCKWISE in off else self.is_blockwise_faster
         self._use_forwards(lambda part: isinstance(part, PreTrainedModel), LOSS not in off)
-        self._use_forwards(lambda part: not isinstance(part, OTHERS), RECOMPUTE not in off)
-        self._use_forwards(lambda part: isinstance(part, MAPS), ACCUMULATE not in off)
+        self._use_forwards(lambda part: not isinstance(part, (*LAYERS, PreTrainedModel)), RECOMPUTE not in off)
+        self._use_forwards(lambda part: isinstance(part, LAYERS), ACCUMULATE not in off)
         for group in engine.optimizer.param_groups:
             group["fused"], group["foreach"] = ADAM not in off, None
         return self._timed()
@@ -89,7 +86,7 @@ class Variants:
                     self.forwards[part] = vars(part)["forward"]
 
     def _use_forwards(self, chosen: Callable[[nn.Module], bool], on: bool) -> None:
-        """The forwards that modules were given by the engine, or those of their classes."""
+        """Use the forwards that the engine gave to the modules (`on`), or those of their classes."""
         for part in self.rank.engine.module.modules():
             if part in self.forwards and chosen(part):
                 if on:
@@ -109,34 +106,11 @@ class Variants:
         return clock() - start
 
 
-def sdpa_per_document(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Sequence[Segment], *rest: Any
-) -> torch.Tensor:
-    """What the CPU kernels replace: PyTorch's attention, called once for each segment; takes their arguments."""
-    window, scale = rest if len(rest) == 2 else (None, rest[0])
-    results = []
-    for segment in segments:
-        keys = segment.keys(segment.end)
-        k, v = (torch.cat([whole[:, :, span] for span in keys], dim=2) for whole in (key, value))
-        rows, length = len(segment), k.shape[2]
-        is_causal = rows == length and window is None
-        mask = None
-        if not is_causal:
-            distance = torch.arange(length - rows, length)[:, None] - torch.arange(length)[None]
-            mask = (distance >= 0) & (distance < (window or length))
-        q = query[:, :, segment.begin : segment.end]
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        results.append(attended.transpose(1, 2))
-    return torch.cat(results, dim=1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--name", default="step switches", help="of the section of RESULTS.md")
-    parser.add_argument("--peak_memory_without", nargs="*", help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--peak_memory_without", nargs="*", help=argparse.SUPPRESS)  # in a separate process
     options, overrides = parser.parse_known_args()
     variants = Variants(overrides)
     if options.peak_memory_without is not None:
@@ -169,7 +143,7 @@ def main() -> None:
 
 `{command}`; {machine()}, {torch.get_num_threads()} threads. One step of {tokens:,} tokens in micro-batches of {docs}
 documents, {options.rounds} rounds. The ratio is the median, with least and most, of each round's time over that of the
-same round with all on; peak memory is that of a process of its own after {MEMORY_STEPS} steps.
+same round with all on; peak memory is that of a separate process after {MEMORY_STEPS} steps.
 
 {table(header, rows)}
 """
@@ -179,8 +153,8 @@ same round with all on; peak memory is that of a process of its own after {MEMOR
 
 
 def ratio(seconds: list[float], base: list[float]) -> list[str]:
-    """Median, least and most of the paired ratios."""
-    ratios = [one / other for one, other in zip(seconds, base, strict=True)]
+    """Return the median, least and most of the paired ratios."""
+    ratios = [own / other for own, other in zip(seconds, base, strict=True)]
     return [f"{figure:.3f}" for figure in (statistics.median(ratios), min(ratios), max(ratios))]
 
 
@@ -189,7 +163,7 @@ def memory(peaks: dict[str, int], name: str) -> list[str]:
 
 
 def peak_memory(off: list[str], overrides: list[str]) -> int:
-    """MiB of resident memory at most, of a process that trains without the optimizations `off`."""
+    """Return the peak of resident memory, in MiB, of a process that trains without the optimizations `off`."""
     command = [sys.executable, __file__, *overrides, "--peak_memory_without", *off]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(output.rsplit("peak", 1)[1]) // 1024

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 
 def schedule(step: int, total: int, warmup: int, kind: str, min_ratio: float) -> float:
-    """The learning rate at optimizer step `step` (from 0), as a fraction of its peak.
+    """Return the learning rate at optimizer step `step` (from 0), as a fraction of its peak.
 
     Rises linearly over `warmup` steps, the first of them above 0; then constant, linear, or half a cosine
     (https://arxiv.org/abs/1608.03983, without restarts) down to `min_ratio`, which it would reach at step `total`.

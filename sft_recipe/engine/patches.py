@@ -45,14 +45,14 @@ class PrivateApi:
     used_by: str | None = None
 
     def find(self) -> Any:
-        """The object. Raises PreflightError where it is missing or takes other parameters."""
+        """Return the object. Raises PreflightError where it is missing or takes other parameters."""
         problem = self.problem()
         if problem:
             raise PreflightError(_moved([problem], [self.package]))
         return _resolve(self.path)
 
     def problem(self) -> str | None:
-        """What is wrong with the installed library, or None."""
+        """Return what is wrong with the installed library, or None."""
         name = self.path.replace(":", ".")
         try:
             found = _resolve(self.path)
@@ -93,15 +93,6 @@ _MODEL_CLASS = PrivateApi(
     "verl", "verl.utils.model:get_hf_auto_model_class", ("hf_config",), f"{_ENGINE}._build_module"
 )
 _ASSERT_ASYNC = PrivateApi("torch", "torch.ops:aten._assert_async.msg", ("self", "assert_msg"))
-_FLASH = "torch.ops:aten._scaled_dot_product_flash_attention_for_cpu"
-_FLASH_FORWARD = PrivateApi(
-    "torch", f"{_FLASH}.default", ("query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale")
-)
-_FLASH_BACKWARD = PrivateApi(
-    "torch",
-    f"{_FLASH}_backward.default",
-    ("grad_out", "query", "key", "value", "out", "logsumexp", "dropout_p", "is_causal", "attn_mask", "scale"),
-)
 _SOFTMAX_BACKWARD = PrivateApi(
     "torch", "torch.ops:aten._softmax_backward_data.default", ("grad_output", "output", "dim", "input_dtype")
 )
@@ -122,8 +113,6 @@ EVERYWHERE = (
     _ASSERT_ASYNC,
 )
 ON_CPUS = (
-    _FLASH_FORWARD,
-    _FLASH_BACKWARD,
     _SOFTMAX_BACKWARD,
     _TREE_MAP,
     PrivateApi("torch", "torch:Tensor._version"),
@@ -169,7 +158,7 @@ def _parameters(function: Any) -> tuple[str, ...]:
 
 
 def attention_implementation(config: PretrainedConfig) -> str | None:
-    """The name of the attention that a model with this configuration uses."""
+    """Return the name of the attention that a model with this configuration uses."""
     return config._attn_implementation
 
 
@@ -179,12 +168,12 @@ def set_attention_implementation(config: PretrainedConfig, name: str) -> None:
 
 
 def supports_sdpa(model_class: type[PreTrainedModel]) -> bool:
-    """Whether the model can attend with PyTorch's scaled_dot_product_attention."""
+    """Return whether the model can attend with PyTorch's scaled_dot_product_attention."""
     return model_class._supports_sdpa
 
 
 def layer_class_names(model: PreTrainedModel) -> Collection[str]:
-    """Names of the classes of the model's layers."""
+    """Return the names of the classes of the model's layers."""
     return model._no_split_modules or ()
 
 
@@ -255,13 +244,8 @@ def assert_async(condition: torch.Tensor, message: str) -> None:
     _ASSERT_ASYNC.find()(condition, message)
 
 
-def flash_attention_on_cpu() -> tuple[Callable, Callable]:
-    """PyTorch's kernel for CPUs, forward and backward."""
-    return _FLASH_FORWARD.find(), _FLASH_BACKWARD.find()
-
-
 def softmax_backward() -> Callable:
-    """(gradient of the softmax, the softmax, dimension, dtype) -> gradient of its input."""
+    """Return a function (gradient of the softmax, softmax, dimension, dtype) -> gradient of its input."""
     return _SOFTMAX_BACKWARD.find()
 
 
@@ -279,5 +263,5 @@ def replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> 
 
 
 def changes_in_place(tensor: torch.Tensor) -> int:
-    """How often a tensor has been changed in place."""
+    """Return how often a tensor has been changed in place."""
     return tensor._version

@@ -144,7 +144,7 @@ class SFTEngine(FSDPEngineWithLMHead):
             self.to(device="cpu", model=has_model, optimizer=has_optimizer, grad=False)
 
     def _loss(self, micro_batch: MicroBatch, *, scale: torch.Tensor) -> torch.Tensor:
-        """The negative log-likelihood in fp32, summed over the supervised tokens of a micro-batch, times `scale`."""
+        """Return the summed negative log-likelihood of a micro-batch's supervised tokens, times `scale`, in fp32."""
         input_ids, position_ids = micro_batch.input_ids, micro_batch.position_ids
         positions, targets = micro_batch.positions, micro_batch.targets
         if self.use_ulysses_sp:
@@ -270,7 +270,7 @@ class SFTEngine(FSDPEngineWithLMHead):
         config = self.model_config.hf_config
         best = best_attention(config)
         if patches.attention_implementation(config) == PACKED_ATTENTION != best:
-            log.warning("%s has attention code of its own: packed documents are isolated by masks.", config.model_type)
+            log.warning("%s has its own attention code: packed documents are isolated by masks.", config.model_type)
             patches.set_attention_implementation(config, best)
         return super()._build_module()
 

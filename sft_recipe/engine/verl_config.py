@@ -28,7 +28,7 @@ class ScheduledOptimizerConfig(FSDPOptimizerConfig):
 
 @dataclass(frozen=True)
 class VerlConfig:
-    """The configurations that verl's TrainingWorker takes."""
+    """Holds the configurations that verl's TrainingWorker takes."""
 
     model: HFModelConfig
     engine: Any
@@ -48,7 +48,7 @@ def build_verl_config(config: Config, model_folder: Path, total_steps: int, devi
 
 
 def fsdp_engine(config: Config, device: str) -> FSDPEngineConfig:
-    """The settings of verl's FSDP engine; on a CPU offloading is off."""
+    """Return the settings of verl's FSDP engine; on a CPU offloading is off."""
     fsdp = config.fsdp
     on_gpu = device == "cuda"
     return FSDPEngineConfig(
@@ -74,7 +74,7 @@ def fsdp_engine(config: Config, device: str) -> FSDPEngineConfig:
 
 
 def megatron_engine(fsdp: FsdpConfig, seed: int) -> Any:
-    """The settings of verl's Megatron engine."""
+    """Return the settings of verl's Megatron engine."""
     from verl.workers.config import McoreEngineConfig
 
     return McoreEngineConfig(

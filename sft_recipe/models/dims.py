@@ -50,14 +50,15 @@ class ModelDims:
     def activation_bytes_per_token(self, width: int, on_cpu: bool, is_whole: bool) -> int:
         """Bytes that a layer keeps for each token, where it computes in numbers of `width` bytes.
 
-        `on_cpu` its norms and its MLP's product save their inputs only (engine/cpu/recompute.py), and its attention
-        saves what the scores are recomputed from (engine/cpu/). In an unsharded model the linear layers do not save the
-        outputs of these norms and of this product either (engine/cpu/unsharded.py).
+        `on_cpu` its norms and its MLP's product save their inputs only (engine/cpu/recompute.py), and its attention,
+        but in fp32, saves what the scores are recomputed from (engine/cpu/blockwise_attention.py). In an unsharded
+        model the linear layers do not save the outputs of these norms and of this product either
+        (engine/cpu/unsharded.py).
         """
         norms = 2 * self._norm(self.hidden, width, on_cpu)
         outputs = 0 if is_whole else 2 * width * self.hidden  # of the norms, which linear maps keep
         attention = width * (2 * self.query + 2 * self.key)  # q, out, k, v
-        if not on_cpu:
+        if not on_cpu or width == FP32:
             attention += width * self.query + FP32 * self.heads  # out packed; log-sum-exp
         head_norms = self._norm(self.query + self.key, width, on_cpu) if self.has_head_norm else 0
         mlp = (2 if is_whole else 3 if on_cpu else 4) * width * self.intermediate  # gate, up; product; activation

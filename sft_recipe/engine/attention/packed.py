@@ -131,12 +131,11 @@ def attend(
     if is_plain and dropout == 0.0:
         if _supports_varlen(query, value):
             return _varlen(query, key, value, documents, scaling), None
-        if query.device.type == "cpu":
-            # Imported on CPUs only: GPUs must not depend on operators of PyTorch's for CPUs.
-            from sft_recipe.engine.cpu.attention import attend_on_cpu
+        if _is_blockwise_faster(query, key, value):
+            from sft_recipe.engine.cpu.blockwise_attention import attend_blockwise  # only on CPUs: see patches.py
 
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return attend_on_cpu(query, key, value, documents.segments, documents.window, scale), None
+            return attend_blockwise(query, key, value, documents.segments, documents.window, scale), None
 
     def attend_one(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, is_causal: bool
@@ -175,8 +174,13 @@ def _attend_per_segment(
     return torch.cat(results, dim=1)
 
 
+def _is_blockwise_faster(*tensors: torch.Tensor) -> bool:
+    """Return whether engine/cpu/blockwise_attention.py is faster than PyTorch's attention: on CPUs, but in fp32."""
+    return all(tensor.is_cpu for tensor in tensors) and any(tensor.dtype != torch.float32 for tensor in tensors)
+
+
 def _supports_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether PyTorch's FlashAttention for documents takes these tensors."""
+    """Return whether PyTorch's FlashAttention for documents takes these tensors."""
     size = query.shape[-1]
     is_half = value.dtype in (torch.bfloat16, torch.float16)
     return HAS_VARLEN and query.is_cuda and is_half and size == value.shape[-1] and size % 8 == 0 and size <= 256

@@ -31,7 +31,7 @@ class Segment:
 
     @property
     def position(self) -> int:
-        """The position of its first token in its documents."""
+        """Return the position of its first token in its documents."""
         return sum(len(segment) for segment in self.prefix)
 
     def keys(self, end: int, skipped: int = 0) -> list[slice]:

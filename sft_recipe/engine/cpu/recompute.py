@@ -35,7 +35,7 @@ def recompute_norms_and_mlps(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Recomputation:
-    """How to compute a tensor again, bit for bit, from `sources`, which another backward pass saves anyway."""
+    """Computes a tensor again, bit for bit, from `sources`, which another backward pass saves anyway."""
 
     make: Callable[..., torch.Tensor]
     sources: tuple[torch.Tensor, ...]

@@ -12,7 +12,6 @@ from sft_recipe.engine.attention import packed, prefix_sharing
 from sft_recipe.engine.attention.documents import DocumentMask, MaskUnsupported, PackedDocuments
 from sft_recipe.engine.attention.packed import best_attention
 from sft_recipe.engine.attention.prefix_sharing import Segment, concatenate, share_prefixes
-from sft_recipe.engine.cpu import attention as cpu_attention
 from sft_recipe.engine.cpu import blockwise_attention
 
 LENGTHS = [11, 5, 1, 20, 5]
@@ -113,12 +112,12 @@ def ids_with_prefixes(ids):
     return torch.cat(documents)[None]
 
 
-@pytest.mark.parametrize("blocks", [None, 2, 192], ids=["flash", "small blocks", "one block"])
+@pytest.mark.parametrize("blocks", [None, 2, 192], ids=["sdpa", "small blocks", "one block"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_shared_prefixes_give_the_result_of_a_padded_batch(kind, blocks, ids_with_prefixes, caplog, monkeypatch):
     monkeypatch.setattr(prefix_sharing, "SHORTEST", 3)
     if blocks:
-        monkeypatch.setattr(cpu_attention, "supports_flash", lambda *_: False)
+        monkeypatch.setattr(packed, "_is_blockwise_faster", lambda *_: True)
         monkeypatch.setattr(blockwise_attention, "ROWS", blocks)
     reference, model = build(kind, "eager"), build(kind, PACKED_ATTENTION)
     expected, actual = padded_logits(reference, ids_with_prefixes), shared_logits(model, ids_with_prefixes)
@@ -236,8 +235,10 @@ def test_a_layer_that_reads_its_mask_is_unsupported(use, ids):
         packed_logits(model, ids)
 
 
+@pytest.mark.parametrize("is_blockwise", [False, True], ids=["sdpa", "blockwise"])
 @pytest.mark.parametrize("layout", ["by size", "by token", "values narrower"])
-def test_attention_of_one_document_equals_sdpa_in_any_layout(layout):
+def test_attention_of_one_document_equals_sdpa_in_any_layout(layout, is_blockwise, monkeypatch):
+    monkeypatch.setattr(packed, "_is_blockwise_faster", lambda *_: is_blockwise)
     query, key, value = (torch.randn(1, heads, 20, 8, requires_grad=True) for heads in (4, 2, 2))
     if layout == "by token":
         query, key, value = (tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in (query, key, value))
@@ -255,7 +256,7 @@ def test_attention_of_one_document_equals_sdpa_in_any_layout(layout):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_kernels_agree_on_prefixes_longer_than_their_blocks(groups, monkeypatch):
+def test_sdpa_and_blockwise_attention_agree_on_prefixes_longer_than_a_block(groups, monkeypatch):
     first = Segment(0, 600)
     second = Segment(600, 800, (first,))
     segments = [first, second, Segment(800, 950, (first, second)), Segment(950, 1100, (first,))]
@@ -266,15 +267,14 @@ def test_kernels_agree_on_prefixes_longer_than_their_blocks(groups, monkeypatch)
         result, _ = packed.attend(torch.nn.Module(), query, key, value, documents)
         return result, *torch.autograd.grad(result, (query, key, value), upstream)
 
-    calls, attend_flash = [], cpu_attention.attend_flash
-    monkeypatch.setattr(cpu_attention, "attend_flash", lambda *inputs: calls.append(1) or attend_flash(*inputs))
-    with_flash = outcome()
-    monkeypatch.setattr(cpu_attention, "supports_flash", lambda *_: False)
-    torch.testing.assert_close(with_flash, outcome(), rtol=1e-3, atol=1e-4)
-    assert len(calls) == 1
+    with_sdpa = outcome()
+    monkeypatch.setattr(packed, "_is_blockwise_faster", lambda *_: True)
+    torch.testing.assert_close(with_sdpa, outcome(), rtol=1e-3, atol=1e-4)
 
 
-def test_forty_nested_prefixes():
+@pytest.mark.parametrize("is_blockwise", [False, True], ids=["sdpa", "blockwise"])
+def test_forty_nested_prefixes(is_blockwise, monkeypatch):
+    monkeypatch.setattr(packed, "_is_blockwise_faster", lambda *_: is_blockwise)
     segments = []
     for number in range(40):
         segments.append(Segment(number * 16, number * 16 + 16, tuple(segments)))
