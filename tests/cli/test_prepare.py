@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sft_recipe.cli import prepare as prepare_data
+from sft_recipe.data import parquet_writer
 from sft_recipe.data.formats import read_conversations
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"b": 1, "a": None}}}
@@ -120,7 +121,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_data, "_row", full)
+    monkeypatch.setattr(parquet_writer, "_row", full)
     assert prepare_data.main(["--in", write(tmp_path / "b.json", pairs(5)), "--out", str(tmp_path / "out")]) == 2
     assert "cannot be written: No space left on device" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

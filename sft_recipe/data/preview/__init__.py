@@ -1,1 +1,1 @@
-"""What training will see of the data, for people."""
+"""Shows users the training data as training uses it, in the terminal and as an HTML page."""

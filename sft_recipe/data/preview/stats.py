@@ -1,4 +1,4 @@
-"""What training will see of the data: numbers that are exact over all records, and some conversations to look at."""
+"""Statistics of a dataset that are exact over all records, and a sample of conversations."""
 
 import heapq
 import random
@@ -18,15 +18,15 @@ from sft_recipe.data.sources import SourceCounts
 from sft_recipe.data.tokenize import digest_of
 from sft_recipe.errors import DataError
 
-CHUNK = 256  # conversations that are rendered and tokenised at a time
-EXTREMES = 5  # how many of the longest, the emptiest, and the most repeated records are named
-REASONS = 20  # how many rejected records are named
-NO_NUMBER = 2**64 - 1
+CHUNK = 256  # conversations that are rendered and tokenized at a time
+EXTREMES = 5  # how many of the longest, the least supervised and the most repeated records are listed
+REASONS = 20  # how many errors of rejected records are listed
+NO_NUMBER = 2**64 - 1  # marks a source that does not end with a number
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how records become training steps; the configuration has the same names."""
+    """The settings that decide how records become training steps; the configuration has the same names."""
 
     max_length: int = 2048
     truncation: str = "drop"
@@ -40,7 +40,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation and its tokens; `number` counts the records read, from 0."""
+    """A conversation and its tokens; `number` is its index among the usable records."""
 
     number: int
     conversation: Conversation
@@ -48,18 +48,22 @@ class Example:
 
     @property
     def tokens(self) -> int:
+        """The number of tokens, before any truncation."""
         return len(self.encoded.input_ids)
 
     @property
     def supervised(self) -> int:
+        """The number of supervised tokens, before any truncation."""
         return int(np.count_nonzero(self.encoded.loss_mask))
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """What `max_length` takes away, and what is left to train on.
+    """The effect of `max_length`.
 
-    `lengths` are tokens per example, int64; `sources` count these examples by source.
+    `records`, `tokens` and `supervised` count what is too long and what is removed; `without_target` counts records
+    without a supervised token. `lengths` are the tokens of each remaining example, int64 of shape (examples,);
+    `sources` counts these examples by source.
     """
 
     records: int
@@ -72,7 +76,10 @@ class Truncation:
 
 @dataclass(frozen=True)
 class Packing:
-    """One epoch's tokens if each batch were padded to its longest example, and as they are packed, without padding."""
+    """The tokens of one epoch, padded to the longest example of each batch and packed without padding.
+
+    `capacity` is the token budget of all micro-batches together.
+    """
 
     padded: int
     packed: int
@@ -82,21 +89,21 @@ class Packing:
 
     @property
     def saved(self) -> float:
-        """The share of the padded tokens that would be padding."""
+        """The fraction of the padded tokens that is padding."""
         return 1 - self.packed / self.padded if self.padded else 0.0
 
 
 @dataclass(frozen=True)
-class Repeated:
-    """Conversations with the same tokens and mask: how many, and where the first of them stand."""
+class Duplicates:
+    """Records with equal tokens and masks: how many there are, and the sources of the first ones."""
 
     count: int
-    places: list[str]
+    sources: list[str]
 
 
 @dataclass
 class DatasetStats:
-    """Grows by a record at a time. Keeps some 30 bytes of each, and whole conversations only of those to be shown."""
+    """Accumulates records. Keeps about 30 bytes of each, and the conversations of those that are shown or listed."""
 
     settings: Settings = field(default_factory=Settings)
     show: int = 5
@@ -104,13 +111,14 @@ class DatasetStats:
     def __post_init__(self) -> None:
         self._lengths, self._supervised, self._within = array("q"), array("q"), array("q")
         self._digests = array("Q")
-        self._places = _Places()
-        self._sample, self._longest, self._emptiest = _Highest(self.show), _Highest(EXTREMES), _Highest(EXTREMES)
+        self._record_sources = _SourceList()
+        self._sample = _TopExamples(self.show)
+        self._longest, self._least_supervised = _TopExamples(EXTREMES), _TopExamples(EXTREMES)
         self._random = random.Random(self.settings.seed)
         self._sources: list[tuple[str, int, Callable[[int], int]]] = []
         self.patterns: Counter[tuple[str, ...]] = Counter()
         self.special_text = self.dropped_reasoning = 0
-        self.kinds: Counter[str] = Counter()
+        self.error_kinds: Counter[str] = Counter()
         self.reasons: list[str] = []
 
     def read(
@@ -119,22 +127,26 @@ class DatasetStats:
         renderer: Renderer,
         advance: Callable[[int], None] = lambda records: None,
     ) -> None:
-        """Render and count records; those that come as, or render to, a DataError are rejected.
+        """Encode and count records; a DataError in their place, or raised by their rendering, counts as rejected.
 
-        `advance` is told how many more are done.
+        `advance` is called with the number of records done since the last call.
         """
         for chunk in _chunks(records):
-            encoded = iter(renderer.encode_batch([item for item in chunk if isinstance(item, Conversation)]))
+            conversations = [item for item in chunk if isinstance(item, Conversation)]
+            encoded = iter(renderer.encode_batch(conversations))
             for item in chunk:
-                outcome = item if isinstance(item, DataError) else next(encoded)
-                if isinstance(outcome, DataError):
-                    self.reject(outcome)
-                else:
-                    self.add(item, outcome)
+                result = item if isinstance(item, DataError) else next(encoded)
+                if isinstance(result, DataError):
+                    self.reject(result)
+                elif isinstance(item, Conversation):
+                    self.add(item, result)
             advance(len(chunk))
 
     def end_source(self, name: str, target_count: Callable[[int], int]) -> None:
-        """The records since the last end are a source; with n examples left, an epoch holds `wanted(n)` of it."""
+        """End a source, which consists of all records since the last call.
+
+        An epoch contains `target_count(n)` of the n examples that the source has after truncation.
+        """
         self._sources.append((name, self.records, target_count))
 
     def add(self, conversation: Conversation, encoded: Encoded) -> None:
@@ -145,28 +157,30 @@ class DatasetStats:
         self._supervised.append(example.supervised)
         self._within.append(int(np.count_nonzero(mask[: self.settings.max_length])))
         self._digests.append(digest_of(ids, mask))
-        self._places.append(conversation.source)
+        self._record_sources.append(conversation.source)
         self.special_text += encoded.has_special_text
         self.dropped_reasoning += encoded.drops_reasoning
         self.patterns[tuple(message.role for message in conversation.messages)] += 1
-        # A random key makes the sample fair, seeded, and that of -n 5 a part of that of -n 10.
+        # A random key per record: the sample is uniform and seeded, and that of -n 10 contains that of -n 5.
         self._sample.offer(self._random.random(), example)
         self._longest.offer(example.tokens, example)
-        self._emptiest.offer(-example.supervised, example)
+        self._least_supervised.offer(-example.supervised, example)
 
     def reject(self, error: DataError) -> None:
         """Count a record that cannot be trained on."""
-        self.kinds[error.kind] += 1
+        self.error_kinds[error.kind] += 1
         if len(self.reasons) < REASONS:
             self.reasons.append(str(error))
 
     @property
     def records(self) -> int:
+        """The number of usable records."""
         return len(self._lengths)
 
     @property
     def rejected(self) -> int:
-        return self.kinds.total()
+        """The number of records that cannot be used."""
+        return self.error_kinds.total()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -185,54 +199,56 @@ class DatasetStats:
 
     @property
     def longest(self) -> list[Example]:
-        """The records of the most tokens."""
+        """The records with the most tokens."""
         return self._longest.items
 
     @property
-    def emptiest(self) -> list[Example]:
-        """The records of the fewest supervised tokens."""
-        return self._emptiest.items
+    def least_supervised(self) -> list[Example]:
+        """The records with the fewest supervised tokens."""
+        return self._least_supervised.items
 
-    def duplicates(self) -> tuple[int, list[Repeated]]:
-        """How many records repeat an earlier one exactly, and the most repeated."""
+    def duplicates(self) -> tuple[int, list[Duplicates]]:
+        """The number of records that repeat an earlier one exactly, and the most repeated records."""
         digests = np.array(self._digests, dtype=np.uint64)
         values, first, counts = np.unique(digests, return_index=True, return_counts=True)
         # By count, then in the order of the data.
         most = [index for index in np.lexsort((first, -counts))[:EXTREMES] if counts[index] > 1]
-        repeated = []
+        groups = []
         for index in most:
             numbers = np.flatnonzero(digests == values[index])[:EXTREMES]
-            repeated.append(Repeated(int(counts[index]), [self._places[number] for number in numbers]))
-        return len(digests) - len(values), repeated
+            groups.append(Duplicates(int(counts[index]), [self._record_sources[number] for number in numbers]))
+        return len(digests) - len(values), groups
 
     def truncation(self) -> Truncation:
-        """As training does it: `drop` leaves out what is too long, `right` cuts its end, `error` would stop."""
+        """Apply `max_length` as training does: drop leaves out long examples, right cuts their end, error stops."""
         lengths, supervised, limit = self.lengths, self.supervised, self.settings.max_length
-        is_too_long, cuts = lengths > limit, self.settings.truncation == "right"
-        left = np.where(is_too_long, limit if cuts else 0, lengths)
-        targets = np.where(is_too_long, np.array(self._within, dtype=np.int64) if cuts else 0, supervised)
+        is_too_long, truncates = lengths > limit, self.settings.truncation == "right"
+        remaining = np.where(is_too_long, limit if truncates else 0, lengths)
+        targets = np.where(is_too_long, np.array(self._within, dtype=np.int64) if truncates else 0, supervised)
         return Truncation(
             records=int(is_too_long.sum()),
-            tokens=int((lengths - left).sum()),
+            tokens=int((lengths - remaining).sum()),
             supervised=int((supervised - targets).sum()),
-            without_target=int(((left > 0) & (targets == 0)).sum()),
-            lengths=left[targets > 0],
+            without_target=int(((remaining > 0) & (targets == 0)).sum()),
+            lengths=remaining[targets > 0],
             sources=self._source_counts(targets > 0),
         )
 
-    def _source_counts(self, is_left: np.ndarray) -> list[SourceCounts]:
+    def _source_counts(self, is_trained: np.ndarray) -> list[SourceCounts]:
         counts, begin = [], 0
         for name, end, target_count in self._sources or [("", self.records, int)]:
-            examples = int(is_left[begin:end].sum())
+            examples = int(is_trained[begin:end].sum())
             counts.append(SourceCounts(name, examples, target_count(examples) if examples else 0))
             begin = end
         return counts
 
     def packing(self) -> Packing:
-        """The first epoch's batches, as they are trained."""
-        left, settings = self.truncation(), self.settings
-        counts = [(share.examples, share.target_count) for share in left.sources if share.examples]
-        lengths = left.lengths[sample_mixture(counts, settings.seed)] if counts else left.lengths
+        """Plan the batches and micro-batches of the first epoch as training does."""
+        truncated, settings = self.truncation(), self.settings
+        counts = [(source.examples, source.target_count) for source in truncated.sources if source.examples]
+        lengths = truncated.lengths
+        if counts:
+            lengths = lengths[sample_mixture(counts, settings.seed)]
         steps = padded = micro_batches = 0
         for numbers in epoch_batches(len(lengths), settings):
             batch = lengths[numbers].tolist()
@@ -243,7 +259,7 @@ class DatasetStats:
 
 
 def epoch_batches(examples: int, settings: Settings) -> Iterator[np.ndarray]:
-    """Example numbers of each step of the first epoch."""
+    """The indices of the examples in each step of the first epoch, int64."""
     for step in range(steps_per_epoch(examples, settings.batch_size)):
         yield batch_indices(step, examples, settings.batch_size, settings.seed, settings.shuffle)
 
@@ -254,8 +270,8 @@ def _chunks(records: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-class _Highest:
-    """The items offered with the highest keys, the highest first; of equal ones the earlier."""
+class _TopExamples:
+    """The `size` examples with the highest keys, in descending order; of equal keys the earlier example."""
 
     def __init__(self, size: int):
         self.size = size
@@ -271,8 +287,8 @@ class _Highest:
         return [example for _, _, example in sorted(self.heap, reverse=True)]
 
 
-class _Places:
-    """A list of sources in 12 bytes each: `a.json, record 12` is kept as the number of `a.json, record ` and 12."""
+class _SourceList:
+    """A list of sources in 12 bytes each: `a.json, record 12` is stored as the index of `a.json, record ` and 12."""
 
     def __init__(self) -> None:
         self.prefixes: dict[str, int] = {}

@@ -1,0 +1,207 @@
+"""Writes train and validation Parquet files from data of any format, without duplicates."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import compress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sft_recipe.data.batching import split_validation
+from sft_recipe.data.formats import Columns, read_data
+from sft_recipe.data.messages import Conversation
+from sft_recipe.data.readers import BadRecord
+from sft_recipe.errors import DataError
+from sft_recipe.files import atomic_write
+from sft_recipe.progress import progress_bar
+
+ROW_GROUP = 10_000  # rows
+REJECTED = "rejected.jsonl"
+TURN_KEYS = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id", "train")
+
+
+@dataclass(frozen=True)
+class ParquetOptions:
+    """What to write: `val_ratio` is the fraction held out, `small` the size of an additional subset of train."""
+
+    val_ratio: float = 0.05
+    small: int | None = None
+    seed: int = 42
+    format: str = "auto"
+    on_bad_record: str = "error"
+
+
+@dataclass
+class ScanResult:
+    """The result of reading all records once.
+
+    `is_used` has an entry for each record. `digests` (uint64) are those of the used records, in order. `dropped` counts
+    the other records by reason. `keys` are the keys that occur in any record or turn. `is_single_turn`: all used
+    records consist of one prompt and one response.
+    """
+
+    is_used: list[bool] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    rejected: list[BadRecord] = field(default_factory=list)
+    keys: set[str] = field(default_factory=set)
+    is_single_turn: bool = True
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns that the records need: prompt and response, or messages and tools."""
+        if self.is_single_turn:
+            return pa.schema([("prompt", pa.string()), ("response", pa.string())])
+        keys = [(key, pa.bool_() if key == "train" else pa.string()) for key in TURN_KEYS if key in self.keys]
+        tools = [("tools", pa.string())] if "tools" in self.keys else []
+        return pa.schema([("messages", pa.list_(pa.struct(keys))), *tools])
+
+
+def write_parquet(
+    files: Sequence[Path], folder: Path, columns: Columns, options: ParquetOptions
+) -> tuple[ScanResult, dict[Path, int]]:
+    """Write train.parquet, validation.parquet and, with `options.small`, train_small.parquet to a folder.
+
+    Either all files are written or none. Bad records are written to rejected.jsonl. Returns the scan and the number of
+    examples in each file. Raises DataError for data that cannot be used, and if the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scan = _scan(files, options, columns)
+        subsets = {name: indices for name, indices in _split(scan, options).items() if len(indices)}
+        paths = {name: folder / f"{name}.parquet" for name in subsets}
+        _write(paths, subsets, scan, compress(_read(files, options, columns, "Writing"), scan.is_used))
+        if scan.rejected:
+            with (folder / REJECTED).open("wb") as file:
+                file.writelines(item.as_line() for item in scan.rejected)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from None
+    return scan, {paths[name]: len(indices) for name, indices in subsets.items()}
+
+
+def _scan(files: Sequence[Path], options: ParquetOptions, columns: Columns) -> ScanResult:
+    scan, seen = ScanResult(), set()
+    for item in _read(files, options, columns, "Reading"):
+        if isinstance(item, BadRecord):
+            is_empty = item.error.kind == "empty"
+            if not is_empty and options.on_bad_record == "error":
+                raise DataError(f"{item.error}\n--on_bad_record skip leaves such records out and lists them.")
+            scan.dropped["empty" if is_empty else "cannot be used"] += 1
+            scan.rejected.append(item)
+            scan.is_used.append(False)
+            continue
+        record = item.as_record()
+        text = json.dumps(record, sort_keys=True)
+        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        is_new = digest not in seen
+        seen.add(digest)
+        scan.is_used.append(is_new)
+        scan.dropped["exact duplicates"] += not is_new
+        if is_new:
+            scan.digests.append(digest)
+            scan.keys.update(*record["messages"], record)
+            scan.is_single_turn = scan.is_single_turn and _is_single_turn(record)
+    columns.check_all_found()
+    if not scan.digests:
+        raise DataError(f"{', '.join(map(str, files))}: no record can be used")
+    return scan
+
+
+def _read(
+    files: Sequence[Path], options: ParquetOptions, columns: Columns, description: str
+) -> Iterator[Conversation | BadRecord]:
+    with progress_bar(description, "records") as advance:
+        for file in files:
+            for item in read_data(file, options.format, columns):
+                yield item
+                advance(1)
+
+
+def _is_single_turn(record: dict[str, Any]) -> bool:
+    """Whether the columns prompt and response can represent the record."""
+    turns = record["messages"]
+    is_plain = all(turn.keys() == {"role", "content"} for turn in turns) and "tools" not in record
+    return is_plain and [turn["role"] for turn in turns] == ["user", "assistant"]
+
+
+def _split(scan: ScanResult, options: ParquetOptions) -> dict[str, np.ndarray]:
+    """The indices of the used records in each file, int64."""
+    digests = np.asarray(scan.digests, dtype=np.uint64)
+    subsets = {"train": np.arange(len(digests))}
+    if options.val_ratio:
+        if len(digests) < 2:
+            raise DataError("one example cannot be split; --val_ratio 0 keeps it for training")
+        train, validation = split_validation(digests, options.val_ratio, options.seed)
+        subsets = {"train": train, "validation": validation}
+    if options.small:
+        train = subsets["train"]
+        sample = np.random.default_rng([options.seed, 1]).permutation(len(train))[: options.small]
+        subsets["train_small"] = train[np.sort(sample)]
+    return subsets
+
+
+def _write(
+    paths: dict[str, Path],
+    subsets: dict[str, np.ndarray],
+    scan: ScanResult,
+    used: Iterator[Conversation | BadRecord],
+) -> None:
+    members = {name: set(indices.tolist()) for name, indices in subsets.items()}
+    with ExitStack() as stack:
+        # All partial files first, so that every writer is closed before the first file gets its name.
+        partials = {name: stack.enter_context(atomic_write(path)) for name, path in paths.items()}
+        writers = {name: stack.enter_context(_RowWriter(path, scan.schema)) for name, path in partials.items()}
+        for index, item in enumerate(used):
+            assert isinstance(item, Conversation)
+            for name, writer in writers.items():
+                if index in members[name]:
+                    writer.add(_row(item, scan.is_single_turn))
+
+
+class _RowWriter:
+    """A Parquet file that is written row by row."""
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        self.writer, self.schema = pq.ParquetWriter(path, schema), schema
+        self.rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "_RowWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flush()
+        self.writer.close()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row; rows are written in groups."""
+        self.rows.append(row)
+        if len(self.rows) == ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.rows:
+            self.writer.write_table(pa.Table.from_pylist(self.rows, schema=self.schema))
+        self.rows = []
+
+
+def _row(conversation: Conversation, is_single_turn: bool) -> dict[str, Any]:
+    record = conversation.as_record()
+    turns = record["messages"]
+    if is_single_turn:
+        return {"prompt": turns[0]["content"], "response": turns[1]["content"]}
+    # As JSON text: Arrow would give the calls and schemas of all records the same keys.
+    for turn in turns:
+        if "tool_calls" in turn:
+            turn["tool_calls"] = json.dumps(turn["tool_calls"], ensure_ascii=False)
+    tools = json.dumps(record["tools"], ensure_ascii=False) if "tools" in record else None
+    return {"messages": turns, "tools": tools}
