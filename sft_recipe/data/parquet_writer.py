@@ -41,7 +41,7 @@ class ParquetOptions:
 
 @dataclass
 class ScanResult:
-    """The result of reading all records once.
+    """Holds the result of reading all records once.
 
     `is_used` has an entry for each record. `digests` (uint64) are those of the used records, in order. `dropped` counts
     the other records by reason. `keys` are the keys that occur in any record or turn. `is_single_turn`: all used
@@ -57,7 +57,7 @@ class ScanResult:
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns that the records need: prompt and response, or messages and tools."""
+        """Return the columns that the records need: prompt and response, or messages and tools."""
         if self.is_single_turn:
             return pa.schema([("prompt", pa.string()), ("response", pa.string())])
         keys = [(key, pa.bool_() if key == "train" else pa.string()) for key in TURN_KEYS if key in self.keys]

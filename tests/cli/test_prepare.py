@@ -30,8 +30,8 @@ def test_pairs_are_split_once_without_duplicates(tmp_path, capsys):
     records = pairs(40)
     source = write(tmp_path / "a.json", [*records, *records[:10], {"prompt": "x", "response": " "}])
     assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out"), "--val_ratio", "0.25"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "51 records read" in told and "1 dropped: empty" in told and "10 dropped: exact duplicates" in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "51 records read" in output and "1 dropped: empty" in output and "10 dropped: exact duplicates" in output
     assert pq.read_schema(tmp_path / "out/train.parquet").names == ["prompt", "response"]
     train, validation = conversations(tmp_path / "out", "train"), conversations(tmp_path / "out", "validation")
     assert (len(train), len(validation)) == (30, 10)

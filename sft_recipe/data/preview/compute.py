@@ -32,7 +32,7 @@ class Preview:
 
     @cached_property
     def html(self) -> str:
-        """The preview as an HTML page. Reads the data again if it has duplicates, to show how they begin."""
+        """Return the preview as an HTML page. Reads the data again if it has duplicates, to show how they begin."""
         return page(self.stats, self.renderer, _title(self.config), self.model, self._excerpts())
 
     def _excerpts(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from sft_recipe.data.preview.terminal import (
     Token,
     counts_line,
     cycles,
-    mixture,
+    mixture_text,
     more_tokens,
     plural,
     printable,
@@ -61,12 +61,12 @@ class Histogram:
 
     @property
     def highest(self) -> int:
-        """The number of records in the highest bar."""
+        """Return the number of records in the highest bar."""
         return max((bar.within + bar.over for bar in self.bars), default=0)
 
 
 def page(stats: DatasetStats, renderer: Renderer, data: str, model: str, excerpts: dict[str, str] | None = None) -> str:
-    """The HTML page. `data` and `model` name them in the title; `excerpts` are texts of duplicates, by source."""
+    """Return the HTML page. `data` and `model` are names for the title; `excerpts` has texts of duplicates by source."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"n": "{:,}".format, "percent": _percent, "clean": printable, "plural": plural}
     template = environment.from_string(
@@ -88,7 +88,7 @@ def page(stats: DatasetStats, renderer: Renderer, data: str, model: str, excerpt
         excerpts=excerpts or {},
         truncation=stats.truncation(),
         packing=stats.packing(),
-        mix=mixture(stats.truncation().sources),
+        mix=mixture_text(stats.truncation().sources),
         kinds=rejected_kinds(stats),
         lengths=length_histogram(lengths, stats.settings.max_length),
         percentages=percent_histogram(supervised / lengths),
@@ -102,7 +102,7 @@ def page(stats: DatasetStats, renderer: Renderer, data: str, model: str, excerpt
 
 
 def length_histogram(lengths: np.ndarray, limit: int) -> Histogram:
-    """The histogram of lengths in tokens; a few very long records share the last bar, so that the others stay wide."""
+    """Return the histogram of lengths in tokens; very long records share the last bar, so that the others stay wide."""
     longest, p95 = int(lengths.max()), int(np.percentile(lengths, 95, method="higher"))
     top = longest if longest <= 3 * p95 else 2 * p95
     width = _round_width(top / BARS)
@@ -124,7 +124,7 @@ def length_histogram(lengths: np.ndarray, limit: int) -> Histogram:
 
 
 def percent_histogram(fractions: np.ndarray) -> Histogram:
-    """The histogram of the fraction of supervised tokens in each record."""
+    """Return the histogram of the fraction of supervised tokens in each record."""
     bins = np.minimum((fractions * PERCENT_BARS).astype(np.int64), PERCENT_BARS - 1)
     counts = np.bincount(bins, minlength=PERCENT_BARS).tolist()
     step = 100 // PERCENT_BARS
@@ -133,7 +133,7 @@ def percent_histogram(fractions: np.ndarray) -> Histogram:
 
 
 def excerpt(conversation: Conversation) -> str:
-    """The start of a conversation: the first words of the user, then of the assistant."""
+    """Return the start of a conversation: the first words of the user, then of the assistant."""
     contents = {message.role: message.content for message in reversed(conversation.messages)}
     return " → ".join(_short(contents[role]) for role in ("user", "assistant") if contents.get(role, "").strip())
 

@@ -48,18 +48,18 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens, before any truncation."""
+        """Return the number of tokens before any truncation."""
         return len(self.encoded.input_ids)
 
     @property
     def supervised(self) -> int:
-        """The number of supervised tokens, before any truncation."""
+        """Return the number of supervised tokens before any truncation."""
         return int(np.count_nonzero(self.encoded.loss_mask))
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """The effect of `max_length`.
+    """Counts what `max_length` removes.
 
     `records`, `tokens` and `supervised` count what is too long and what is removed; `without_target` counts records
     without a supervised token. `lengths` are the tokens of each remaining example, int64 of shape (examples,);
@@ -89,7 +89,7 @@ class Packing:
 
     @property
     def saved(self) -> float:
-        """The fraction of the padded tokens that is padding."""
+        """Return the fraction of the padded tokens that is padding."""
         return 1 - self.packed / self.padded if self.padded else 0.0
 
 
@@ -174,41 +174,41 @@ class DatasetStats:
 
     @property
     def records(self) -> int:
-        """The number of usable records."""
+        """Return the number of usable records."""
         return len(self._lengths)
 
     @property
     def rejected(self) -> int:
-        """The number of records that cannot be used."""
+        """Return the number of records that cannot be used."""
         return self.error_kinds.total()
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each record, before any truncation, int64."""
+        """Return the tokens of each record before any truncation, int64."""
         return np.array(self._lengths, dtype=np.int64)
 
     @property
     def supervised(self) -> np.ndarray:
-        """Supervised tokens of each record, before any truncation, int64."""
+        """Return the supervised tokens of each record before any truncation, int64."""
         return np.array(self._supervised, dtype=np.int64)
 
     @property
     def sample(self) -> list[Example]:
-        """The conversations to show, in the order of the data."""
+        """Return the conversations to show, in the order of the data."""
         return sorted(self._sample.items, key=lambda example: example.number)
 
     @property
     def longest(self) -> list[Example]:
-        """The records with the most tokens."""
+        """Return the records with the most tokens."""
         return self._longest.items
 
     @property
     def least_supervised(self) -> list[Example]:
-        """The records with the fewest supervised tokens."""
+        """Return the records with the fewest supervised tokens."""
         return self._least_supervised.items
 
     def duplicates(self) -> tuple[int, list[Duplicates]]:
-        """The number of records that repeat an earlier one exactly, and the most repeated records."""
+        """Return the number of records that repeat an earlier one exactly, and the most repeated records."""
         digests = np.array(self._digests, dtype=np.uint64)
         values, first, counts = np.unique(digests, return_index=True, return_counts=True)
         # By count, then in the order of the data.
@@ -259,7 +259,7 @@ class DatasetStats:
 
 
 def epoch_batches(examples: int, settings: Settings) -> Iterator[np.ndarray]:
-    """The indices of the examples in each step of the first epoch, int64."""
+    """Yield the indices of the examples in each step of the first epoch, int64."""
     for step in range(steps_per_epoch(examples, settings.batch_size)):
         yield batch_indices(step, examples, settings.batch_size, settings.seed, settings.shuffle)
 

@@ -38,7 +38,7 @@ class Token:
 
     @property
     def kind(self) -> tuple[bool, bool]:
-        """(is supervised, is special): the key of its style."""
+        """Return (is supervised, is special): the key of its style."""
         return self.is_supervised, self.is_special
 
 
@@ -51,7 +51,7 @@ class Part:
 
 
 def tokens_of(example: Example, renderer: Renderer, limit: int) -> list[Token]:
-    """The first `limit` tokens of an example, each with the text that it adds to the decoded conversation."""
+    """Return the first `limit` tokens of an example, each with the text that it adds to the decoded conversation."""
     ids = example.encoded.input_ids[:limit]
     decode = renderer.tokenizer.backend_tokenizer.decode
     # Each token is decoded together with the previous one, ids[previous:start]: decoded alone some lose a space.
@@ -80,7 +80,7 @@ def visible(tokens: list[Token]) -> Iterator[tuple[Token, list[Part]]]:
 
 
 def printable(text: str) -> str:
-    """The text with visible symbols in place of characters that control a terminal."""
+    """Return the text with visible symbols in place of characters that control a terminal."""
     return CONTROL.sub(lambda match: _control(match[0]), text)
 
 
@@ -94,7 +94,7 @@ def counts_line(example: Example, settings: Settings) -> str:
 
 
 def too_long(example: Example, settings: Settings) -> str:
-    """The consequence for an example that is longer than MAX_LENGTH."""
+    """Describe the consequence for an example that is longer than MAX_LENGTH."""
     over = example.tokens - settings.max_length
     effects = {
         "drop": "the record is left out",
@@ -105,12 +105,12 @@ def too_long(example: Example, settings: Settings) -> str:
 
 
 def more_tokens(example: Example, limit: int) -> str:
-    """The number of tokens after the limit, which are not displayed; "" if there are none."""
+    """Return the number of tokens after the limit, which are not displayed, or "" if there are none."""
     return plural(example.tokens - limit, "more token") if example.tokens > limit else ""
 
 
 def pattern(roles: list[str] | tuple[str, ...]) -> str:
-    """The roles of a conversation with repetitions combined: `system, (user, assistant) x 3`."""
+    """Return the roles of a conversation with repetitions combined: `system, (user, assistant) x 3`."""
     return ", ".join(f"({', '.join(cycle)}) x {times}" if times > 1 else cycle[0] for cycle, times in cycles(roles))
 
 
@@ -130,7 +130,7 @@ def cycles(roles: list[str] | tuple[str, ...]) -> Iterator[tuple[list[str], int]
 
 
 def summary(stats: DatasetStats) -> list[str]:
-    """The statistics of all records in a few lines."""
+    """Return the statistics of all records in a few lines."""
     lengths, packing = stats.lengths, stats.packing()
     tokens, supervised = int(lengths.sum()), int(stats.supervised.sum())
     repeats, _ = stats.duplicates()
@@ -160,7 +160,7 @@ def _warnings(stats: DatasetStats) -> Iterator[str]:
     truncation = stats.truncation()
     if truncation.without_target:
         yield f"{plural(truncation.without_target, 'record')} left out: no supervised token remains"
-    if mix := mixture(truncation.sources):
+    if mix := mixture_text(truncation.sources):
         yield f"an epoch contains {mix}"
     if stats.special_text:
         yield f"{plural(stats.special_text, 'record')} with text that spells a special token; it stays text"
@@ -173,8 +173,8 @@ def _warnings(stats: DatasetStats) -> Iterator[str]:
         yield f"  {printable(stats.reasons[0])}"
 
 
-def mixture(sources: list[SourceCounts]) -> str:
-    """What an epoch contains of each source, as `50 of 100 from a.json`; "" if it contains all of every source."""
+def mixture_text(sources: list[SourceCounts]) -> str:
+    """Describe what an epoch contains of each source, as `50 of 100 from a.json`; "" if it contains everything."""
     if all(source.target_count == source.examples for source in sources):
         return ""
     return ", ".join(
@@ -183,12 +183,12 @@ def mixture(sources: list[SourceCounts]) -> str:
 
 
 def rejected_kinds(stats: DatasetStats) -> str:
-    """The number of rejected records by kind: `3 empty, 1 roles`."""
+    """Return the number of rejected records by kind: `3 empty, 1 roles`."""
     return ", ".join(f"{count:,} {kind}" for kind, count in sorted(stats.error_kinds.items()))
 
 
 def plural(number: int, noun: str) -> str:
-    """`1 step`, `2,000 steps`."""
+    """Return a number with its noun: `1 step`, `2,000 steps`."""
     return f"{number:,} {noun if number == 1 else noun + ('es' if noun.endswith('ch') else 's')}"
 
 
@@ -224,7 +224,7 @@ def legend(in_color: bool) -> Text:
 
 
 def text_of(tokens: list[Token], in_color: bool) -> Text:
-    """The tokens of a conversation, colored, or with brackets around supervised text."""
+    """Return the tokens of a conversation, colored, or with brackets around supervised text."""
     text = Text()
     for is_supervised, run in groupby(visible(tokens), key=lambda item: item[0].is_supervised):
         text.append(OPEN if is_supervised and not in_color else "")

@@ -22,7 +22,7 @@ VERBATIM_ROLES: tuple[tuple[str, ...], ...] = ((), ("tool",), ("tool", "user", "
 
 @dataclass(frozen=True)
 class AnnotatedText:
-    """A rendered conversation and the spans to train on, in characters.
+    """Holds a rendered conversation and the spans to train on, in characters.
 
     `special_ids` are the ids of the special tokens that the template inserts, in order, for a conversation whose data
     spells special tokens too. In that case the template's special tokens are escaped in `text`. Else it is None.
@@ -35,7 +35,7 @@ class AnnotatedText:
 
     @property
     def is_escaped(self) -> bool:
-        """Whether the template's special tokens are escaped in the text."""
+        """Return whether the template's special tokens are escaped in the text."""
         return self.special_ids is not None
 
 

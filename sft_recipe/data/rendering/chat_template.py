@@ -125,6 +125,6 @@ def _with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def pattern_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """A pattern with one group that matches any of the strings, the longest first; without strings it never matches."""
+    """Return a pattern, one group, that matches any of the strings, longest first; without strings it never matches."""
     longest_first = map(re.escape, sorted(strings, reverse=True))
     return re.compile(f"({'|'.join(longest_first) or '(?!)'})")

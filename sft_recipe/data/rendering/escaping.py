@@ -17,7 +17,7 @@ ESCAPE = "\ufdd2"  # a Unicode noncharacter, which no text should contain
 
 
 class SpecialTokenEscaper:
-    """A second tokenizer whose special tokens are spelled with the prefix ESCAPE; else it equals `core`."""
+    """Builds a second tokenizer whose special tokens are spelled with the prefix ESCAPE; else it equals `core`."""
 
     def __init__(self, core: Tokenizer, special_pattern: re.Pattern[str], special_tokens: Iterable[str]):
         self._core = core
@@ -25,16 +25,16 @@ class SpecialTokenEscaper:
         self._special_tokens = set(special_tokens)
 
     def escape(self, text: str) -> str:
-        """The text with the prefix ESCAPE before each special token."""
+        """Return the text with the prefix ESCAPE before each special token."""
         return self._special_pattern.sub(lambda match: ESCAPE + match[0], text)
 
     def added_length(self, text: str, end: int) -> int:
-        """How many characters `escape` adds to `text[:end]`."""
+        """Return how many characters `escape` adds to `text[:end]`."""
         return len(self._special_pattern.findall(text, 0, end)) * len(ESCAPE)
 
     @cached_property
     def tokenize(self) -> TextTokenizer:
-        """The second tokenizer, for escaped texts. Its ids of added tokens differ from those of `core`."""
+        """Return the second tokenizer, for escaped texts. Its ids of added tokens differ from those of `core`."""
         settings = json.loads(self._core.to_str()) | {"post_processor": None}
         for token in settings["added_tokens"]:
             if token["content"] in self._special_tokens:
@@ -42,7 +42,7 @@ class SpecialTokenEscaper:
         return TextTokenizer(Tokenizer.from_str(json.dumps(settings)))
 
     def original_ids(self, ids: list[int]) -> list[int]:
-        """The ids in `core` of tokens from the second tokenizer."""
+        """Return the ids in `core` of tokens from the second tokenizer."""
         return [self._original_id.get(token_id, token_id) for token_id in ids]
 
     @cached_property

@@ -12,7 +12,7 @@ from sft_recipe.data.rendering.turns import Position, Turn, TurnLocator
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """A template's literals, the slots between them, and the turns to train on.
+    """Holds a template's literals, the slots between them, and the turns to train on.
 
     rendered skeleton   "U: [0.text0]\\nA: [1.text0]</s>"
 
@@ -40,7 +40,7 @@ class MaskPlan:
 
 @dataclass(frozen=True)
 class FilledPlan:
-    """A mask plan with texts in its slots; `literal_starts` is where each literal starts in the text, in characters."""
+    """Holds a mask plan with texts in its slots; `literal_starts` are offsets of the literals, in characters."""
 
     plan: MaskPlan
     text: str
@@ -48,7 +48,7 @@ class FilledPlan:
     escaper: SpecialTokenEscaper | None = None
 
     def span(self, turn: Turn) -> Span:
-        """The characters of the text that are trained on in a turn."""
+        """Return the characters of the text that are trained on in a turn."""
         return self._offset(turn.start), self._offset(turn.end)
 
     def _offset(self, position: Position) -> int:

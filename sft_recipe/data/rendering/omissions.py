@@ -7,7 +7,7 @@ from sft_recipe.data.rendering.skeleton import SLOT, Skeleton
 
 
 class ContentOmitted(TemplateError):
-    """The template leaves out a part of the conversation."""
+    """Says that the template leaves out a part of the conversation."""
 
     def __init__(self, part: str):
         super().__init__(

@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """The rendering options of the configuration; see conf/data/default.yaml.
+    """Holds the rendering options of the configuration; see conf/data/default.yaml.
 
     `train_on`: all assistant turns, or the last one alone. `train_on_reasoning`: False masks reasoning out.
     `enable_thinking`: sets the template's thinking switch; None leaves the template's default.

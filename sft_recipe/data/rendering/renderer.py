@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Encoded:
-    """The token ids of a conversation and, for each token, 1 if it is supervised and 0 if it is context.
+    """Holds the token ids of a conversation and, for each token, 1 if it is supervised and 0 if it is context.
 
     <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Yes <|im_end|> \\n
          0        0   0  0      0      0       0           0     0   1      1      0

@@ -22,7 +22,7 @@ REASONING_BEFORE_CLOSING_TAG = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)", r
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A conversation with slots in place of its texts, and the text of each slot.
+    """Holds a conversation with slots in place of its texts, and the text of each slot.
 
     Texts keep what a template may inspect: white space at the edges, and the template's sentinels.
 
@@ -53,7 +53,7 @@ class Skeletonizer:
         self.reasoning_pattern = REASONING_BEFORE_CLOSING_TAG if "</think>" in template.source else THOUGHT
 
     def skeleton(self, conversation: Conversation, verbatim_roles: Collection[str] = ()) -> Skeleton:
-        """The skeleton of a conversation.
+        """Return the skeleton of a conversation.
 
         Turns of `verbatim_roles` keep their content, for templates that inspect or change it. Raises TemplateError
         if text that is kept contains U+FDD0.
@@ -83,7 +83,7 @@ class Skeletonizer:
         return skeleton
 
     def has_special_text(self, skeleton: Skeleton) -> bool:
-        """Whether the text of any slot spells a special token that must stay text."""
+        """Return whether the text of any slot spells a special token that must stay text."""
         return any(self.special_pattern.search(text) for text in skeleton.slot_texts.values())
 
     def _content(self, content: str, reasoning: re.Match[str] | None, slots: "_Slots") -> str:
@@ -138,7 +138,7 @@ class _Slots:
 
 
 def split_at_slots(rendered: str) -> tuple[list[str], list[str]]:
-    """The literal text around the slots of a rendered skeleton, and the names of the slots.
+    """Return the literal text around the slots of a rendered skeleton, and the names of the slots.
 
     "U: [0.text0]</s>"  ->  ["U: ", "</s>"], ["0.text0"]
     """

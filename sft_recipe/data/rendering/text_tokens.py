@@ -14,7 +14,7 @@ SPACES = ("\u2581", "\u0120", "\u010a", "\u0109", "\u010d")
 
 
 class ByteTokens:
-    """The tokens of a text in a byte-level vocabulary.
+    """Holds the tokens of a text in a byte-level vocabulary.
 
     `pieces` are the bytes of each token. They join to the bytes of the text, so that each token's position is known.
     """
@@ -24,26 +24,26 @@ class ByteTokens:
         self.starts = list(accumulate(map(len, pieces), initial=0))
 
     def first_token_from(self, char: int) -> int:
-        """The index of the first token that starts at this character or after it."""
+        """Return the index of the first token that starts at this character or after it."""
         return bisect_left(self.starts, len(self.text[:char].encode()))
 
     def token_at(self, char: int) -> int:
-        """The index of the token that contains this character."""
+        """Return the index of the token that contains this character."""
         return bisect_left(self.starts, len(self.text[:char].encode()) + 1) - 1
 
     def source_text(self, first: int, last: int) -> str | None:
-        """None: tokens [first, last) are known to decode to the text that they come from."""
+        """Return None: tokens [first, last) are known to decode to the text that they come from."""
         return None
 
 
 class OffsetTokens:
-    """The tokens of a text whose positions are the tokenizer's character offsets."""
+    """Holds the tokens of a text whose positions are the tokenizer's character offsets."""
 
     def __init__(self, text: str, core: Tokenizer, encoding: Encoding):
         self.text, self.core, self.encoding, self.ids = text, core, encoding, encoding.ids
 
     def first_token_from(self, char: int) -> int:
-        """The index of the first token that starts at this character or after it."""
+        """Return the index of the first token that starts at this character or after it."""
         token = self.token_at(char)
         while token < len(self.ids) and self.encoding.token_to_chars(token)[0] < char:
             token += 1
@@ -53,12 +53,12 @@ class OffsetTokens:
         return token
 
     def token_at(self, char: int) -> int:
-        """The index of the token that contains this character, or of the next token if none does."""
+        """Return the index of the token that contains this character, or of the next token if none does."""
         tokens = (self.encoding.char_to_token(position) for position in range(char, len(self.text)))
         return next((token for token in tokens if token is not None), len(self.ids))
 
     def source_text(self, first: int, last: int) -> str | None:
-        """The text that tokens [first, last) come from."""
+        """Return the text that tokens [first, last) come from."""
         start = self.encoding.token_to_chars(first)[0]
         # The token before may contain the first bytes of the first character.
         end_before = self.encoding.token_to_chars(first - 1)[1] if first else 0
@@ -78,7 +78,7 @@ class TextTokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each token by its id if the vocabulary is byte-level, else [].
+        """Return the bytes of each token by its id if the vocabulary is byte-level, else [].
 
         Computed on first use: a run that finds its tokens in the store does not need it.
         """

@@ -17,7 +17,7 @@ Position = tuple[int, int]  # the index of a literal, and an offset in it in cha
 
 @dataclass(frozen=True)
 class Turn:
-    """What to train on in one assistant turn, [start, end).
+    """Says what to train on in one assistant turn, [start, end).
 
     `message` is the index of the message, None for a {% generation %} block that covers several messages.
     `answer_start` is where the answer begins after the turn's reasoning, None for a turn without reasoning.
@@ -39,7 +39,7 @@ class TurnLocator:
     slots: list[str]
 
     def assistant_turns(self) -> list[Turn]:
-        """The turn of each assistant message.
+        """Return the turn of each assistant message.
 
         Raises TemplateError if a turn cannot be located with certainty, ModelError if it ends without a special token.
         """
@@ -47,7 +47,7 @@ class TurnLocator:
         return [self._turn(index) for index, message in enumerate(messages) if message["role"] == "assistant"]
 
     def tagged_turns(self, generation_spans: list[Span]) -> list[Turn]:
-        """The turns inside {% generation %} tags; a block without any slot, such as a turn's end, continues a turn.
+        """Return the turns inside {% generation %} tags; a block without slots, such as a turn's end, continues a turn.
 
         Raises TemplateError if a tag is inside the text of a message.
         """

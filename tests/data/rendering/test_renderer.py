@@ -497,7 +497,9 @@ NO_GUESSING = {
     "refuses the conversation: Conversation roles must alternate": LLAMA2.replace("== 0)", "== 1)"),
     "refuses the conversation: System role not supported": GEMMA_STRICT,
     "changes the text of messages[0]": TURN.replace("BODY", "{{ m.content | upper }}"),
-    "omits messages[2].content (assistant)": TURN.replace("BODY", "{{ m.content if loop.last or m.role != 'assistant' }}"),
+    "omits messages[2].content (assistant)": TURN.replace(
+        "BODY", "{{ m.content if loop.last or m.role != 'assistant' }}"
+    ),
     "omits messages[0].content (system)": TURN.replace("BODY", "{{ m.content if m.role != 'system' }}"),
     "messages[2] (assistant) more than once": TURN.replace("BODY", "{{ m.content + m.content }}"),
     "has the generation prompt": TURN.replace("BODY", "{{ m.content }}").replace("start|>assistant", "start|>bot"),
