@@ -66,7 +66,7 @@ class Histogram:
 
 
 def page(stats: DatasetStats, renderer: Renderer, data: str, model: str, excerpts: dict[str, str] | None = None) -> str:
-    """Return the HTML page. `data` and `model` are names for the title; `excerpts` has texts of duplicates by source."""
+    """Return the HTML page. `data` and `model` are names for the title; `excerpts` has texts of duplicates."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"n": "{:,}".format, "percent": _percent, "clean": printable, "plural": plural}
     template = environment.from_string(

@@ -300,7 +300,7 @@ POOL = [
 SAID = [*POOL, *ROLE_WORDS, "You are a helpful assistant.", "no thoughts"]
 pieces = st.one_of(st.sampled_from(SAID), st.text(max_size=12))
 contents = st.lists(pieces, min_size=1, max_size=4).map("".join)
-contents = contents.filter(lambda text: text.rpartition("</think>")[2].strip())  # else nothing is left to show
+contents = contents.filter(lambda text: text.rpartition("</think>")[2].strip())
 blank_too = st.one_of(contents, st.sampled_from(["", " \n"]))
 
 
