@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.results import machine, table, write_section
 from tests.support import tiny
-from tests.support.chaos import Survived, survive
+from tests.support.chaos import KillReport, kill_and_resume
 from tests.support.small_run import arguments
 from tests.support.warm import Warm
 
@@ -38,27 +38,27 @@ def main() -> None:
         for number, (shape, extra) in enumerate(SHAPES.items()):
             whole, killed = Path(folder) / f"whole-{number}", Path(folder) / f"killed-{number}"
             end = warm.run(arguments(model, whole, *extra), ranks=2)
-            assert end.code == 0, end.said
+            assert end.code == 0, end.output
             kills = options.kills // len(SHAPES) + (number < options.kills % len(SHAPES))
             run = arguments(model, killed, *extra)
-            results[shape] = survive(warm, run, whole / "out", killed / "out", options.seed + number, kills)
+            results[shape] = kill_and_resume(warm, run, whole / "out", killed / "out", options.seed + number, kills)
             print(shape, results[shape], flush=True)
     section = report(results, options.kills, options.seed, time.monotonic() - began)
     print(section)
     write_section("chaos", section)
 
 
-def report(results: dict[str, Survived], kills: int, seed: int, seconds: float) -> str:
+def report(results: dict[str, KillReport], kills: int, seed: int, seconds: float) -> str:
     """The section of RESULTS.md."""
-    header = ["run", "kills survived", "runs completed", "of them equal", "resumed from a checkpoint", "s to resume"]
+    header = ["run", "kills report", "runs completed", "of them equal", "resumed from a checkpoint", "s to resume"]
     rows = []
-    for shape, survived in results.items():
-        equal = "all" if not survived.differences else f"NOT: {survived.differences[:3]}"
-        resume = f"{statistics.mean(survived.seconds_to_first_step):.1f}"
-        rows.append([shape, str(survived.count), str(survived.runs), equal, str(survived.resumed), resume])
+    for shape, report in results.items():
+        equal = "all" if not report.differences else f"NOT: {report.differences[:3]}"
+        resume = f"{statistics.mean(report.seconds_to_first_step):.1f}"
+        rows.append([shape, str(report.count), str(report.runs), equal, str(report.resumed), resume])
     phases: dict[str, int] = {}
-    for survived in results.values():
-        for phase, count in survived.kills.items():
+    for report in results.values():
+        for phase, count in report.kills.items():
             phases[phase] = phases.get(phase, 0) + count
     return f"""## Killed again and again
 

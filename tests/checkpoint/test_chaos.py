@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support import tiny
-from tests.support.chaos import PHASES, survive
+from tests.support.chaos import PHASES, kill_and_resume
 from tests.support.small_run import arguments, checkpoints
 
 KILLS = 14  # of each variant
@@ -22,10 +22,10 @@ def model(tmp_path_factory):
 def test_run_killed_in_every_phase_resumes_bit_for_bit(warm, model, variant, tmp_path):
     uninterrupted = tmp_path / "uninterrupted"
     end = warm.run(arguments(model, uninterrupted, *VARIANTS[variant]), ranks=2)
-    assert end.code == 0, end.said
+    assert end.code == 0, end.output
     killed = tmp_path / "killed"
     run = arguments(model, killed, *VARIANTS[variant])
-    survived = survive(warm, run, uninterrupted / "out", killed / "out", seed=len(variant), limit=KILLS)
-    assert not survived.differences
-    assert survived.count == KILLS and survived.kills.keys() >= PHASES.keys()
+    report = kill_and_resume(warm, run, uninterrupted / "out", killed / "out", seed=len(variant), limit=KILLS)
+    assert not report.differences
+    assert report.count == KILLS and report.kills.keys() >= PHASES.keys()
     assert all(name.startswith("step_") for name in checkpoints(killed))

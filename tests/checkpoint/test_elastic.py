@@ -21,7 +21,7 @@ def whole(warm, model, tmp_path_factory):
     """Twelve steps on two ranks, under `fsdp`."""
     folder = tmp_path_factory.mktemp("whole")
     end = warm.run(arguments(model, folder, *EXACT), ranks=2)
-    assert end.code == 0, end.said
+    assert end.code == 0, end.output
     return folder
 
 
@@ -44,7 +44,7 @@ def test_ten_more_steps_have_the_same_losses(warm, model, whole, tmp_path, ranks
             shutil.rmtree(path)
     run = arguments(model, folder, *EXACT, "trainer.resume_from=auto", f"fsdp.strategy={strategy}")
     end = warm.run(run, ranks=ranks)
-    assert end.code == 0 and "after step 2" in end.said, end.said
+    assert end.code == 0 and "after step 2" in end.output, end.output
     expected, rows = metrics(whole / "out"), metrics(folder / "out")
     assert [row["step"] for row in rows] == list(range(1, 13))
     for key in ("train/tokens", "train/supervised_tokens", "train/lr"):

@@ -74,7 +74,7 @@ def test_losses_do_not_depend_on_ranks_or_packing(warm, work, tmp_path):
         == 0
     )
     end = warm.run(arguments(work, tmp_path / "two", *plain), ranks=2)
-    assert end.code == 0, end.said
+    assert end.code == 0, end.output
     expected = [row["train/loss"] for row in metrics(tmp_path / "one")]
     assert len(expected) == 2 * PER_EPOCH
     for other in ("packed", "two"):
@@ -151,9 +151,9 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_with_75(warm, work, tmp_path):
     output = tmp_path / "run"
     signals = {"phase": "forward", "on_rank": 1, "call": 3, "sends": signal.SIGINT}
     end = warm.run(
-        arguments(work, output, "trainer.save_freq=-1"), ranks=2, setup=("tests.support.chaos:strike", signals)
+        arguments(work, output, "trainer.save_freq=-1"), ranks=2, setup=("tests.support.chaos:send_signal_at", signals)
     )
-    assert end.codes == [75, 75], end.said
+    assert end.codes == [75, 75], end.output
     last = metrics(output)[-1]["step"]
     assert (output / f"checkpoints/step_{last}/manifest.json").is_file()
-    assert "--resume_from auto" in end.said and "Traceback" not in end.said
+    assert "--resume_from auto" in end.output and "Traceback" not in end.output

@@ -78,7 +78,7 @@ def test_failed_save_is_reported_once_and_keeps_earlier_checkpoints(warm, tmp_pa
     run = arguments(tmp_path, output, "trainer.total_training_steps=2", "trainer.save_freq=1")
     end = warm.run(run, ranks=2, setup=(f"{__name__}:fill_disk", {}))
     assert end.code != 0
-    assert end.said.count("error: step 2 cannot be saved") == 1 and "No space left" in end.said
+    assert end.output.count("error: step 2 cannot be saved") == 1 and "No space left" in end.output
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_1"]
 
 
@@ -87,11 +87,11 @@ def test_ranks_with_different_settings_are_refused(warm, tmp_path):
     tiny.build_model(tmp_path / "model")
     end = warm.run(arguments(tmp_path, tmp_path / "out", "optim.lr=1${oc.env:RANK}.0"), ranks=2)
     assert end.code != 0
-    assert "optim.lr: 10.0 on rank 0, 11.0 on rank 1" in end.said
+    assert "optim.lr: 10.0 on rank 0, 11.0 on rank 1" in end.output
 
 
 def test_folders_that_are_not_shared_are_refused(warm, tmp_path):
     tiny.build_model(tmp_path / "model")
     end = warm.run(arguments(tmp_path, f"{tmp_path}/out-${{oc.env:RANK}}"), ranks=2)
     assert end.code != 0
-    assert "is not the same folder on all machines" in end.said
+    assert "is not the same folder on all machines" in end.output

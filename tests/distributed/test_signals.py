@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.support import tiny
-from tests.support.chaos import differences, strike
+from tests.support.chaos import differences, send_signal_at
 from tests.support.runs import metrics
 from tests.support.small_run import STEPS, arguments, checkpoints
 
@@ -18,7 +18,7 @@ def model(tmp_path_factory):
 
 def at(phase, call=1, on_rank=1, **more):
     """A signal to one rank; the others hear of it from that one."""
-    return "tests.support.chaos:strike", {"phase": phase, "on_rank": on_rank, "call": call, **more}
+    return "tests.support.chaos:send_signal_at", {"phase": phase, "on_rank": on_rank, "call": call, **more}
 
 
 def stop_in_validation(rank: int, call: int) -> None:
@@ -26,7 +26,7 @@ def stop_in_validation(rank: int, call: int) -> None:
     from sft_recipe.evaluation import validation as evaluate
 
     evaluate.MICRO_BATCHES_AT_ONCE = 1
-    strike(rank, "validation", on_rank=1, call=call, sends=signal.SIGTERM)
+    send_signal_at(rank, "validation", on_rank=1, call=call, sends=signal.SIGTERM)
 
 
 def test_a_stop_in_validation_is_not_put_off_and_changes_nothing(warm, model, tmp_path):
@@ -36,7 +36,7 @@ def test_a_stop_in_validation_is_not_put_off_and_changes_nothing(warm, model, tm
     assert warm.run(arguments(model, whole, *extra), ranks=2, setup=(parts, {"call": 1000})).code == 0
     run = arguments(model, stopped, *extra)
     end = warm.run(run, ranks=2, setup=(parts, {"call": 1}))
-    assert end.codes == [75, 75] and "Stopped at step 5" in end.said, end.said
+    assert end.codes == [75, 75] and "Stopped at step 5" in end.output, end.output
     assert checkpoints(stopped) == ["step_5"]
     assert [row["step"] for row in metrics(stopped / "out")] == [1, 2, 3, 4]  # the fifth lacks its validation loss
     end = warm.run(run, ranks=2, setup=(parts, {"call": 3}))  # after the rest of this validation, in the last one
@@ -53,19 +53,19 @@ def test_the_end_of_the_time_stops_and_saves(warm, model, tmp_path):
 def test_sigusr1_saves_and_goes_on(warm, model, tmp_path):
     run = arguments(model, tmp_path, "trainer.save_freq=-1", "trainer.max_ckpt_to_keep=null")
     end = warm.run(run, ranks=2, setup=at("optimizer step", call=3, sends=signal.SIGUSR1))
-    assert end.code == 0 and checkpoints(tmp_path) == [f"step_{STEPS}", "step_3"], end.said
+    assert end.code == 0 and checkpoints(tmp_path) == [f"step_{STEPS}", "step_3"], end.output
 
 
 def test_a_second_signal_stops_at_once(warm, model, tmp_path):
     end = warm.run(arguments(model, tmp_path), ranks=2, setup=at("forward", sends=signal.SIGTERM, times=2))
     assert end.codes == [1, 143] and checkpoints(tmp_path) == []
-    assert "another rank died" in end.said and "Traceback" not in end.said
+    assert "another rank died" in end.output and "Traceback" not in end.output
 
 
 def die_alone(rank: int) -> None:
     """A setup: rank 1 is killed in its second step, and cannot say so."""
     if rank == 1:
-        strike(1, "optimizer step", on_rank=1, call=2, sends=signal.SIGABRT)
+        send_signal_at(1, "optimizer step", on_rank=1, call=2, sends=signal.SIGABRT)
 
 
 def fail_alone(rank: int) -> None:
@@ -93,7 +93,7 @@ def fall_silent(rank: int) -> None:
 
     watchdog.HEARTBEAT_TIMEOUT_S = 4.0
     if rank == 1:
-        strike(1, "optimizer step", on_rank=1, call=2, sends=signal.SIGSTOP)
+        send_signal_at(1, "optimizer step", on_rank=1, call=2, sends=signal.SIGSTOP)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def fall_silent(rank: int) -> None:
 def test_a_rank_that_ends_or_hangs_ends_the_others_with_the_reason(warm, model, tmp_path, setup, says):
     run = arguments(model, tmp_path, f"trainer.heartbeat_timeout={15 if setup is hang_alone else 60}")
     end = warm.run(run, ranks=2, setup=(f"{__name__}:{setup.__name__}", {}))
-    assert end.codes[0] == 1, end.said
-    assert says in end.said, end.said
+    assert end.codes[0] == 1, end.output
+    assert says in end.output, end.output
     if setup is hang_alone:
-        assert "hangs: step 1: reading its examples for" in end.said and "in <lambda>" in end.said  # its stack
-        assert "while others are at step 1: computing" in end.said
-    assert "Connection closed" not in end.said or setup is die_alone
+        assert "hangs: step 1: reading its examples for" in end.output and "in <lambda>" in end.output  # its stack
+        assert "while others are at step 1: computing" in end.output
+    assert "Connection closed" not in end.output or setup is die_alone

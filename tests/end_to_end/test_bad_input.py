@@ -155,7 +155,7 @@ def test_ranks_report_an_error_once(warm, model, tmp_path):
     arguments = [f"model.path={model}", f"data.train_files={tmp_path}/data.json", f"trainer.output_dir={tmp_path}/out"]
     end = warm.run([*arguments, "trainer.device=cpu", "data.train_batch_size=1"], ranks=2)
     assert end.codes == [2, 2]
-    assert end.said.count("error: BATCH_SIZE=1 is smaller than the number of ranks (2)") == 1
+    assert end.output.count("error: BATCH_SIZE=1 is smaller than the number of ranks (2)") == 1
 
 
 def test_bad_records_can_be_skipped_up_to_a_share(run, tmp_path, capfd):

@@ -85,7 +85,7 @@ def work(warm, tmp_path_factory):
     assert run_here(*uneven, f"trainer.output_dir={folder}/uneven-1") == 0
     for arguments in on_two_ranks:
         end = warm.run(arguments, ranks=2)
-        assert end.code == 0, end.said
+        assert end.code == 0, end.output
     return folder
 
 

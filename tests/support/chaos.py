@@ -1,4 +1,4 @@
-"""Kills a run again and again, in every phase of its life, and resumes it until it is done."""
+"""Kill a run repeatedly, in every phase, and resume it until it completes."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from typing import Any
 
 from tests.support.warm import Warm
 
-LONGEST = 6.0  # seconds after which a kill by the clock comes at the latest
+MAX_KILL_DELAY_S = 6.0  # a kill at a random time comes at most this long after the start
 
 
-def strike(rank: int, phase: str, on_rank: int, call: int, sends: int = signal.SIGKILL, times: int = 1) -> None:
-    """A setup for Warm.run: a signal where `on_rank` comes to `phase` for the `call`-th time (from 1).
+def send_signal_at(rank: int, phase: str, on_rank: int, call: int, sends: int = signal.SIGKILL, times: int = 1) -> None:
+    """Send a signal when `on_rank` reaches `phase` for the `call`-th time (from 1); a setup for Warm.run.
 
-    SIGKILL is for all ranks at once, another one for that rank alone.
+    SIGKILL goes to all ranks at once, any other signal to that rank only.
     """
     calls = 0
 
@@ -47,7 +47,7 @@ def _wrap(owner: Any, name: str, before: Callable[..., None] = lambda *_: None, 
 
 
 def _in_data_build(die: Callable[[], None]) -> None:
-    """With a file of the token store written, and others not."""
+    """Die when one file of the token store is written and others are not."""
 
     def dying(file: int) -> None:
         if "/tokens/" in os.readlink(f"/proc/self/fd/{file}"):
@@ -79,7 +79,7 @@ def _in_optimizer_step(die: Callable[[], None]) -> None:
 
 
 def _in_row(die: Callable[[], None]) -> None:
-    """With half a row in the file."""
+    """Die with half a row in the file."""
     from sft_recipe.tracking.run_log import RowFile
 
     def half(file: RowFile) -> None:
@@ -133,7 +133,7 @@ def _is_partial(path: Path) -> bool:
 
 
 def _in_retention(die: Callable[[], None]) -> None:
-    """With one file of a retired checkpoint gone."""
+    """Die when one file of a pruned checkpoint is removed."""
 
     def half(folder: Path, *_: Any) -> None:
         if folder.name.endswith(".retired") and folder.is_dir():
@@ -143,7 +143,7 @@ def _in_retention(die: Callable[[], None]) -> None:
     _wrap(shutil, "rmtree", before=half)
 
 
-# In an order in which a run that dies once in each meets all of them.
+# In an order in which a run that dies once in each phase reaches all of them.
 PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "data build": _in_data_build,
     "dropping rows": _in_dropping_rows,
@@ -159,102 +159,104 @@ PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "validation": _in_validation,
     "retention": _in_retention,
 }
-ONCE = {"dropping rows", "resuming", "validation", "retention"}  # at most, in the life of a process
+ONCE = {"dropping rows", "resuming", "validation", "retention"}  # a process reaches these at most once
 FIRST_RANK_ONLY = {
     "data build", "dropping rows", "writing a row", "export", "manifest", "before the rename", "after the rename",
     "retention",
 }  # fmt: skip
-BY_THE_CLOCK = "at any moment"
+RANDOM_TIME = "random time"
 
 
 @dataclass
-class Survived:
-    """What runs went through until the last of them was done."""
+class KillReport:
+    """What happened to a sequence of killed and resumed runs."""
 
     kills: dict[str, int] = field(default_factory=dict)
     runs: int = 0
     resumed: int = 0  # attempts that began from a checkpoint
     differences: list[str] = field(default_factory=list)
-    seconds_to_first_step: list[float] = field(default_factory=list)  # of those that came so far
+    seconds_to_first_step: list[float] = field(default_factory=list)  # of the attempts that reached it
 
     @property
     def count(self) -> int:
         return sum(self.kills.values())
 
 
-def plan(seed: int) -> Iterator[dict[str, Any]]:
-    """Keyword arguments of Warm.run for one kill after the other: in every phase once, then anywhere."""
-    dice = random.Random(seed)
+def kill_schedule(seed: int) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of Warm.run for one kill after another: once in every phase, then anywhere."""
+    rng = random.Random(seed)
     for phase in PHASES:
-        yield _kill(dice, phase, calls=1)
+        yield _kill(rng, phase, calls=1)
     while True:
-        phase = dice.choice([*PHASES, BY_THE_CLOCK, BY_THE_CLOCK, BY_THE_CLOCK])
-        if phase == BY_THE_CLOCK:
-            yield {"kill_after": dice.uniform(0.1, LONGEST)}
+        phase = rng.choice([*PHASES, RANDOM_TIME, RANDOM_TIME, RANDOM_TIME])
+        if phase == RANDOM_TIME:
+            yield {"kill_after": rng.uniform(0.1, MAX_KILL_DELAY_S)}
         else:
-            yield _kill(dice, phase, calls=3)
+            yield _kill(rng, phase, calls=3)
 
 
-def _kill(dice: random.Random, phase: str, calls: int) -> dict[str, Any]:
-    call = 1 if phase in ONCE else dice.randint(1, calls)
-    return {"setup": ("tests.support.chaos:strike", {"phase": phase, "on_rank": dice.randrange(2), "call": call})}
+def _kill(rng: random.Random, phase: str, calls: int) -> dict[str, Any]:
+    call = 1 if phase in ONCE else rng.randint(1, calls)
+    return {
+        "setup": ("tests.support.chaos:send_signal_at", {"phase": phase, "on_rank": rng.randrange(2), "call": call})
+    }
 
 
-def survive(
-    warm: Warm, arguments: list[str], whole: Path, folder: Path, seed: int, limit: int, ranks: int = 2
-) -> Survived:
-    """Kill the run of `arguments` in `folder` until that was done `limit` times, resuming it with auto; let it end.
+def kill_and_resume(
+    warm: Warm, arguments: list[str], uninterrupted: Path, folder: Path, seed: int, limit: int, ranks: int = 2
+) -> KillReport:
+    """Kill and resume the run of `arguments` in `folder` until it was killed `limit` times; then let it complete.
 
-    A run that ends before is compared with the one in `whole`, removed, and started anew.
+    A run that completes earlier is compared with the one in `uninterrupted`, removed, and started again.
     """
-    survived, kills = Survived(), plan(seed)
+    report, kills = KillReport(), kill_schedule(seed)
     while True:
-        kill = next(kills) if survived.count < limit else {}
+        kill = next(kills) if report.count < limit else {}
         end = warm.run([*arguments, "trainer.resume_from=auto"], ranks=ranks, **kill)
-        survived.resumed += "resumed" in end.said
+        report.resumed += "resumed" in end.output
         if end.seconds_to_first_step is not None:
-            survived.seconds_to_first_step.append(end.seconds_to_first_step)
+            report.seconds_to_first_step.append(end.seconds_to_first_step)
         if end.code == -signal.SIGKILL:
-            phase = kill["setup"][1]["phase"] if "setup" in kill else BY_THE_CLOCK
-            survived.kills[phase] = survived.kills.get(phase, 0) + 1
+            phase = kill["setup"][1]["phase"] if "setup" in kill else RANDOM_TIME
+            report.kills[phase] = report.kills.get(phase, 0) + 1
         elif end.code == 0:
-            survived.runs += 1
-            survived.differences += differences(whole, folder)
-            if survived.count >= limit:
-                return survived
+            report.runs += 1
+            report.differences += differences(uninterrupted, folder)
+            if report.count >= limit:
+                return report
             shutil.rmtree(folder)
         else:
-            raise AssertionError(f"{kill} ended with {end.codes}:\n{end.said}")
+            raise AssertionError(f"{kill} ended with {end.codes}:\n{end.output}")
 
 
 def deterministic(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without what the clock and the machine decide."""
+    """Return the rows without measurements of time and memory."""
     return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
 
 
 def states(checkpoint: Path) -> dict[tuple[str, str], Any]:
-    """Every tensor of weights and optimiser, by shard and name."""
+    """Return every tensor of the weights and the optimizer, by shard and name."""
     from safetensors.torch import load_file
 
     files = sorted((checkpoint / "state").glob("*.safetensors"))
     return {(file.name, name): value for file in files for name, value in load_file(file).items()}
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """Between two run folders: in metrics, in weights and optimiser, and in the model for others; bit for bit."""
+def differences(first: Path, second: Path) -> list[str]:
+    """Return what differs, bit for bit, between two run folders: metrics, weights, optimizer, or exported model."""
     found = []
     rows = [
         deterministic([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
-        for run in (one, other)
+        for run in (first, second)
     ]
     if rows[0] != rows[1]:
         found.append("metrics.jsonl")
     last = f"checkpoints/step_{rows[0][-1]['step']}"
-    left, right = states(one / last), states(other / last)
+    left, right = states(first / last), states(second / last)
     if left.keys() != right.keys() or not any("exp_avg_sq" in name for _, name in left):
         return [*found, "names of the state"]
     found += [f"state {key}" for key, value in left.items() if not value.equal(right[key])]
-    for path in (one / last / "huggingface").iterdir():
-        if path.read_bytes() != (other / last / "huggingface" / path.name).read_bytes():
+    for path in (first / last / "huggingface").iterdir():
+        if path.read_bytes() != (second / last / "huggingface" / path.name).read_bytes():
             found.append(path.name)
     return found

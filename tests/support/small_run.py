@@ -1,4 +1,4 @@
-"""The small run that the tests of stopping, saving and resuming share: two epochs of five steps on any ranks."""
+"""The small run of the tests of stopping, saving and resuming: two epochs of five steps on any number of ranks."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ RECORDS = [{"prompt": f"What is {i} and {i}?", "response": f"It is {2 * i}. " * 
 
 
 def arguments(model: Path, folder: Path, *extra: str) -> list[str]:
-    """Everything of the run is below `folder`: data, token stores, and the run folder `out`."""
+    """Return the overrides of the run; its data, token stores and run folder (`out`) are below `folder`."""
     folder.mkdir(exist_ok=True)
     (folder / "train.json").write_text(json.dumps(RECORDS[:18]))
     (folder / "val.json").write_text(json.dumps(RECORDS[18:]))
@@ -27,5 +27,5 @@ def arguments(model: Path, folder: Path, *extra: str) -> list[str]:
 
 
 def checkpoints(folder: Path) -> list[str]:
-    """Names of what stands beside each other in the run's folder of checkpoints."""
+    """Return the names in the run's folder of checkpoints."""
     return sorted(path.name for path in (folder / "out/checkpoints").iterdir())

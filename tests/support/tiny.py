@@ -1,4 +1,4 @@
-"""Tiny tokenizers and models built on the spot, so that most tests need no download and no time."""
+"""Build tiny tokenizers and models, so that most tests need neither a download nor time."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def build_tokenizer(
     vocab_size: int = 512,
     **kwargs,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on a few sentences; every byte is representable."""
+    """Train a byte-level BPE tokenizer on a few sentences; it represents every byte."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -1,8 +1,8 @@
-"""A process that has imported everything and starts runs by forking, so that one costs a second and not half a minute.
+"""A process that has imported everything and starts runs by forking: a run costs one second instead of thirty.
 
 with Warm() as warm:
     end = warm.run(["trainer.total_training_steps=2", ...], ranks=2)
-    assert end.code == 0, end.said
+    assert end.code == 0, end.output
 """
 
 import ctypes
@@ -21,27 +21,27 @@ from typing import Any
 
 from tests.support.runs import ROOT
 
-SECONDS_TO_END_OTHERS = 10  # after one rank has failed; torchrun gives them 30
+EXIT_GRACE_S = 30  # how long other ranks may live after one has failed, as under torchrun
 PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True)
-class End:
-    """How a run ended: rank codes (-9 where one was killed) of all ranks, what they printed, and how long it took."""
+class RunResult:
+    """The exit codes of all ranks (-9 for a killed one), their output, and the time the run took."""
 
     codes: list[int]
-    said: str
+    output: str
     seconds: float
     seconds_to_first_step: float | None
 
     @property
     def code(self) -> int:
-        """0 where all ranks ended well, else that of the first rank that did not."""
+        """Return 0 if all ranks exited with 0, else the first other code."""
         return next((code for code in self.codes if code), 0)
 
 
 class Warm:
-    """The process, for as long as the context lasts."""
+    """The warm process; it lives as long as the context."""
 
     def __enter__(self) -> "Warm":
         self.process = subprocess.Popen(
@@ -66,13 +66,16 @@ class Warm:
         kill_after: float | None = None,
         timeout: float = 600.0,
         **environment: str,
-    ) -> End:
-        """main_sft on that many ranks. `setup` names a function, "module:name", and its arguments: called on each rank
-        before it starts, with `rank` besides. `kill_after` seconds all ranks get SIGKILL."""
+    ) -> RunResult:
+        """Run main_sft on `ranks` ranks.
+
+        `setup` is the name of a function ("module:name") and its arguments; each rank calls it, with `rank` added,
+        before it starts. All ranks get SIGKILL after `kill_after` seconds.
+        """
         job = dict(arguments=arguments, ranks=ranks, setup=setup, kill_after=kill_after, timeout=timeout)
         self.process.stdin.write(json.dumps({**job, "environment": environment}) + "\n")
         self.process.stdin.flush()
-        return End(**json.loads(self.process.stdout.readline()))
+        return RunResult(**json.loads(self.process.stdout.readline()))
 
 
 def _serve() -> None:
@@ -123,30 +126,34 @@ def _run(
         first = float(texts["first_step"]) - began if "first_step" in texts else None
         return {
             "codes": json.loads(texts["codes"]) if "codes" in texts else [-signal.SIGKILL] * ranks,
-            "said": texts.get("said", ""),
+            "output": texts.get("output", ""),
             "seconds": time.monotonic() - began,
             "seconds_to_first_step": first,
         }
 
 
 def _start_ranks(arguments: list[str], ranks: int, setup: Any, environment: dict[str, str], scratch: Path) -> int:
-    """In place of torchrun: the parent of the ranks, and the leader of their process group."""
+    """Act as torchrun: start the ranks, wait for them, and lead their process group."""
     os.setsid()
-    said = os.open(scratch / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(said, 1), os.dup2(said, 2)
+    output = os.open(scratch / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1), os.dup2(output, 2)
     store, port = _start_store()
     os.environ.update(environment, MASTER_ADDR="localhost", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
     os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     left = {_fork(lambda rank=rank: _rank(arguments, rank, setup, scratch)): rank for rank in range(ranks)}
-    codes = [0] * ranks
+    codes, stopped = [0] * ranks, []
     while left:
-        process, status = os.wait()
-        if process == store:
-            raise AssertionError("the process that holds the store has ended")
+        process, status = os.waitpid(-1, os.WUNTRACED)
+        assert process != store, "the process that holds the store has ended"
+        if os.WIFSTOPPED(status):
+            stopped.append(process)
+            continue
         codes[left.pop(process)] = os.waitstatus_to_exitcode(status)
         if any(codes) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
             signal.signal(signal.SIGALRM, lambda *_: [os.kill(rank, signal.SIGKILL) for rank in left])
-            signal.alarm(SECONDS_TO_END_OTHERS)
+            signal.alarm(EXIT_GRACE_S)
+            for rank in stopped:
+                os.kill(rank, signal.SIGKILL)
     (scratch / "codes").write_text(json.dumps(codes))
     os.kill(store, signal.SIGKILL)
     return 0
@@ -194,7 +201,7 @@ def _rank(arguments: list[str], rank: int, setup: Any, scratch: Path) -> int:
 
 
 def _fork(act: Callable[[], int]) -> int:
-    """The child's process id; the child leaves with what `act` returns."""
+    """Return the id of a child process, which exits with the code that `act` returns."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -215,7 +222,7 @@ def _fork(act: Callable[[], int]) -> int:
 
 
 def _reap(group: int) -> None:
-    """Until no process of the group is left: what outlives its parent is ours."""
+    """Wait until no process of the group is left; this process adopts those that outlive their parent."""
     while True:
         try:
             os.waitpid(-group, 0)
