@@ -17,6 +17,7 @@ from verl.utils.device import get_torch_device
 from verl.workers.engine import BaseEngine
 
 from sft_recipe.checkpoint.manager import first_failure
+from sft_recipe.engine.patches import dtensor_like, without_fsdp1
 from sft_recipe.engine.sft_engine import SFTEngine
 from sft_recipe.errors import CheckpointError
 
@@ -93,8 +94,7 @@ class FsdpState:
         if name not in self.copies:
             self.copies[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
         copied = self.copies[name].copy_(local, non_blocking=True)
-        # DTensor.from_local would bring the copy back to the device of the mesh.
-        return DTensor(copied, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copied
+        return dtensor_like(copied, tensor) if isinstance(tensor, DTensor) else copied
 
     def _to_store(self, model: dict[str, Any], optim: dict[str, Any]) -> dict[str, torch.Tensor]:
         """All tensors, each once, under one flat dictionary; the optimiser's settings stand in the configuration."""
@@ -104,7 +104,7 @@ class FsdpState:
 
     def _tied(self) -> dict[str, str]:
         """Names of tied weights and of the weight that each is: {"lm_head.weight": "model.embed_tokens.weight"}."""
-        inner: Any = getattr(self.engine.module, "_fsdp_wrapped_module", self.engine.module)
+        inner: Any = without_fsdp1(self.engine.module)
         return getattr(inner, "all_tied_weights_keys", None) or {}
 
 

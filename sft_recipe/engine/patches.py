@@ -2,13 +2,12 @@
 
 A private API is a name that begins with an underscore: its library may rename it in any release. `check` runs when an
 engine is built and looks for all that its device needs, so that a library that has moved is reported once, in one
-message, before training starts. No other module of sft_recipe uses a private API, except these, which come before
-`engine` in the import order and guard theirs themselves:
+message, before training starts. No other module of sft_recipe uses a private API of these libraries, except those that
+come before `engine` in the import order, each in one place:
 
-    models/stats.py      transformers: `PreTrainedModel._no_split_modules`
+    models/stats.py      transformers: `PreTrainedModel._no_split_modules`; a model without it is refused there
     data/sources.py      datasets: `Dataset._fingerprint`
     config/compose.py    Hydra: `hydra.core.override_parser` and `hydra.core.global_hydra`, which are not documented
-    main_sft.py          Python: `atexit._run_exitfuncs`
 
 The monkey patches are `patch_model_class_lookup` and `keep_head_unwrapped`, both of verl.
 """
@@ -23,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sft_recipe.errors import PreflightError
@@ -96,6 +97,7 @@ _ASSERT_ASYNC = PrivateApi("torch", "torch.ops:aten._assert_async.msg", ("self",
 _SOFTMAX_BACKWARD = PrivateApi(
     "torch", "torch.ops:aten._softmax_backward_data.default", ("grad_output", "output", "dim", "input_dtype")
 )
+_DTENSOR_SPEC = PrivateApi("torch", "torch.distributed.tensor:DTensor._spec")
 _TREE_MAP = PrivateApi("torch", "torch.utils._pytree:tree_map_only")
 
 EVERYWHERE = (
@@ -111,6 +113,7 @@ EVERYWHERE = (
     PrivateApi("transformers", "transformers:PreTrainedModel._no_split_modules"),
     PrivateApi("transformers", "transformers:PreTrainedModel._supports_sdpa"),
     _ASSERT_ASYNC,
+    _DTENSOR_SPEC,
 )
 ON_CPUS = (
     _SOFTMAX_BACKWARD,
@@ -242,6 +245,19 @@ def _replace(api: PrivateApi, value: Any) -> None:
 def assert_async(condition: torch.Tensor, message: str) -> None:
     """Fail with `message` where the only element of `condition` is false; does not wait for a GPU."""
     _ASSERT_ASYNC.find()(condition, message)
+
+
+def without_fsdp1(module: nn.Module) -> nn.Module:
+    """Return the module that FSDP1 has wrapped, or `module` itself."""
+    return module.module if isinstance(module, FullyShardedDataParallel) else module
+
+
+def dtensor_like(local: torch.Tensor, original: DTensor) -> DTensor:
+    """Return a DTensor with the layout of `original` whose part on this rank is `local`, on any device.
+
+    DTensor.from_local would move `local` to the device of the mesh.
+    """
+    return DTensor(local, original._spec, requires_grad=False)
 
 
 def softmax_backward() -> Callable:

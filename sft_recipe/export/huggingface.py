@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from sft_recipe.checkpoint.state import read_weights
 from sft_recipe.config.schema import Config
 from sft_recipe.data.run_inputs import RunInputs
+from sft_recipe.engine.patches import without_fsdp1
 
 ADAPTER = "lora_adapter"
 MODEL = "huggingface"
@@ -65,7 +66,7 @@ class ModelSaver:
     def _save_adapter(self, state: dict[str, torch.Tensor], target: Path) -> None:
         from peft import get_peft_model_state_dict
 
-        peft_model: Any = getattr(self.module, "_fsdp_wrapped_module", self.module)
+        peft_model: Any = without_fsdp1(self.module)
         weights = get_peft_model_state_dict(peft_model, state_dict=state, save_embedding_layers=False)
         target.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in weights.items()}, target / "adapter_model.safetensors")

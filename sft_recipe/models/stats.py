@@ -31,7 +31,7 @@ def model_stats(config: Config, model: ResolvedModel, device: str) -> ModelStats
     LoRA modules that are not in the model.
     """
     built = _on_meta(config, model, attention(config, device))
-    if not built._no_split_modules:
+    if not getattr(built, "_no_split_modules", None):  # a private name; see engine/patches.py
         raise ModelError(f"{model.name}: transformers does not say how {type(built).__name__} is split for FSDP")
     total = sum(parameter.numel() for parameter in built.parameters())
     dims = ModelDims.of(built.config.to_dict())
