@@ -64,7 +64,7 @@ def report(results: dict[str, KillReport], kills: int, seed: int, seconds: float
 
 `benchmarks/chaos.py --kills {kills} --seed {seed}`, {seconds / 60:.0f} min; {machine()}.
 Runs of 10 steps on 2 CPU ranks (fsdp2, dropout, validation, a checkpoint after every other step), SIGKILL for all
-ranks at once, `--resume_from auto`. Equal: weights, optimiser state, exported model and `metrics.jsonl` (without
+ranks at once, `--resume_from auto`. Equal: weights, optimizer state, exported model and `metrics.jsonl` (without
 `perf/`) are those of a run that never stopped, bit for bit. Seconds to resume: from the start of the processes, which
 have all modules imported, to the first step's row in `metrics.jsonl`.
 

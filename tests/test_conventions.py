@@ -81,15 +81,16 @@ MODULES = {
 }
 
 # Files with text for models, or that quote the old words: path or folder -> what may occur ("*" for everything).
+OLD_KEYS = {"allow_special_text", "hang_timeout", "${either:"}
 EXEMPT = {
     "CHANGELOG.md": {"*"},
     "LICENSE": {"*"},
     "data/": {"*"},
     "tests/test_conventions.py": {"*"},
-    "sft_recipe/config/compose.py": {"allow_special_text", "hang_timeout"},
-    "sft_recipe/config/aliases.py": {"allow_special_text", "hang_timeout"},
-    "tests/config/test_compose.py": {"allow_special_text", "hang_timeout"},
-    "tests/config/test_aliases.py": {"allow_special_text", "hang_timeout"},
+    "sft_recipe/config/compose.py": OLD_KEYS,
+    "sft_recipe/config/aliases.py": OLD_KEYS,
+    "tests/config/test_compose.py": OLD_KEYS,
+    "tests/config/test_aliases.py": OLD_KEYS,
 }
 
 

@@ -1,4 +1,4 @@
-"""./train.sh as a user types it, on a real model (the embedded SmolLM2) and real words."""
+"""Run ./train.sh as a user types it, on a real model (the embedded SmolLM2) and real text."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def loss_of(folder, path):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """A few records of the example data in the language that the model knows, to be learnt and to be judged by."""
+    """A few records of the example data in the language that the model knows, for training and for validation."""
     examples = json.loads((ROOT / "data/example_sft.json").read_text())
     english = [record for record in examples if record["response"].isascii()]
     path = tmp_path_factory.mktemp("end_to_end") / "records.json"
@@ -39,7 +39,7 @@ def records(tmp_path_factory):
     return path
 
 
-def test_the_default_model_gives_way_with_a_notice_learns_and_answers(records, tmp_path):
+def test_embedded_model_replaces_default_with_notice_and_learns(records, tmp_path):
     result = launch(
         "--train_data", str(records), "--val_data", str(records), "--output_dir", str(tmp_path), "--lr", "2e-5",
         "trainer.total_training_steps=6", "trainer.test_freq=3",
@@ -56,7 +56,7 @@ def test_the_default_model_gives_way_with_a_notice_learns_and_answers(records, t
 
 
 @pytest.mark.slow
-def test_lora_on_two_ranks_stops_and_resumes(records, tmp_path):
+def test_lora_on_two_ranks_resumes_with_another_strategy(records, tmp_path):
     flags = ["--use_lora", "--merge_lora", "--n_gpus", "2", "--model", "SmolLM2-135M-Instruct", "--lr", "2e-4"]
     data = ["--train_data", str(records), "--val_data", str(records), "--output_dir", str(tmp_path)]
     result = launch(*flags, *data, "lora=r16", "trainer.total_training_steps=2")
