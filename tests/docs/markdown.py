@@ -32,6 +32,11 @@ def text_of(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+def prose_of(page: str) -> str:
+    """Return the text of a page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S)
+
+
 def blocks(page: str) -> list[Block]:
     """Return the code blocks of a page, in order."""
     return [Block(m["language"], m["code"], m["reason"]) for m in BLOCK.finditer(text_of(page))]
@@ -39,8 +44,7 @@ def blocks(page: str) -> list[Block]:
 
 def tables(page: str) -> list[list[list[str]]]:
     """Return the tables of a page, each as its rows of cells, without the header."""
-    lines = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S)
-    found = re.findall(r"(?:^\|.*\|\n)+", lines, re.M)
+    found = re.findall(r"(?:^\|.*\|\n)+", prose_of(page), re.M)
     return [[_cells(row) for row in table.splitlines()[2:]] for table in found]
 
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from sft_recipe.cli.train import FLAGS
+from sft_recipe.cli.flags import FLAGS
 from sft_recipe.data.formats import read_conversations
-from tests.docs.markdown import PAGES, blocks, code_spans, local_links, tables, text_of
+from tests.docs.markdown import PAGES, blocks, code_spans, local_links, prose_of, tables, text_of
 from tests.support.runs import ROOT
 
 FLAG_ROWS = {
@@ -17,7 +17,7 @@ FLAG_ROWS = {
     for row in table
     if re.match(r"`[A-Z_]{4,}`", row[0]) and len(row) == 4
 }
-ARCHITECTURE = text_of("docs/architecture.md")
+ARCHITECTURE = prose_of("docs/architecture.md")
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
@@ -109,7 +109,7 @@ def _defined_names(path: str) -> set[str]:
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/memory.md", "docs/configuration.md"])
 def test_other_pages_name_existing_files(page):
-    spans = [span.split()[0] for span in code_spans(re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S))]
+    spans = [span.split()[0] for span in code_spans(prose_of(page))]
     paths = {span for span in spans if re.fullmatch(r"(sft_recipe|tests|scripts|benchmarks)/[\w/.]+", span)}
     assert not sorted(path for path in paths if not (ROOT / path).exists())
 
