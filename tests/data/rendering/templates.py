@@ -1,7 +1,7 @@
-"""Chat templates in the manner of well-known ones, each with marks that say what its mask should be.
+"""Chat templates in the style of well-known ones, with marks that define the expected mask.
 
-« and » stand around what the model writes in one assistant turn: one pair a message, in their order.
-‹ and › stand, inside of these, around a thought with its tags.
+« and » enclose what the model must produce in one assistant turn: one pair per message, in order.
+‹ and ›, inside of these, enclose reasoning with its tags.
 """
 
 import json
@@ -186,7 +186,7 @@ XML_CALLS = CALLS.replace(
     "{% if value is mapping or (value is sequence and value is not string) %}{{ value | tojson }}"
     "{% else %}{{ value | string }}{% endif %}{{ '\n</parameter>' }}{% endfor %}{{ '\n</function>\n</tool_call>' }}",
 )
-# Channels: earlier turns end with another token than the last; a thought is a message of its own.
+# Channels: earlier turns end with another token than the last; reasoning is a separate message.
 GPT_OSS = (
     REST + "{{ '<|start|>system<|message|>Today: ' + strftime_now('%Y-%m-%d') + '\nReasoning: medium<|end|>' }}"
     "{% if system or tools %}{{ '<|start|>developer<|message|># Instructions\n\n' + system }}"
@@ -229,7 +229,7 @@ class Style:
     plain_tokens: tuple[str, ...] = ()  # added tokens that are not special, as Qwen's <think>
     swallow: tuple[str, ...] = ()  # special tokens that take the white space after them along
     calls: int = 0  # how many tool calls a turn may hold
-    talks: bool = False  # shows what is said before a tool call
+    talks: bool = False  # renders the text before a tool call
     thinks: bool = False  # shows `reasoning_content`
     tools_need_system: bool = False
     answer: str = ""  # stands between a thought and the answer, beside white space
@@ -258,7 +258,7 @@ def build_spaced(chat_template, special_tokens, eos_token, *, metaspace: bool, *
 
     Puts one more ▁ before each stretch of text between special tokens or, with `metaspace`, before the first only.
     """
-    core = Tokenizer(models.BPE(LEARNT["vocab"], LEARNT["merges"], unk_token="<unk>", byte_fallback=True))
+    core = Tokenizer(models.BPE(PIECES["vocab"], PIECES["merges"], unk_token="<unk>", byte_fallback=True))
     if metaspace:
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     else:
@@ -272,7 +272,7 @@ def build_spaced(chat_template, special_tokens, eos_token, *, metaspace: bool, *
     return tokenizer
 
 
-def _learn() -> dict:
+def _train_pieces() -> dict:
     """Pieces as sentencepiece would find them, and the 256 bytes."""
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.Replace(" ", "▁")
@@ -285,7 +285,7 @@ def _learn() -> dict:
     return {"vocab": {piece: number for number, piece in enumerate(pieces)}, "merges": merges}
 
 
-LEARNT = _learn()
+PIECES = _train_pieces()
 IM = tiny.SPECIAL
 S = ["<pad>", "<s>", "</s>"]
 HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
