@@ -26,7 +26,7 @@ from benchmarks.prepare.report import MEBIBYTE, Part, report  # noqa: E402
 from benchmarks.prepare.systems import OURS, SYSTEMS, Plans, Run, Runs, System  # noqa: E402
 from benchmarks.results import machine, table, write_section  # noqa: E402
 from sft_recipe.errors import RecipeError  # noqa: E402
-from sft_recipe.models.resolve import EMBEDDED, convert_gguf, embedded_gguf  # noqa: E402
+from sft_recipe.models.gguf import EMBEDDED, convert_gguf, embedded_gguf  # noqa: E402
 
 CACHE = Path("~/.cache/sft_recipe").expanduser()
 PEERS = ["trl", "verl"]

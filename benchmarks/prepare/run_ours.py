@@ -10,7 +10,8 @@ def main() -> None:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from sft_recipe.data.token_store import StoreOptions, open_store
+    from sft_recipe.data.pipeline import open_store
+    from sft_recipe.data.token_store import StoreOptions
 
     corpus, tokenizer_folder, cache = map(Path, sys.argv[1:])
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)

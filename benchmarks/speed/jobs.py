@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from benchmarks.speed.inside.chatml import encode
 from sft_recipe.data.formats import read_conversations
 from sft_recipe.models.flops import MatmulParams, matmul_params
+from sft_recipe.models.gguf import convert_gguf, embedded_gguf
 from sft_recipe.models.memory_estimate import ModelDims
-from sft_recipe.models.resolve import convert_gguf, embedded_gguf
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 CONTEXT = 700, 1400  # tokens of a long prompt's context: least and most

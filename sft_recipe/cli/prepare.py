@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sft_recipe.cli.flags import Parser
-from sft_recipe.data.formats import FORMATS, Columns
+from sft_recipe.data.columns import Columns
+from sft_recipe.data.formats import FORMATS
 from sft_recipe.data.parquet_writer import ParquetOptions, ScanResult, write_parquet
 from sft_recipe.data.sources import resolve_files
 from sft_recipe.errors import ConfigError, run_command

@@ -1,4 +1,4 @@
-"""Message and Conversation: the one validated shape that every data format is turned into."""
+"""Defines Message and Conversation: every data format is converted to these validated types."""
 
 import json
 import re
@@ -9,19 +9,19 @@ from typing import Any
 from sft_recipe.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
-# A thought written into the content itself, at its start.
+# Reasoning written into the content itself, at its start.
 THOUGHT = re.compile(r"(\s*<think>)(.*?)(</think>)", re.DOTALL)
-KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
-KINDS |= {str: "text", list: "a list", dict: "an object"}
+JSON_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
+JSON_TYPES |= {str: "text", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; every text is kept exactly as given.
+    """A Message is one turn of a conversation; every text is kept exactly as given.
 
-    An assistant may think (`reasoning`) and call tools: `{"type": "function", "function": {"name", "arguments"}}`
-    with the arguments as an object, and perhaps an `id`. A tool's turn may name it and the call that it answers.
-    `train` is False for an assistant's turn that is shown to the model and not learnt.
+    An assistant turn may have `reasoning` and `tool_calls`: `{"type": "function", "function": {"name", "arguments"}}`
+    with the arguments as an object, and optionally an `id`. A tool turn may name the tool and the call it answers.
+    `train` is False for an assistant turn that the model sees but is not trained on.
     """
 
     role: str
@@ -33,7 +33,7 @@ class Message:
     train: bool = True
 
     def as_dict(self) -> dict[str, Any]:
-        """As chat templates want it: what a turn lacks is no key of it."""
+        """Return the turn as chat templates expect it; fields that the turn does not have are left out."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.reasoning:
             turn["reasoning_content"] = self.reasoning
@@ -48,14 +48,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation that can be trained on. `source` says where it came from (`a.json, record 12`).
+    """A Conversation has been checked and can be trained on. `source` is where it was read (`a.json, record 12`).
 
-    `tools` are the schemas of the functions that may be called, untouched. `fields` names the field of the record
-    that each turn's content stood in, for error messages: `prompt`, `conversations[3].content`. Two conversations
-    are equal when their messages and tools are.
+    `tools` are the schemas of the functions that may be called, unchanged. `fields` has the name of the record's field
+    that held each turn's content, for error messages: `prompt`, `conversations[3].content`. Two conversations
+    are equal when their messages and tools are equal.
 
-    Raises DataError for an unknown role, content that is no text, an empty prompt or response, reasoning or tool
-    calls of anyone but the assistant, a thought in two places, a system turn that is not the first, no assistant turn.
+    Raises DataError for an unknown role, content that is not text, an empty prompt or response, reasoning or tool
+    calls outside an assistant turn, reasoning given twice, a system turn that is not first, and no assistant turn.
     """
 
     messages: tuple[Message, ...]
@@ -75,39 +75,41 @@ class Conversation:
             _check_json(self.tools, "tools", self.source)
         if "assistant" not in roles:
             name = fields[-1].partition("[")[0] if fields else "messages"
-            problem = f"{name} has no assistant turn, so there is nothing to learn; add one"
+            problem = f"{name} has no assistant turn, so there is nothing to train on; add one"
             raise data_error(self.source, problem, "roles")
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """The turns as chat templates want them."""
+        """Return the turns as chat templates expect them."""
         return [message.as_dict() for message in self.messages]
 
     def as_record(self) -> dict[str, Any]:
-        """As a record of the format `messages`."""
-        learnt = [{} if message.train else {"train": False} for message in self.messages]
-        turns = [turn | more for turn, more in zip(self.as_dicts(), learnt, strict=True)]
+        """Return the conversation as a record of the format `messages`."""
+        flags = [{} if message.train else {"train": False} for message in self.messages]
+        turns = [turn | flag for turn, flag in zip(self.as_dicts(), flags, strict=True)]
         return {"messages": turns, "tools": list(self.tools)} if self.tools else {"messages": turns}
 
 
 def data_error(source: str, problem: str, kind: str = "fields") -> DataError:
-    """A DataError (to raise) that begins with the place, where it is known."""
+    """Return a DataError whose message begins with `source`, where the bad value is, unless that is unknown."""
     return DataError(f"{source}: {problem}." if source else f"{problem}.", kind)
 
 
 def json_type(value: object) -> str:
-    """What a value of a record is, in a user's words."""
-    return KINDS.get(type(value), type(value).__name__)
+    """Return the JSON type of a value, in words for a message."""
+    return JSON_TYPES.get(type(value), type(value).__name__)
 
 
 def check_text(value: object, name: str, source: str) -> str:
-    """The value itself if it is text that can be tokenised; raises DataError if not."""
+    """Return `value` if it is text that can be encoded as UTF-8; raises DataError if not."""
     if not isinstance(value, str):
         raise data_error(source, f"{name} is {json_type(value)}; expected text", "type")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud83d"
         half = f"\\u{ord(value[error.start]):04x}"
-        raise data_error(source, f"{name} holds {half}, half of a character; write the whole one", "type") from error
+        raise data_error(
+            source, f"{name} contains {half}, half of a character; write the complete character", "type"
+        ) from error
     return value
 
 
@@ -121,7 +123,7 @@ def _check_role(roles: Sequence[str], index: int, name: str, source: str) -> Non
         found = repr(role) if isinstance(role, str) else json_type(role)
         raise data_error(source, f"{name} is {found}; expected {', '.join(ROLES[:-1])} or {ROLES[-1]}", "roles")
     if role == "system" and "system" in roles[:index]:
-        raise data_error(source, f"{name} makes a second system turn; keep one, as the first turn", "roles")
+        raise data_error(source, f"{name} is a second system turn; keep one, as the first turn", "roles")
     if role == "system" and index > 0:
         raise data_error(source, f"{name} is a system turn after other turns; move it to the front", "roles")
 
@@ -142,10 +144,11 @@ def _check_extras(message: Message, turn: str, source: str) -> None:
         return
     if message.role != "assistant":
         what = "tool_calls" if message.tool_calls else "reasoning"
-        raise data_error(source, f"{turn}role is {message.role}, which has no {what}; only an assistant has", "roles")
+        problem = f"{turn}role is {message.role}, but there is {what}; only assistant turns may have it"
+        raise data_error(source, problem, "roles")
     check_text(message.reasoning, f"{turn}reasoning_content", source)
     if message.reasoning and THOUGHT.match(message.content):
-        problem = f"{turn}content begins with a <think> beside {turn}reasoning_content; keep the thought in one place"
+        problem = f"{turn}content begins with a <think> although there is {turn}reasoning_content; keep one"
         raise data_error(source, problem)
     if message.tool_calls:
         _check_json(message.tool_calls, f"{turn}tool_calls", source)

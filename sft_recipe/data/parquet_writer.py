@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_recipe.data.batching import split_validation
-from sft_recipe.data.formats import Columns, read_data
+from sft_recipe.data.columns import Columns
 from sft_recipe.data.messages import Conversation
+from sft_recipe.data.pipeline import read_data
 from sft_recipe.data.readers import BadRecord
 from sft_recipe.errors import DataError
 from sft_recipe.files import atomic_write

@@ -1,13 +1,15 @@
-"""Containers: a file of JSON, JSON lines, CSV or Parquet, perhaps compressed -> its records, one at a time."""
+"""Reads files of JSON, JSON lines, CSV and Parquet, compressed or not, into records, one at a time."""
 
 import codecs
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,35 +24,74 @@ PARSER = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that cannot be used: why, and what stands there (a line's text where it is no record at all)."""
+    """A BadRecord cannot be used: it has the reason and the record (the text of the line if it is not valid JSON)."""
 
     error: DataError
     record: Any
 
     def as_line(self) -> bytes:
-        """A line of rejected.jsonl."""
+        """Return the record and the reason as a line of rejected.jsonl."""
         row = {"reason": str(self.error), "kind": self.error.kind, "record": self.record}
         return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
 
 
-Records = Iterator[tuple[str, Any]]  # (place in the file, record or Rejected)
-
-
-def suffix_of(path: Path) -> str:
-    """`.jsonl` of `a.jsonl.gz`: what is inside."""
-    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-    return inner.suffix.lower()
+# Pairs of a position (`line 3`, or in read_records `a.jsonl, line 3`), and the record or BadRecord at that position.
+Records = Iterator[tuple[str, Any]]
 
 
 def read_records(path: Path) -> Records:
-    """Places and records of a file, in order and one at a time; memory does not grow with the file.
+    """Return an iterator over (location, record) of a file, in order; a location is `a.jsonl, line 3`.
 
-    A record that is damaged alone comes as Rejected. Raises DataError where the rest cannot be read either.
+    Records are read one at a time, so that memory does not grow with the file. A damaged record comes as a BadRecord
+    if reading can go on after it. Raises DataError at once for a file that check_file refuses, and while reading for
+    a file without records or one that cannot be read further.
     """
+    check_file(path)
+    return _read_records(path)
+
+
+def _read_records(path: Path) -> Records:
+    is_empty = True
     try:
-        yield from CONTAINERS[suffix_of(path)](path)
-    except OSError as error:  # a damaged compressed file is one, too
-        raise data_error(str(path), f"cannot be read ({error}); is the file whole?", "malformed") from error
+        for position, record in READERS[suffix_of(path)](path):
+            is_empty = False
+            yield f"{path}, {position}", record
+    except OSError as error:  # also raised for a damaged compressed file
+        raise data_error(str(path), f"cannot be read ({error}); is the file complete?", "malformed") from error
+    if is_empty:
+        raise data_error(str(path), "no records; expected at least one (in CSV, below a header line)", "empty")
+
+
+def check_file(path: Path) -> None:
+    """Raises DataError for a file that is missing, empty, not readable, a directory or of an unknown type."""
+    if os.path.isdir(path):
+        files = sorted(file.name for file in path.iterdir() if suffix_of(file) in READERS)[:5]
+        contents = ", ".join(files) or "no data files"
+        raise data_error(str(path), f"a directory (with {contents}); name a file, or a glob: {path / '*.json'}")
+    if not os.path.exists(path):
+        raise DataError(f"Data file not found: {path.absolute()}{_similar_files(path)}.")
+    if suffix_of(path) == ".txt":
+        problem = "plain text has no fields for prompt and response"
+        raise data_error(str(path), f"{problem}; write records with prompt and response as .jsonl")
+    if suffix_of(path) not in READERS or (suffix_of(path) == ".parquet" and path.suffix.lower() in COMPRESSED):
+        raise data_error(str(path), f"unknown file type; expected one of {FILE_TYPES}")
+    if not os.access(path, os.R_OK):
+        raise data_error(str(path), "no permission to read this file; change its mode or its owner")
+    if path.stat().st_size == 0:
+        raise data_error(str(path), "the file is empty; give one with at least one record", "empty")
+
+
+def _similar_files(path: Path) -> str:
+    if not os.path.isdir(path.parent):
+        return f" (there is no folder {path.parent.absolute()})"
+    similar = get_close_matches(path.name, [file.name for file in path.parent.iterdir()])
+    return f"; similar names in that folder: {', '.join(similar)}" if similar else "; check the path"
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix without compression: `.jsonl` for `a.jsonl.gz`."""
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return inner.suffix.lower()
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -63,7 +104,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | BadRecord]]:
-    """Numbered lines with their ends; split at \\n only, since text may hold other line separators."""
+    """Yield numbered lines with their ends; split at \\n only, since text may contain other line separators."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -75,7 +116,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | BadRecord]]:
 
 
 def _text_lines(path: Path) -> Iterator[str]:
-    """The lines of a file that makes no sense without any one of them."""
+    """Yield the lines of a file in which every line must be valid."""
     for _, line in _lines(path):
         if isinstance(line, BadRecord):
             raise line.error
@@ -83,94 +124,98 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 
 def _malformed(error: json.JSONDecodeError, path: Path, line: int, column: int = 0) -> DataError:
-    """What is wrong, where: the text that was parsed begins after `column` characters of `line`."""
+    """Return the error with its position; the parsed text begins after `column` characters of `line`."""
     line_start = error.doc.rfind("\n", 0, error.pos) + 1
     excerpt = error.doc[max(line_start, error.pos - 30) : error.pos + 30].partition("\n")[0].strip()
-    place = f"line {line + error.lineno - 1}, column {error.colno + (column if error.lineno == 1 else 0)}"
-    near = f"malformed JSON ({error.msg}) near: {excerpt or 'the end'}"
-    return data_error(f"{path}, {place}", near, "malformed")
+    position = f"line {line + error.lineno - 1}, column {error.colno + (column if error.lineno == 1 else 0)}"
+    problem = f"malformed JSON ({error.msg}) near: {excerpt or 'the end'}"
+    return data_error(f"{path}, {position}", problem, "malformed")
 
 
 def _read_json(path: Path) -> Records:
-    array = _Array(path)
+    array = _JsonArray(path)
     first = array.peek()
     if first == "{" and _is_jsonl(path):
         yield from _read_jsonl(path)
     elif first and first != "[":
-        found = json_type(array.value())
-        raise data_error(str(path), f"the file holds {found}; expected an array of records: [...]", "malformed")
+        actual = json_type(array.value())
+        raise data_error(str(path), f"the file contains {actual}; expected an array of records: [...]", "malformed")
     elif first:
         yield from ((f"record {number}", record) for number, record in enumerate(array.items(), 1))
 
 
 def _is_jsonl(path: Path) -> bool:
-    """Whether the first line is an object by itself and more follows."""
-    filled = (line for line in _text_lines(path) if line.strip())
-    first, second = next(filled, ""), next(filled, "")
+    """Return whether the first line is a complete object and more lines follow."""
+    lines = (line for line in _text_lines(path) if line.strip())
+    first, second = next(lines, ""), next(lines, "")
     with suppress(ValueError):
         return bool(second) and isinstance(_loads(first.strip()), dict)
     return False
 
 
-class _Array:
-    """A JSON array, read block by block: holds one record and the block it stands in."""
+class _JsonArray:
+    """A JSON array, read in blocks: memory holds one record and the block that contains it."""
 
     def __init__(self, path: Path):
         self.path = path
         self.blocks = _blocks(path)
-        self.text, self.at, self.line = "", 0, 1  # what is read, how far it is used, the line that it begins in
-        self.column = 0  # characters before `text` in that line
+        self.text, self.at = "", 0  # the text that has been read, and the position up to which it is parsed
+        self.line, self.column = 1, 0  # the line in which `text` begins, and the characters before it in that line
 
     def items(self) -> Iterator[Any]:
+        """Yield the items of the array; a comma after the last item is accepted."""
         self.at += 1
-        mark = ","
-        while self.peek() != "]":  # a comma after the last record does no harm
-            if mark != ",":
+        separator = ","
+        while self.peek() != "]":
+            if separator != ",":
                 raise self.malformed("Expecting ',' delimiter", self.at)
             yield self.value()
-            mark = self.peek()
-            self.at += mark == ","
+            separator = self.peek()
+            self.at += separator == ","
         self.at += 1
         if self.peek():
             raise self.malformed("Extra data", self.at)
 
     def peek(self) -> str:
-        """The next character that is no white space, or "" at the end of the file."""
+        """Return the next character that is not white space, or "" at the end of the file."""
         while True:
             self.at = SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it always matches
             if self.at < len(self.text):
                 return self.text[self.at]
-            if not self.read_on():
+            if not self.read_more():
                 return ""
 
     def value(self) -> Any:
+        """Parse and return the next value. Raises DataError for malformed JSON."""
         self.peek()
         while True:
             try:
-                found, self.at = PARSER.raw_decode(self.text, self.at)
-                return found
+                value, self.at = PARSER.raw_decode(self.text, self.at)
+                return value
             except json.JSONDecodeError as error:
-                # Incomplete or wrong? A wrong character shows where it stands; an open string shows its beginning.
-                position = error.pos - self.at  # reading on moves the text
-                is_open = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
-                if not (is_open and self.read_on(len(self.text) - self.at)):
+                # The value is incomplete or malformed. The parser reports the position of a wrong character, and the
+                # beginning of a string without an end.
+                position = error.pos - self.at  # read_more moves the text
+                may_continue = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
+                if not (may_continue and self.read_more(len(self.text) - self.at)):
                     raise self.malformed(error.msg, self.at + position) from error
 
-    def read_on(self, least: int = 0) -> bool:
-        """Forget what is used, and read as much again as is not; False at the end of the file."""
-        used = self.text[: self.at]
-        self.line += used.count("\n")
-        newline = used.rfind("\n")
-        self.column = len(used) - newline - 1 if newline >= 0 else self.column + len(used)
+    def read_more(self, minimum: int = 0) -> bool:
+        """Drop the parsed text and read at least `minimum` more characters; False at the end of the file."""
+        parsed = self.text[: self.at]
+        self.line += parsed.count("\n")
+        newline = parsed.rfind("\n")
+        self.column = len(parsed) - newline - 1 if newline >= 0 else self.column + len(parsed)
         more = ""
         for block in self.blocks:
             more += block
-            if len(more) >= max(least, 1):
+            if len(more) >= max(minimum, 1):
                 break
         self.text, self.at = self.text[self.at :] + more, 0
         return bool(more)
 
     def malformed(self, message: str, position: int) -> DataError:
+        """Return the error for malformed JSON at a position of `text`."""
         error = json.JSONDecodeError(message, self.text, position)
         return _malformed(error, self.path, self.line, self.column)
 
@@ -192,25 +237,25 @@ def _blocks(path: Path) -> Iterator[str]:
 
 def _read_jsonl(path: Path) -> Records:
     for number, line in _lines(path):
-        place = f"line {number}"
+        position = f"line {number}"
         if isinstance(line, BadRecord):
-            yield place, line
+            yield position, line
             continue
         if line.lstrip().startswith("["):
             problem = "an array begins; expected one object per line (or name the file .json)"
-            raise data_error(f"{path}, {place}", problem, "malformed")
+            raise data_error(f"{path}, {position}", problem, "malformed")
         text = line.strip()
         if not text:
             continue
         try:
-            yield place, _loads(text)
+            yield position, _loads(text)
         except json.JSONDecodeError as error:
             indent = len(line) - len(line.lstrip())
-            yield place, BadRecord(_malformed(error, path, number, indent), text)
+            yield position, BadRecord(_malformed(error, path, number, indent), text)
 
 
 def _loads(text: str) -> Any:
-    """A line's value; a comma behind it, as in an array that was taken apart, does no harm."""
+    """Parse a line; a comma after the value is accepted, as in lines cut from an array."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -226,21 +271,21 @@ def _read_csv(path: Path) -> Records:
     rows = csv.reader(_text_lines(path), strict=True)
     header: list[str] = []
     while True:
-        place = f"line {rows.line_num + 1}"
+        position = f"line {rows.line_num + 1}"
         try:
             row = next(rows, None)
         except csv.Error as error:
             problem = f"malformed CSV ({error}); check this row's quotes"
-            raise data_error(f"{path}, {place}", problem, "malformed") from error
+            raise data_error(f"{path}, {position}", problem, "malformed") from error
         if row is None:
             return
         if not header:
             header = row
         elif row and len(row) != len(header):
-            problem = f"{len(row)} cells where the header has {len(header)}; quote cells that hold commas"
-            yield place, BadRecord(data_error(f"{path}, {place}", problem, "malformed"), row)
+            problem = f"{len(row)} cells where the header has {len(header)}; quote cells that contain commas"
+            yield position, BadRecord(data_error(f"{path}, {position}", problem, "malformed"), row)
         elif row:
-            yield place, dict(zip(header, row, strict=True))
+            yield position, dict(zip(header, row, strict=True))
 
 
 def _read_parquet(path: Path) -> Records:
@@ -255,21 +300,21 @@ def _read_parquet(path: Path) -> Records:
                     number += 1
                     yield f"record {number}", {key: _without_nulls(value) for key, value in row.items()}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        problem = f"cannot be read as Parquet after record {number} ({error}); write it anew"
+        problem = f"cannot be read as Parquet after record {number} ({error}); write the file again"
         raise data_error(str(path), problem, "malformed") from error
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives every struct all keys of all rows; those that a row lacks are null."""
+    """Arrow gives every struct the keys of all rows; keys that a row does not have are null."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-CONTAINERS: dict[str, Callable[[Path], Records]] = {
+READERS: dict[str, Callable[[Path], Records]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }
-KNOWN = ", ".join(CONTAINERS) + f" (the first two and .csv also with {' or '.join(COMPRESSED)})"
+FILE_TYPES = ", ".join(READERS) + f" (the first two and .csv also with {' or '.join(COMPRESSED)})"

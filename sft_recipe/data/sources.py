@@ -1,16 +1,16 @@
-"""What the user wrote in data.train_files -> sources: files, globs and data sets of the hub, each with its share."""
+"""Resolves data.train_files and data.val_files: files, globs and data sets of the hub, each with its share."""
 
 import glob
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from sft_recipe.data.messages import data_error
-from sft_recipe.data.readers import COMPRESSED, CONTAINERS, KNOWN, suffix_of
+from sft_recipe.data.readers import READERS, check_file, suffix_of
 from sft_recipe.errors import DataError
+from sft_recipe.files import atomic_write
 
 SHARE = re.compile(r"(?P<name>.+?)(\*(?P<weight>\d+(\.\d*)?|\.\d+)|#(?P<count>\d+))")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:(?P<split>[\w.\[\]:%+-]+))?")
@@ -18,7 +18,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:(?P<split>[\w.\[\]:%+-]+))?")
 
 @dataclass(frozen=True)
 class Source:
-    """Files that count as one, and how many of their examples an epoch holds: all times `weight`, or `count`."""
+    """A Source is a group of files; an epoch has `weight` times their examples, or `count` of them."""
 
     name: str
     files: tuple[Path, ...]
@@ -26,13 +26,13 @@ class Source:
     count: int | None = None
 
     def target_count(self, examples: int) -> int:
-        """Examples that an epoch holds, at least one, where the files have this many."""
+        """Return how many examples an epoch has, at least one, if the files have `examples` of them."""
         return self.count if self.count is not None else max(1, round(self.weight * examples))
 
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """How many of a source's examples an epoch holds."""
+    """SourceCounts has the number of examples in a source, and how many of them an epoch has."""
 
     name: str
     examples: int
@@ -40,13 +40,13 @@ class SourceCounts:
 
 
 def resolve_files(spec: str | Path | Sequence[str | Path], cache_dir: Path | None = None) -> list[Source]:
-    """The sources that a path, a glob, a hub data set or a list of those names; what a glob matches comes sorted.
+    """Return the sources for a path, a glob, a hub data set or a list of those; files of a glob are sorted.
 
     `a.json*0.5` is half of a file's examples, `a.json*3` three copies, `b.jsonl#1000` a thousand of them, and
-    `owner/name` or `owner/name:split` a data set of the hub, kept in `cache_dir`.
+    `owner/name` or `owner/name:split` a data set of the hub, which is stored in `cache_dir`.
 
-    Raises DataError for a file that is missing, empty, unreadable, a directory, of an unknown kind, or given
-    twice, for a glob that matches nothing, for a share of nothing, and for a data set that cannot be had.
+    Raises DataError for a file that check_file refuses or that is given twice, for a glob that matches nothing, for
+    a share of 0, and for a data set that cannot be downloaded.
     """
     items = [spec] if isinstance(spec, str | Path) else spec
     sources = [_source(str(item), cache_dir) for item in items]
@@ -67,7 +67,7 @@ def _source(item: str, cache_dir: Path | None) -> Source:
     weight = float(share["weight"]) if share and share["weight"] else 1.0
     count = int(share["count"]) if share and share["count"] else None
     if not weight or count == 0:
-        raise DataError(f"{item} asks for nothing of {name}; leave it out, or ask for more.")
+        raise DataError(f"{item} asks for no examples of {name}; remove it, or give a share greater than 0.")
     return Source(name, tuple(_expand(name, cache_dir)), weight, count)
 
 
@@ -76,66 +76,35 @@ def _expand(name: str, cache_dir: Path | None) -> list[Path]:
     if os.path.exists(path):
         return [path]
     if any(mark in name for mark in "*?["):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
-        if found:
-            return found
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+        if files:
+            return files
         if not HUB_NAME.fullmatch(name):
             raise DataError(f"No file matches {path.absolute()}; check the pattern.")
     hub_name = HUB_NAME.fullmatch(name)
-    if hub_name and suffix_of(path) not in CONTAINERS and not path.parent.is_dir() and cache_dir:
+    if hub_name and suffix_of(path) not in READERS and not path.parent.is_dir() and cache_dir:
         return [_download(name.partition(":")[0], hub_name["split"] or "train", cache_dir)]
     return [path]
 
 
 def _download(name: str, split: str, cache_dir: Path) -> Path:
-    """A data set of the hub as one Parquet file, found again by the fingerprint of what was loaded."""
+    """Store a data set of the hub as one Parquet file, named after the fingerprint of its rows."""
     from datasets import load_dataset
 
     try:
         rows = load_dataset(name, split=split)
-    except Exception as error:  # of a dozen kinds, of four packages: no network, no such name, no such split, gated
+    except Exception as error:  # many types, of four packages: no network, no such name, no such split, gated
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{name} (split {split}) is neither a file here nor a data set that the hub gives ({reason}); "
             "check the name, or download it and name the files."
         ) from error
-    folder = cache_dir / "datasets"
-    file = folder / f"{name.replace('/', '--')}-{rows._fingerprint}.parquet"
+    file = cache_dir / "datasets" / f"{name.replace('/', '--')}-{rows._fingerprint}.parquet"
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         try:
-            rows.to_parquet(partial)
-            partial.replace(file)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(file) as partial:
+                rows.to_parquet(partial)
         except OSError as error:
-            raise DataError(f"{name} cannot be kept in {folder}: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+            raise DataError(f"{name} cannot be stored in {file.parent}: {error.strerror or error}") from error
     return file
-
-
-def check_file(path: Path) -> None:
-    """Raises DataError for a file that cannot be read as data."""
-    if os.path.isdir(path):
-        data = sorted(file.name for file in path.iterdir() if suffix_of(file) in CONTAINERS)[:5]
-        inside = ", ".join(data) or "no data files"
-        raise data_error(str(path), f"a directory (with {inside}); name a file, or a glob: {path / '*.json'}")
-    if not os.path.exists(path):
-        raise DataError(f"Data file not found: {path.absolute()}{_beside(path)}.")
-    if suffix_of(path) == ".txt":
-        problem = "a text per line says neither what was asked nor what is to be learnt"
-        raise data_error(str(path), f"{problem}; write prompt and response as .jsonl")
-    if suffix_of(path) not in CONTAINERS or (suffix_of(path) == ".parquet" and path.suffix.lower() in COMPRESSED):
-        raise data_error(str(path), f"unknown kind of file; expected one of {KNOWN}")
-    if not os.access(path, os.R_OK):
-        raise data_error(str(path), "no permission to read this file; change its mode or its owner")
-    if path.stat().st_size == 0:
-        raise data_error(str(path), "the file is empty; give one with at least one record", "empty")
-
-
-def _beside(path: Path) -> str:
-    """What else the missing file could have been."""
-    if not os.path.isdir(path.parent):
-        return f" (there is no folder {path.parent.absolute()})"
-    near = get_close_matches(path.name, [file.name for file in path.parent.iterdir()])
-    return f"; near it: {', '.join(near)}" if near else "; check the path"

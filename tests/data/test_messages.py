@@ -70,12 +70,12 @@ def test_frozen_and_equal_wherever_it_came_from():
         ([USER, ("assistant", "")], "messages[1].content is an empty response"),
         ([USER, ("assistant", " \n\t\u3000")], "messages[1].content is an empty response"),
         ([USER, ANSWER, ("user", " ")], "messages[2].content is an empty prompt"),
-        ([("system", "a"), ("system", "b"), USER, ANSWER], "messages[1].role makes a second system turn"),
-        ([("system", "a"), USER, ("system", "b"), ANSWER], "messages[2].role makes a second system turn"),
+        ([("system", "a"), ("system", "b"), USER, ANSWER], "messages[1].role is a second system turn"),
+        ([("system", "a"), USER, ("system", "b"), ANSWER], "messages[2].role is a second system turn"),
         ([USER, ("system", "a"), ANSWER], "messages[1].role is a system turn after other turns"),
         ([USER, USER], "messages has no assistant turn"),
         ([], "messages has no assistant turn"),
-        ([("user", "half \ud83d"), ANSWER], r"messages[0].content holds \ud83d, half of a character"),
+        ([("user", "half \ud83d"), ANSWER], r"messages[0].content contains \ud83d, half of a character"),
     ],
 )
 def test_what_cannot_be_trained_on_is_named(turns, expected):

@@ -1,17 +1,15 @@
-"""What each format that people have says, message by message; and nothing in tools and calls is touched."""
+"""Records of every format become the expected messages; tools and calls stay unchanged."""
 
-import gzip
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft_recipe.data import readers as containers
-from sft_recipe.data.formats import Columns, read_conversations, read_data, to_conversation
+from sft_recipe.data.columns import Columns
+from sft_recipe.data.formats import read_conversations, to_conversation
 from sft_recipe.data.messages import Message
-from sft_recipe.data.readers import BadRecord
-from sft_recipe.data.sources import resolve_files
+from sft_recipe.data.pipeline import read_data
 from sft_recipe.errors import ConfigError, DataError
 
 Q, A = Message("user", "What is 2 + 2?"), Message("assistant", "4")
@@ -94,12 +92,12 @@ CALLED = (
         ),
     ],
 )
-def test_what_a_record_says(record, messages):
+def test_records_become_messages(record, messages):
     assert to_conversation(record, "").messages == messages
 
 
 @pytest.mark.parametrize("arguments", [ARGUMENTS, json.dumps(ARGUMENTS), "", None, "{}"])
-def test_arguments_are_an_object_with_its_keys_in_order(arguments):
+def test_tool_arguments_become_an_object_in_key_order(arguments):
     call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
     record = {"messages": [OPENAI[0], {"role": "assistant", "tool_calls": [call]}]}
     (found,) = to_conversation(record, "").messages[1].tool_calls
@@ -108,14 +106,14 @@ def test_arguments_are_an_object_with_its_keys_in_order(arguments):
 
 
 @pytest.mark.parametrize("tools", [[SCHEMA], [BARE_SCHEMA], json.dumps([SCHEMA]), json.dumps([BARE_SCHEMA])])
-def test_schemas_are_untouched(tools):
+def test_tool_schemas_are_unchanged(tools):
     """Keys in their order, null where it is written; a bare schema is given the wrapping that templates want."""
     found = to_conversation({"conversations": SHAREGPT, "tools": tools}, "").tools
     assert json.dumps(found) == json.dumps([SCHEMA])
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
-def test_a_key_that_one_record_lacks_is_no_null_in_another(tmp_path, suffix):
+def test_missing_keys_do_not_become_null(tmp_path, suffix):
     """Arrow gives every struct the keys of all; JSON is read as it is."""
     schemas = [
         {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}},
@@ -134,7 +132,7 @@ def test_a_key_that_one_record_lacks_is_no_null_in_another(tmp_path, suffix):
     assert json.dumps(found) == json.dumps([[{"type": "function", "function": schema}] for schema in schemas])
 
 
-def test_a_conversation_as_a_record_is_the_same_conversation():
+def test_conversation_round_trips_as_record():
     record = {
         "messages": [*OPENAI, OPENAI[0], {"role": "assistant", "content": "4", "train": False}],
         "tools": [SCHEMA],
@@ -143,7 +141,7 @@ def test_a_conversation_as_a_record_is_the_same_conversation():
     assert to_conversation(json.loads(json.dumps(conversation.as_record())), "") == conversation
 
 
-def test_templates_get_no_key_that_a_turn_lacks():
+def test_dicts_have_only_the_keys_of_the_turn():
     dicts = to_conversation({"messages": OPENAI}, "").as_dicts()
     assert [sorted(turn) for turn in dicts] == [
         ["content", "role"],
@@ -153,16 +151,13 @@ def test_templates_get_no_key_that_a_turn_lacks():
     ]
 
 
-# Other names of columns
-
-
 def rows(tmp_path, *records):
     path = tmp_path / "odd.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
-def test_columns_with_other_names(tmp_path):
+def test_record_columns_are_renamed(tmp_path):
     path = rows(tmp_path, {"question": Q.content, "answer": "4", "prompt": "ignored"}, {"prompt": "a", "response": "b"})
     columns = Columns({"prompt": "question", "response": "answer"})
     found = [conversation.messages for conversation in read_data(path, columns=columns)]
@@ -170,151 +165,20 @@ def test_columns_with_other_names(tmp_path):
     columns.check_all_found()
 
 
-def test_turns_with_other_names(tmp_path):
+def test_turn_columns_are_renamed(tmp_path):
     path = rows(tmp_path, {"dialog": [{"who": "user", "says": Q.content}, {"who": "assistant", "says": "4"}]})
     columns = Columns({"messages": "dialog", "role": "who", "content": "says"})
     assert [conversation.messages for conversation in read_data(path, columns=columns)] == [(Q, A)]
     columns.check_all_found()
 
 
-def test_a_column_that_no_record_has_is_told(tmp_path):
+def test_missing_column_is_reported(tmp_path):
     columns = Columns({"system": "sytsem"})
     assert len(list(read_data(rows(tmp_path, {"prompt": "a", "response": "b"}), columns=columns))) == 1
-    with pytest.raises(DataError, match="system is to be 'sytsem', which no record has"):
+    with pytest.raises(DataError, match="system='sytsem', but no record has such a column"):
         columns.check_all_found()
 
 
-def test_a_name_that_no_format_has_is_told():
+def test_unknown_field_in_columns_is_reported():
     with pytest.raises(ConfigError, match="names 'respons', which no format has. Did you mean response?"):
         Columns({"respons": "answer"})
-
-
-# Files
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
-@pytest.mark.parametrize("codec", [".gz", ".zst"])
-def test_compressed_files(tmp_path, suffix, codec):
-    texts = {
-        ".json": json.dumps([{"prompt": f"问 {n}", "response": "4"} for n in range(50)], indent=1),
-        ".jsonl": "".join(json.dumps({"prompt": f"问 {n}", "response": "4"}) + "\n" for n in range(50)),
-        ".csv": "prompt,response\n" + "".join(f"问 {n},4\n" for n in range(50)),
-    }
-    whole = texts[suffix].encode()
-    path = tmp_path / f"a{suffix}{codec}"
-    squeeze = gzip.compress if codec == ".gz" else lambda data: pa.compress(data, "zstd", asbytes=True)
-    half = len(whole) // 2
-    path.write_bytes(squeeze(whole[:half]) + squeeze(whole[half:]))  # files of several parts are usual
-    assert [c.messages[0].content for c in read_conversations(path)] == [f"问 {n}" for n in range(50)]
-    path.write_bytes(squeeze(whole)[:-9])
-    with pytest.raises(DataError, match=f"a{suffix}{codec}: cannot be read"):
-        list(read_conversations(path))
-    path.write_bytes(whole)
-    with pytest.raises(DataError, match="cannot be read"):
-        list(read_conversations(path))
-
-
-@pytest.mark.parametrize("block", [1, 7, 64])
-@pytest.mark.parametrize("indent", [None, 2])
-def test_an_array_is_read_in_blocks_of_any_size(tmp_path, monkeypatch, block, indent):
-    records = [{"prompt": "x" * n + '"\\\n好', "response": str(n), "n": [n, 2.5, None]} for n in range(40)]
-    monkeypatch.setattr(containers, "BLOCK", block)
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(records, indent=indent, ensure_ascii=False), encoding="utf-8")
-    assert [record for _, record in containers.read_records(path)] == records
-
-
-@pytest.mark.parametrize("block", [5, 1 << 20])
-@pytest.mark.parametrize(("place", "byte"), [(3, "}"), (40, "]"), (41, '"'), (77, ","), (199, ":")])
-def test_a_damaged_array_is_told_where_json_itself_tells_it(tmp_path, monkeypatch, block, place, byte):
-    text = json.dumps([{"prompt": f"Is {n}?", "response": "Yes."} for n in range(9)], indent=1)
-    damaged = text[:place] + byte + text[place + 1 :]
-    monkeypatch.setattr(containers, "BLOCK", block)
-    path = tmp_path / "a.json"
-    path.write_text(damaged)
-    with pytest.raises(json.JSONDecodeError) as oracle:
-        json.loads(damaged)
-    expected = f"line {oracle.value.lineno}, column {oracle.value.colno}: malformed JSON ({oracle.value.msg})"
-    with pytest.raises(DataError) as caught:
-        list(containers.read_records(path))
-    assert expected in str(caught.value)
-
-
-def test_commas_blank_lines_and_carriage_returns_do_no_harm(tmp_path):
-    line = json.dumps({"prompt": "a", "response": "b"})
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(f"\ufeff{line},\r\n\r\n{line} , \r\n{line},".encode())
-    assert len(list(read_conversations(path))) == 3
-    path = tmp_path / "a.json"
-    path.write_bytes(f"\ufeff[{line},\r\n{line},\r\n]\r\n".encode())
-    assert len(list(read_conversations(path))) == 2
-
-
-def test_reading_goes_on_after_a_bad_line(tmp_path):
-    good = json.dumps({"prompt": "a", "response": "b"}).encode()
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n".join([good, b"{broken", good, b'{"prompt": "\xff"}', b'{"prompt": ""}', b"3", good]))
-    items = list(read_data(path))
-    assert [isinstance(item, BadRecord) for item in items] == [False, True, False, True, True, True, False]
-    kinds = [item.error.kind for item in items if isinstance(item, BadRecord)]
-    assert kinds == ["malformed", "malformed", "fields", "type"]
-    assert "line 4: not UTF-8" in str(items[3].error)
-    assert items[1].record == "{broken"
-
-
-# Shares of files, data sets of the hub
-
-
-@pytest.mark.parametrize(
-    ("spec", "wanted"), [("a.json", 10), ("a.json*0.5", 5), ("a.json*2", 20), ("a.json*.01", 1), ("a.json#7", 7)]
-)
-def test_a_file_with_a_share(tmp_path, monkeypatch, spec, wanted):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.json").write_text("[1]")
-    (source,) = resolve_files(spec)
-    assert [file.name for file in source.files] == ["a.json"] and source.name == "a.json"
-    assert source.target_count(10) == wanted
-
-
-def test_a_glob_has_one_share_and_a_file_may_be_called_like_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a.json", "b.json", "b.json*2"):
-        (tmp_path / name).write_text("[1]")
-    glob = resolve_files("?.json*0.5")[0]
-    assert [file.name for file in glob.files] == ["a.json", "b.json"] and glob.weight == 0.5
-    with pytest.raises(DataError, match="unknown kind of file"):
-        resolve_files("b.json*2")
-    for nothing in ("a.json*0", "a.json#0"):
-        with pytest.raises(DataError, match="asks for nothing of a.json"):
-            resolve_files(nothing)
-
-
-def test_a_data_set_of_the_hub_becomes_a_file(tmp_path, monkeypatch):
-    import datasets
-
-    rows = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}])
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return rows
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.chdir(tmp_path)
-    (source,) = resolve_files("owner/name:train[:10]#1", tmp_path / "cache")
-    assert asked == [("owner/name", "train[:10]")] and source.count == 1
-    assert [c.messages[0].content for c in read_conversations(source.files[0])] == ["a", "c"]
-    assert resolve_files("owner/name", tmp_path / "cache")[0].files == source.files
-    assert asked[1] == ("owner/name", "train")
-
-
-def test_a_data_set_that_cannot_be_had_is_told(tmp_path, monkeypatch):
-    import datasets
-
-    def load_dataset(name, split):
-        raise ConnectionError("Couldn't reach the hub\nin five attempts")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"owner/name \(split train\) is neither a file .* \(Couldn't reach the hub\)"):
-        resolve_files("owner/name", tmp_path / "cache")

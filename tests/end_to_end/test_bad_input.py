@@ -179,7 +179,7 @@ def test_bad_records_can_be_skipped_up_to_a_share(run, tmp_path, capfd):
         (["data.enable_thinking=true"], ["enable_thinking", "no such switch"]),
         (["model.chat_template={nothing}/t.jinja"], ["model.chat_template", "cannot be read"]),
         (["data.train_on=first"], ["data.train_on", "all, last"]),
-        (["data.train_files={file}*0"], ["asks for nothing"]),
+        (["data.train_files={file}*0"], ["asks for no examples"]),
     ],
 )
 def test_bad_choices_about_data(run, tmp_path, extra, said):

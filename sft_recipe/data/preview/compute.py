@@ -6,8 +6,9 @@ from functools import cached_property
 from pathlib import Path
 
 from sft_recipe.config.schema import Config
-from sft_recipe.data.formats import Columns, read_data
+from sft_recipe.data.columns import Columns
 from sft_recipe.data.messages import Conversation
+from sft_recipe.data.pipeline import read_data
 from sft_recipe.data.preview.html import excerpt, page
 from sft_recipe.data.preview.stats import DatasetStats, Settings
 from sft_recipe.data.readers import BadRecord

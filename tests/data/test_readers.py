@@ -1,0 +1,227 @@
+"""Readers handle every file type, compressed or not, and report damage with its position."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sft_recipe.data import readers
+from sft_recipe.data.formats import read_conversations
+from sft_recipe.data.pipeline import read_data
+from sft_recipe.data.readers import BadRecord
+from sft_recipe.errors import DataError
+from tests.data.files import (
+    GOOD,
+    error_of,
+    raw,
+    turns_of,
+    write,
+)
+
+
+def test_jsonl_skips_blank_lines_and_a_byte_order_mark_and_crlf(tmp_path):
+    line = json.dumps(GOOD)
+    path = raw(tmp_path / "a.jsonl", f"\ufeff{line}\r\n\r\n   \n{line}")
+    assert [c.source for c in read_conversations(path)] == [f"{path}, line 1", f"{path}, line 4"]
+
+
+@pytest.mark.parametrize("data", ['\ufeff[{"prompt": "a", "response": "b"}]', "\ufeffprompt,response\r\na,b\r\n\r\n"])
+def test_byte_order_mark_elsewhere(tmp_path, data):
+    path = raw(tmp_path / ("a.csv" if "," in data[:9] else "a.json"), data)
+    assert turns_of(path) == [[("user", "a"), ("assistant", "b")]]
+
+
+def test_json_file_of_lines_is_read_as_lines(tmp_path):
+    line = json.dumps(GOOD)
+    path = raw(tmp_path / "a.json", f"\n{line}\n\n{line}\n")
+    assert [c.source for c in read_conversations(path)] == [f"{path}, line 2", f"{path}, line 4"]
+
+
+def test_byte_order_mark_inside_a_text_is_kept(tmp_path):
+    path = write(tmp_path / "a.csv", [{"prompt": "a\n\ufeffb", "response": "c"}])
+    assert turns_of(path) == [[("user", "a\n\ufeffb"), ("assistant", "c")]]
+
+
+def test_upper_case_suffix(tmp_path):
+    assert len(turns_of(raw(tmp_path / "A.JSONL", json.dumps(GOOD)))) == 1
+
+
+def test_csv_cell_longer_than_the_default_limit(tmp_path):
+    path = write(tmp_path / "a.csv", [{"prompt": "x" * 200_000, "response": "y"}])
+    assert len(turns_of(path)[0][0][1]) == 200_000
+
+
+def test_parquet_is_read_over_batches_and_drops_keys_a_row_lacks(tmp_path):
+    turns = [
+        {"role": "user", "content": "a", "tool_calls": None},
+        {"role": "assistant", "content": "b", "x": "y"},
+    ]
+    path = write(tmp_path / "a.parquet", [{"messages": turns}] * 3000)
+    sources = [c.source for c in read_conversations(path)]
+    assert len(sources) == 3000 and sources[-1] == f"{path}, record 3000"
+    lacking = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}]
+    assert "messages[1].content is missing; expected role and content, found role" in error_of(write(path, lacking))
+
+
+def test_reading_is_lazy_but_the_file_is_checked_at_once(tmp_path):
+    first = next(read_conversations(raw(tmp_path / "a.jsonl", json.dumps(GOOD) + "\n{broken")))
+    assert first.messages[0].content == "Hi"
+    with pytest.raises(DataError, match="not found"):
+        read_conversations(tmp_path / "no.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "place", "near"),
+    [
+        ("a.json", '[\n {"prompt": "a"\n  "response": "b"}\n]', "line 3, column 3", '"response": "b"}'),
+        ("a.json", '[\n {"prompt": "a",\n', "line 3, column 1", "the end"),
+        ("a.json", '{"prompt": "a" "response": "b"}\n{}', "line 1, column 16", '"response"'),
+        ("a.jsonl", '{"a": 1}\n\n{"prompt": oops}\n', "line 3, column 12", "oops}"),
+        ("a.jsonl", '\n{"prompt": "a",\n', "line 2, column 16", '{"prompt": "a",'),
+        ("a.json", '[{"prompt": "' + "x" * 999 + '" oops "' + "y" * 999 + '"}]', "column 1015", 'x" oops "y'),
+    ],
+)
+def test_malformed_json(tmp_path, name, data, place, near):
+    path = raw(tmp_path / name, data.replace('{"a": 1}', json.dumps(GOOD)))
+    message = error_of(path)
+    assert str(path) in message and place in message and "malformed JSON" in message and near in message
+    assert "\n" not in message
+    assert len(message) < len(str(path)) + 200
+
+
+@pytest.mark.parametrize(
+    ("data", "place", "problem"),
+    [
+        ('prompt,response\na,b\n"c,d\ne,f\n', "line 3", "malformed CSV"),
+        ("prompt,response\na,b,c\n", "line 2", "3 cells where the header has 2"),
+        ("prompt,response\n\na\n", "line 3", "1 cells where the header has 2"),
+        ("question,answer\na,b\n", "line 2", "the fields (question, answer) fit no format"),
+    ],
+)
+def test_malformed_csv(tmp_path, data, place, problem):
+    path = raw(tmp_path / "a.csv", data)
+    assert error_of(path).startswith(f"{path}, {place}: {problem}")
+
+
+def test_damaged_parquet(tmp_path):
+    complete = write(tmp_path / "a.parquet", [GOOD] * 100).read_bytes()
+    broken_text = complete.replace(b"Hello.", b"Hel\xff\xff.")
+    for data in (broken_text, complete[:-50], b"PAR1" * 9, complete[:40] + b"\xff" * 40 + complete[80:]):
+        path = raw(tmp_path / "b.parquet", data)
+        assert error_of(path).startswith(f"{path}: cannot be read as Parquet")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_not_utf8_is_named_by_line(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", [{"prompt": "a", "response": "b"}])
+    path = raw(path, path.read_bytes().rstrip() + "\n\n你好".encode("gbk"))
+    assert error_of(path).startswith(f"{path}, line {4 if suffix == '.csv' else 3}: not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.json", "[]"),
+        ("a.json", " \n"),
+        ("a.json", "\ufeff"),
+        ("a.jsonl", "\n \n"),
+        ("a.csv", "prompt,response\n"),
+        ("a.csv", "\n"),
+    ],
+)
+def test_no_records(tmp_path, name, data):
+    path = raw(tmp_path / name, data)
+    assert error_of(path).startswith(f"{path}: no records")
+
+
+def test_parquet_without_rows(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
+    assert error_of(path).startswith(f"{path}: no records")
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [('{"prompt": "a", "response": "b"}', "an object"), ('{\n"a": 1\n}', "an object"), ("3", "a number")],
+)
+def test_json_without_array_is_refused(tmp_path, data, found):
+    path = raw(tmp_path / "a.json", data)
+    assert error_of(path).startswith(f"{path}: the file contains {found}; expected an array")
+
+
+@pytest.mark.parametrize("data", ['[{"prompt": "a"}]', " [\n{}\n]"])
+def test_array_in_a_file_of_lines(tmp_path, data):
+    path = raw(tmp_path / "a.jsonl", data)
+    assert error_of(path).startswith(f"{path}, line 1: an array begins; expected one object per line")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+@pytest.mark.parametrize("codec", [".gz", ".zst"])
+def test_compressed_files(tmp_path, suffix, codec):
+    texts = {
+        ".json": json.dumps([{"prompt": f"问 {n}", "response": "4"} for n in range(50)], indent=1),
+        ".jsonl": "".join(json.dumps({"prompt": f"问 {n}", "response": "4"}) + "\n" for n in range(50)),
+        ".csv": "prompt,response\n" + "".join(f"问 {n},4\n" for n in range(50)),
+    }
+    complete = texts[suffix].encode()
+    path = tmp_path / f"a{suffix}{codec}"
+    squeeze = gzip.compress if codec == ".gz" else lambda data: pa.compress(data, "zstd", asbytes=True)
+    half = len(complete) // 2
+    path.write_bytes(squeeze(complete[:half]) + squeeze(complete[half:]))  # files of several parts are usual
+    assert [c.messages[0].content for c in read_conversations(path)] == [f"问 {n}" for n in range(50)]
+    path.write_bytes(squeeze(complete)[:-9])
+    with pytest.raises(DataError, match=f"a{suffix}{codec}: cannot be read"):
+        list(read_conversations(path))
+    path.write_bytes(complete)
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_conversations(path))
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_array_is_read_in_blocks_of_any_size(tmp_path, monkeypatch, block, indent):
+    records = [{"prompt": "x" * n + '"\\\n好', "response": str(n), "n": [n, 2.5, None]} for n in range(40)]
+    monkeypatch.setattr(readers, "BLOCK", block)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records, indent=indent, ensure_ascii=False), encoding="utf-8")
+    assert [record for _, record in readers.read_records(path)] == records
+
+
+@pytest.mark.parametrize("block", [5, 1 << 20])
+@pytest.mark.parametrize(("place", "byte"), [(3, "}"), (40, "]"), (41, '"'), (77, ","), (199, ":")])
+def test_damaged_array_is_reported_at_the_position_of_json(tmp_path, monkeypatch, block, place, byte):
+    text = json.dumps([{"prompt": f"Is {n}?", "response": "Yes."} for n in range(9)], indent=1)
+    damaged = text[:place] + byte + text[place + 1 :]
+    monkeypatch.setattr(readers, "BLOCK", block)
+    path = tmp_path / "a.json"
+    path.write_text(damaged)
+    with pytest.raises(json.JSONDecodeError) as oracle:
+        json.loads(damaged)
+    expected = f"line {oracle.value.lineno}, column {oracle.value.colno}: malformed JSON ({oracle.value.msg})"
+    with pytest.raises(DataError) as caught:
+        list(readers.read_records(path))
+    assert expected in str(caught.value)
+
+
+def test_trailing_commas_blank_lines_and_crlf_are_accepted(tmp_path):
+    line = json.dumps({"prompt": "a", "response": "b"})
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(f"\ufeff{line},\r\n\r\n{line} , \r\n{line},".encode())
+    assert len(list(read_conversations(path))) == 3
+    path = tmp_path / "a.json"
+    path.write_bytes(f"\ufeff[{line},\r\n{line},\r\n]\r\n".encode())
+    assert len(list(read_conversations(path))) == 2
+
+
+def test_reading_continues_after_a_bad_line(tmp_path):
+    good = json.dumps({"prompt": "a", "response": "b"}).encode()
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([good, b"{broken", good, b'{"prompt": "\xff"}', b'{"prompt": ""}', b"3", good]))
+    items = list(read_data(path))
+    assert [isinstance(item, BadRecord) for item in items] == [False, True, False, True, True, True, False]
+    kinds = [item.error.kind for item in items if isinstance(item, BadRecord)]
+    assert kinds == ["malformed", "malformed", "fields", "type"]
+    assert "line 4: not UTF-8" in str(items[3].error)
+    assert items[1].record == "{broken"
