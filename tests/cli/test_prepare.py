@@ -84,7 +84,7 @@ def test_everything_that_a_conversation_may_hold_comes_back(tmp_path):
         (["--small", "0"], "--small is 0"),
         (["--columns", "answer"], "expected NAME=COLUMN"),
         (["--columns", "respons=answer"], "Did you mean response?"),
-        (["--columns", "system=sys"], "system is to be 'sys', which no record has"),
+        (["--columns", "system=sys"], "system='sys', but no record has such a column"),
         (["--format", "alpaca"], "record 1: the fields (prompt, response) fit no format"),
     ],
 )
