@@ -1,1 +1,1 @@
-"""The training loop."""
+"""The training loop: schedule, batches, verl's worker, and the metrics of a step."""

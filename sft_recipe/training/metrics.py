@@ -1,0 +1,73 @@
+"""The row of metrics of an optimizer step, with its share of the device's peak (MFU)."""
+
+import math
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from verl.utils import flops_counter
+
+from sft_recipe.data.token_store import Examples
+from sft_recipe.engine.cpu.platform import measured_peak_flops
+from sft_recipe.models.flops import MatmulParams
+from sft_recipe.training.schedule import Schedule
+
+
+class StepMetrics:
+    """Makes the rows of a run on `train`; `skipped_steps` counts those whose gradients were not finite."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        train: Examples,
+        products: MatmulParams | None,
+        device: str,
+        dtype: torch.dtype,
+        skipped_steps: int,
+    ):
+        """`products` counts the model's matrix products, where known; `dtype` is the one they are computed in."""
+        self.schedule = schedule
+        self.train = train
+        self.products = products
+        self.device = device
+        self.dtype = dtype
+        self.skipped_steps = skipped_steps
+
+    def row(
+        self, step: int, indices: np.ndarray, metrics: dict[str, Any], learning_rate: float, seconds: float
+    ) -> dict[str, Any]:
+        """Return the row of `step`, which trained the examples `indices` in `seconds` with verl's `metrics`."""
+        self.skipped_steps += not math.isfinite(metrics["grad_norm"])
+        lengths = self.train.lengths[indices]
+        tokens = int(lengths.sum())
+        supervised = sum(int(self.train[index][1].sum()) for index in indices)
+        return {
+            "step": step,
+            "epoch": round(self.schedule.epoch(step), 4),
+            "train/loss": metrics["loss"],
+            "train/grad_norm": metrics["grad_norm"],
+            "train/lr": learning_rate,
+            "train/tokens": tokens,
+            "train/supervised_tokens": supervised,
+            "train/skipped_steps": self.skipped_steps,
+            "perf/seconds": round(seconds, 4),
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/mfu": self._mfu(lengths, supervised, seconds),
+            "perf/memory_gb": metrics["perf/max_memory_allocated_gb"],
+        }
+
+    def _mfu(self, lengths: np.ndarray, supervised: int, seconds: float) -> float | None:
+        """Return the share of the matrix products' peak (see models/flops.py); None where sizes or peak are unknown."""
+        if self.products is None or math.isinf(self._peak_flops):
+            return None
+        sizes = lengths.astype(np.int64)
+        pairs = int((sizes * (sizes + 1) // 2).sum())
+        flops = self.products.flops(int(sizes.sum()), supervised, pairs)
+        return flops / seconds / self._peak_flops / dist.get_world_size()
+
+    @cached_property
+    def _peak_flops(self) -> float:
+        """FLOP/s of this rank's device: measured on a CPU, after the first step; the vendor's for bf16 on a GPU."""
+        return flops_counter.get_device_flops("B") if self.device == "cuda" else measured_peak_flops(self.dtype)

@@ -1,0 +1,36 @@
+"""Steps of a run, counted from 1: how many there are, and after which of them something is due."""
+
+from dataclasses import dataclass
+
+from sft_recipe.config.schema import AFTER_EACH_EPOCH, Config, StepInterval
+from sft_recipe.data.batching import steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Numbers of optimizer steps: of one epoch, and of the run with all its epochs."""
+
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def from_config(cls, config: Config, examples: int) -> "Schedule":
+        """Return the schedule of a run on this many training examples."""
+        steps = steps_per_epoch(examples, config.data.train_batch_size)
+        return cls(steps, config.trainer.total_training_steps or config.trainer.total_epochs * steps)
+
+    def epoch(self, step: int) -> float:
+        """Return the number of epochs that are complete after `step`, with its fraction."""
+        return step / self.steps_per_epoch
+
+    def is_last(self, step: int) -> bool:
+        """Return whether the run ends after `step`."""
+        return step == self.total_steps
+
+    def is_due(self, interval: StepInterval, step: int) -> bool:
+        """Return whether something that happens at this interval, and after the last step, happens after `step`.
+
+        An interval of 0 or less means: after the last step only.
+        """
+        steps = self.steps_per_epoch if interval == AFTER_EACH_EPOCH else int(interval)
+        return self.is_last(step) or (steps > 0 and step % steps == 0)

@@ -1,0 +1,99 @@
+"""verl's TrainingWorker as this recipe uses it: built from our configuration, fed with planned batches."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
+from verl.workers.utils.losses import sft_loss
+
+from sft_recipe.config.auto import shares_prefixes
+from sft_recipe.config.schema import Config
+from sft_recipe.engine.sft_engine import SFTEngine
+from sft_recipe.engine.verl_config import build_verl_config
+from sft_recipe.engine.patches import patch_model_class_lookup
+from sft_recipe.errors import is_debugging
+
+
+class Worker:
+    """Model, optimizer and learning-rate schedule of this rank, in an engine of verl.
+
+    `engine` is an SFTEngine (FSDP and FSDP2), or verl's Megatron engine, which keeps the schedule by itself and has the
+    metrics of a batch on only one of the ranks that share a model. All methods are collective.
+    """
+
+    def __init__(
+        self, config: Config, model_folder: Path, total_steps: int, device: str, on_micro_batch: Callable[[], None]
+    ):
+        """Load the model. The process group exists already, and `on_micro_batch` is called before each micro-batch."""
+        built = build_verl_config(config, model_folder, total_steps, device)
+        patch_model_class_lookup()
+        with _quiet_stdout():
+            self._worker = TrainingWorker(
+                TrainingWorkerConfig(
+                    model_type="language_model",
+                    model_config=built.model,
+                    engine_config=built.engine,
+                    optimizer_config=built.optim,
+                    checkpoint_config=built.checkpoint,
+                )
+            )
+            self._worker.set_loss_fn(partial(sft_loss, config=None))  # SFTEngine computes the same loss by itself
+            self._worker.reset()
+        self.engine: Any = self._worker.engine
+        self.is_sft_engine = isinstance(self.engine, SFTEngine)
+        if self.is_sft_engine:
+            self.engine.on_micro_batch = on_micro_batch
+            self.engine.shares_prefixes = shares_prefixes(config, device)
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's share of a batch; ranks that share a sequence or a model have the same one."""
+        return self.engine.get_data_parallel_rank()
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of shares that a batch is split into."""
+        return self.engine.get_data_parallel_size()
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.engine.optimizer.param_groups[0]["lr"]
+
+    def set_step(self, step: int) -> None:
+        """Set the learning rate to its value after `step` optimizer steps."""
+        if self.is_sft_engine:
+            self.engine.set_step(step)
+
+    def train(self, batch: TensorDict) -> dict[str, Any]:
+        """Run one optimizer step. Returns verl's metrics, with the global `loss` and the `grad_norm` before clipping."""
+        tu.assign_non_tensor(batch, update_lr_scheduler=not self.is_sft_engine)
+        return self._metrics(self._worker.train_batch(batch))
+
+    def evaluate(self, batch: TensorDict) -> dict[str, Any]:
+        """Run a forward pass without gradients. Returns verl's metrics, with the global `loss`."""
+        return self._metrics(self._worker.infer_batch(batch))
+
+    def _metrics(self, output: TensorDict | None) -> dict[str, Any]:
+        if self.is_sft_engine:
+            return tu.get(output, "metrics")
+        outputs: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outputs, output and tu.get(output, "metrics"))
+        return next(metrics for metrics in outputs if metrics)
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Discard what verl prints about itself while it builds the engine; SFT_DEBUG=1 shows it."""
+    if is_debugging():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
