@@ -78,7 +78,7 @@ def measured_rows(model: str, folder: Path, extra: list[str]) -> list[list[str]]
 
 def measure(trainer: Any, folder: Path) -> list[list[str]]:
     """Rows of the table, without their first column."""
-    trainer._train_step(1)
+    trainer.train_step(1)
     results = {
         "sft_recipe": own(trainer, overlap=False),
         "sft_recipe, `async_save`": own(trainer, overlap=True),
@@ -103,7 +103,7 @@ def own(trainer: Any, overlap: bool) -> Timed:
         shutil.rmtree(trainer.checkpoints.folder / "step_1", ignore_errors=True)
         saving.start(1, trainer._metadata(1))
         while overlap and saving._job is not None:
-            trainer._train_step(1)
+            trainer.train_step(1)
             saving.poll(1)
     took, waited = zip(*saving.timings[1:], strict=True)
     return statistics.median(took), statistics.median(waited)
@@ -121,7 +121,7 @@ def repeated(save: Callable[[], None]) -> Timed:
 
 def save_as_verl(trainer: Any, folder: Path) -> None:
     """verl's FSDPCheckpointManager, as its trainer calls it through the engine."""
-    trainer.engine.save_checkpoint(local_path=str(folder), global_step=1)
+    trainer.worker.engine.save_checkpoint(local_path=str(folder), global_step=1)
 
 
 def save_plainly(trainer: Any, folder: Path) -> None:

@@ -67,7 +67,8 @@ def _run(config: Config, watchdog: Watchdog, cleanup: ExitStack) -> int:
         from sft_recipe.checkpoint.run_lock import FolderLock
         from sft_recipe.config import preflight
         from sft_recipe.data.run_inputs import prepare
-        from sft_recipe.tracking.run_log import check_loggers, notice
+        from sft_recipe.tracking.console import notice
+        from sft_recipe.tracking.loggers import check_loggers
 
     timing.mark("import transformers")
     device = preflight.choose_device(config)
@@ -108,7 +109,8 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     from sft_recipe.engine.loss import LOGITS_CHUNK
     from sft_recipe.models.memory_estimate import resolve_activation_checkpointing
     from sft_recipe.models.stats import model_stats
-    from sft_recipe.tracking.run_log import banner, notice
+    from sft_recipe.tracking.banner import print_banner
+    from sft_recipe.tracking.console import notice
     from sft_recipe.training.trainer import SFTTrainer
 
     timing.mark("process group")
@@ -130,8 +132,9 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
         trainer = SFTTrainer(config, inputs, device, stats, resume, watchdog)
         timing.mark("model and optimizer")
         if is_first:
-            steps = trainer.steps_per_epoch, trainer.total_steps, trainer.resume_global_step
-            banner(config, inputs, device, stats, memory, *steps)
+            schedule = trainer.schedule
+            steps = schedule.steps_per_epoch, schedule.total_steps, trainer.resumed_step
+            print_banner(config, inputs, device, stats, memory, *steps)
         timing.mark("banner")
         code = trainer.fit()
         torch.distributed.barrier()

@@ -1,1 +1,1 @@
-"""Checkpoints: state, manifest, saving beside training, and the lock of a run folder."""
+"""Checkpoints: state, manifest, saving during training, and the lock of a run folder."""

@@ -1,4 +1,4 @@
-"""When a checkpoint is written, whether training waits for it, what that costs, and what happens where it fails."""
+"""Saving while training continues: the background thread, its retries after a failure, and what each save costs."""
 
 import os
 import threading
@@ -16,24 +16,27 @@ from sft_recipe.checkpoint.manager import Checkpoints
 from sft_recipe.checkpoint.state import FsdpState, MegatronState
 from sft_recipe.errors import CheckpointError
 
-STATE = "state"  # a checkpoint's folder of weights and optimiser
-SPARE = 1.25  # times the memory that copies take must be free for them
+STATE = "state"  # a checkpoint's folder of weights and optimizer state
+MEMORY_MARGIN = 1.25  # times the size of the copies must be free for them
 
 
 @dataclass(frozen=True)
 class Export:
-    """What a checkpoint holds beside the state: written by rank 0 from the stored state; about so many bytes."""
+    """Writes the model beside the stored state, in a checkpoint's folder, on rank 0; `size` is about its bytes."""
 
     write: Callable[[Path], None]
     size: int
 
 
 class AsyncSaver:
-    """Takes a run's checkpoints, one at a time. All ranks call `start` and `wait` after the same steps.
+    """Saves a run's checkpoints, one at a time. All ranks call `start` and `wait` after the same steps.
 
     With `overlap`, and where memory allows, the state is copied to host memory, and a thread writes it while training
-    goes on. A save that fails is told, and is due again 1, 2, 4, ... steps later; training goes on meanwhile.
-    `record` puts the run's metrics on disk; `say` tells a person.
+    continues. A save that fails is reported and retried 1, 2, 4, ... steps later; training continues meanwhile.
+    `record` writes the run's metrics to the disk; `say` prints a message.
+
+    `timings` has two durations in seconds for each complete save: until it was complete, and how long it blocked
+    training. `newest` is the checkpoint that a resume would take; `retry_at` the step of the next retry, if any.
     """
 
     def __init__(
@@ -52,15 +55,15 @@ class AsyncSaver:
         self.say = say
         self.overlap = overlap and state.supports_copy
         self.memory_checked = False
-        self.timings: list[tuple[float, float]] = []  # of each save, in seconds: until it was whole, and standing still
+        self.timings: list[tuple[float, float]] = []
         self.problem: CheckpointError | None = None  # of the newest save
-        self.newest = checkpoints.resumed  # the checkpoint that a resume would take
-        self.failures = 0  # of the newest saves, in a row
+        self.newest = checkpoints.resumed
+        self.failures = 0  # in a row, up to the newest save
         self.retry_at: int | None = None
         self._job: _Job | None = None
 
     def start(self, step: int, metadata: dict[str, Any]) -> None:
-        """Save the state as it is now, after `step`; `about` goes into the manifest."""
+        """Save the state after `step`, and wait for it unless saves overlap; `metadata` goes into the manifest."""
         self.wait(step)
         self.retry_at = None
         began = time.perf_counter()
@@ -80,16 +83,16 @@ class AsyncSaver:
             self.wait(step)
 
     def has_failed(self) -> bool:
-        """Whether the save under way failed, as far as this rank knows; the others may hear of it a moment later."""
+        """Return whether the running save has failed, as far as this rank knows; others may notice a moment later."""
         return self._job is not None and self._job.has_failed()
 
     def poll(self, step: int) -> None:
-        """Tell of a save that has ended well meanwhile; each rank for itself."""
+        """Report a save that has succeeded meanwhile; not collective."""
         if self._job is not None and self._job.has_succeeded():
             self.wait(step)
 
     def wait(self, step: int) -> None:
-        """Until the save that is under way has ended one way or the other; sets `problem` where it failed."""
+        """Wait until the running save has ended, and report how; sets `problem` where it failed."""
         job, self._job = self._job, None
         if job is None:
             return
@@ -98,46 +101,47 @@ class AsyncSaver:
         except CheckpointError as error:
             self.problem = error
             self.retry_at, self.failures = step + 2**self.failures, self.failures + 1
-            self.say(f"WARNING: {error}. Training goes on; the next try is after step {self.retry_at}.")
+            self.say(f"WARNING: {error}. Training continues; the next try is after step {self.retry_at}.")
             return
         self.problem, self.retry_at, self.failures = None, None, 0
         self.timings.append((job.seconds, job.stall))
         self.newest = path
-        self.say(f"saved {path} ({job.seconds:.1f} s, of which training waited {job.stall:.1f} s)")
+        self.say(f"saved {path} in {job.seconds:.1f} s (training blocked {job.stall:.1f} s)")
 
     def close(self, step: int) -> None:
-        """Wait for the last save. Raises CheckpointError where it failed: this state is not on the disk."""
+        """Wait for the last save. Raises CheckpointError where it failed, since its state is not on the disk."""
         self.wait(step)
         if self.problem:
             raise CheckpointError(
-                f"{self.problem}. The run ends without this state; what was saved before is whole: go on from it with "
-                "--resume_from auto when that is mended."
+                f"{self.problem}. The run ends without this state; earlier checkpoints are complete: once the problem "
+                "is solved, continue from the newest with --resume_from auto."
             )
 
-    def timings_since(self, seen: int) -> dict[str, float]:
-        """Of all saves but the first `seen`, for a row of metrics; empty where there are none."""
-        took, waited = (sum(save[part] for save in self.timings[seen:]) for part in (0, 1))
-        return {"perf/save_s": round(took, 4), "perf/save_wait_s": round(waited, 4)} if self.timings[seen:] else {}
+    def timings_since(self, count: int) -> dict[str, float]:
+        """Return the metrics of all saves except the first `count`; empty where there are none."""
+        saves = self.timings[count:]
+        took, blocked = (sum(save[part] for save in saves) for part in (0, 1))
+        return {"perf/save_s": round(took, 4), "perf/save_wait_s": round(blocked, 4)} if saves else {}
 
     def _has_memory_for_copies(self, size: int) -> bool:
-        """Asked once: from then on the memory is held. Where one rank has no room, none copies."""
+        """Checked before the first copy, whose memory is reused. Where one rank has too little, none copies."""
         if not self.memory_checked:
             self.memory_checked = True
-            needed = SPARE * size * int(os.environ["LOCAL_WORLD_SIZE"])
+            needed = MEMORY_MARGIN * size * int(os.environ["LOCAL_WORLD_SIZE"])
             self.overlap = self._sum(int(psutil.virtual_memory().available < needed)) == 0
             if not self.overlap:
-                self.say("There is too little memory to save while training goes on: it will wait (async_save).")
+                self.say("There is too little memory to save while training continues: saving blocks it (async_save).")
         return self.overlap
 
     def _sum(self, number: int) -> int:
-        """Over all ranks."""
+        """The sum over all ranks."""
         total = torch.tensor([number])
         dist.all_reduce(total, group=self.checkpoints.group)
         return int(total.item())
 
 
 class _Job:
-    """One save: in the background once that is asked for, else when its result is."""
+    """One save, which runs in the background after `run_in_background`, else inside `result`."""
 
     def __init__(self, act: Callable[[], Path], began: float):
         self.act = act
@@ -159,7 +163,7 @@ class _Job:
         return isinstance(self._outcome, Path)
 
     def result(self) -> Path:
-        """Raises what the saving raised."""
+        """Waits, and returns the checkpoint's folder or raises what the save raised."""
         since = time.perf_counter() if self._thread else self.began
         if self._thread:
             self._thread.join()

@@ -1,10 +1,10 @@
-"""Checkpoints: written under another name and renamed when whole; found, checked, resumed from, and retired."""
+"""Checkpoints: found, verified and resumed from; written under another name and renamed when complete; pruned."""
 
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ from sft_recipe.checkpoint.manifest import (
     write_manifest,
 )
 from sft_recipe.errors import CheckpointError
+from sft_recipe.files import sync
 
 AUTO = "auto"
 
 
 def find_checkpoint(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that `trainer.resume_from` means; None for a run that starts from the beginning.
+    """Return the checkpoint that `trainer.resume_from` means; None for a run that starts from the beginning.
 
-    Every byte of it has been read and found as it was written. `auto` is the newest of `folder`, and so is the first
+    Every byte of it has been read and compared with its checksums. `auto` is the newest of `folder`; so is the first
     choice of a run that was restarted after a failure. Raises CheckpointError: no such folder, not a checkpoint, a
-    damaged one.
+    damaged one, one of a newer version of this program.
     """
     if (spec == AUTO or is_restart) and (newest := _newest_valid(folder, say)):
         return newest
@@ -40,65 +41,47 @@ def find_checkpoint(spec: str | None, folder: Path, is_restart: bool, say: Calla
     return _named(Path(spec).expanduser()) if spec else None
 
 
-def _newest_valid(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Newer ones that are damaged are told and set aside under another name: a folder called step_N is whole."""
-    for path in reversed(list_checkpoints(folder)):
-        if not (found := verify(path)):
-            return path
-        say(f"{path} is damaged: {found}. It is set aside as {_quarantine(path).name}.")
-    return None
-
-
-def _named(path: Path) -> Path:
-    if not path.is_dir():
-        there = ", ".join(found.name for found in list_checkpoints(path.parent)) if path.parent.is_dir() else ""
-        raise CheckpointError(f"there is no checkpoint {path}" + (f"; beside it stand {there}" if there else ""))
-    inner = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
-    if inner and not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path} is a folder of checkpoints, not one; name one of them, such as {inner[-1]}")
-    if found := verify(path):
-        raise CheckpointError(
-            f"{path} is no complete checkpoint: {found}. --resume_from auto takes the newest that is whole."
-        )
-    return path
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
-    """step_N folders, oldest step first."""
-    found = [
-        (int(match[1]), path) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    """Return the step_N folders, oldest step first."""
+    matches = [(re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.glob("step_*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
-def check_identity(checkpoint: Path, ours: dict[str, Any]) -> None:
-    """A run continues with the same model, data and batch plan. Raises CheckpointError that names what differs."""
-    theirs = read_manifest(checkpoint)["identity"]
-    lines = [
-        f"  - {key}: {theirs.get(key)} there, {ours.get(key)} here" for key in ours if theirs.get(key) != ours.get(key)
+def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Check that the checkpoint's run has this run's model, data and batches. Raises CheckpointError: what differs."""
+    saved = read_manifest(checkpoint)["identity"]
+    differences = [
+        f"  - {key}: {saved.get(key)} in the checkpoint, {value} now"
+        for key, value in identity.items()
+        if saved.get(key) != value
     ]
-    if lines:
-        message = [f"{checkpoint} belongs to another run; it cannot be continued with this one's settings:", *lines]
+    if differences:
         raise CheckpointError(
-            "\n".join([*message, "Use the settings of that run, or start anew in another --output_dir."])
+            "\n".join(
+                [
+                    f"{checkpoint} belongs to another run; it cannot be continued with these settings:",
+                    *differences,
+                    "Use the settings of that run, or start a new one with --output_dir FOLDER.",
+                ]
+            )
         )
 
 
 def check_run_folder_is_free(folder: Path, resume: Path | None) -> None:
-    """A run never overwrites another's checkpoints. Raises CheckpointError that says what is there and what to do."""
-    there = list_checkpoints(folder)
-    if resume is None and there:
+    """Check that saving into `folder` overwrites no checkpoint. Raises CheckpointError that says what to do."""
+    existing = list_checkpoints(folder)
+    if resume is None and existing:
         raise CheckpointError(
-            f"{folder} holds {there[-1].name} of an earlier run. Continue it with --resume_from auto, "
+            f"{folder} holds {existing[-1].name} of an earlier run. Continue it with --resume_from auto, "
             "or write this run elsewhere with --output_dir FOLDER, or remove it."
         )
     if resume is None or resume.parent.resolve() != folder.resolve():
-        if there:
+        if existing:
             raise CheckpointError(
-                f"{folder} holds {there[-1].name} of another run; write this one elsewhere with --output_dir"
+                f"{folder} holds {existing[-1].name} of another run; write this one elsewhere with --output_dir"
             )
         return
-    newer = [path.name for path in there if _step(path) > _step(resume)]
+    newer = [path.name for path in existing if _step(path) > _step(resume)]
     if newer:
         raise CheckpointError(
             f"{folder} holds {', '.join(newer)}, newer than {resume.name}. Continue the newest with --resume_from "
@@ -107,10 +90,11 @@ def check_run_folder_is_free(folder: Path, resume: Path | None) -> None:
 
 
 class Checkpoints:
-    """One run's checkpoints in `folder`; every rank makes one, and `save` is collective.
+    """The checkpoints of one run in `folder`. Every rank makes one, and `save` is collective.
 
-    The newest `keep` stay, and beside them the one with the lowest validation loss and `resumed`, from which this run
-    began. Ranks talk to each other on `group`, which must be a gloo group of its own where saving overlaps training.
+    The newest `keep` stay (all where it is None), and beside them the one with the lowest validation loss and
+    `resumed`, which this run started from. Ranks communicate on `group`, a gloo group that nothing else uses while a
+    save runs.
     """
 
     def __init__(self, folder: Path, keep: int | None, resumed: Path | None, group: dist.ProcessGroup | None = None):
@@ -124,70 +108,71 @@ class Checkpoints:
     def save(
         self, step: int, size: int, metadata: dict[str, Any], write: Callable[[Path], None], record: Callable[[], None]
     ) -> Path:
-        """Let `write`, which is collective, fill a folder of another name; one rename makes it step_N when it is whole.
+        """Save a checkpoint of about `size` bytes as step_N. Returns its folder.
 
-        `size` is about how many bytes `write` needs. `about` is what the manifest says besides files. `record` puts
-        the run's metrics on disk, which a checkpoint must not be ahead of.
-        Raises CheckpointError on all ranks where it cannot be written, such as on a full disk; what was saved before
-        stays.
+        `write` is collective and fills the folder that it is given; the folder gets its name when it is complete.
+        `metadata` goes into the manifest. `record` writes the run's metrics to the disk first.
+        Raises CheckpointError on all ranks where the checkpoint cannot be written, such as on a full disk; earlier
+        checkpoints stay.
         """
         final, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
         try:
             self._run_on_rank0(lambda: self._make_empty(partial, size))
-            self._run_on_all_ranks(lambda: write(partial))
+            self._run_on_all_ranks(lambda: _write_into(partial, write))
             files = self._fingerprints(partial)
             self._run_on_rank0(lambda: self._commit(partial, final, metadata, files, record))
         except _SaveFailed as failure:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"step {step} cannot be saved to {self.folder}: {failure}") from None
+            reason = re.sub(PINNED, str(partial), str(failure))
+            raise CheckpointError(f"step {step} cannot be saved to {self.folder}: {reason}") from None
         return final
 
     def _make_empty(self, partial: Path, size: int) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_leftovers(self.folder)
         free = shutil.disk_usage(self.folder).free
         if free < size:
-            raise OSError(f"there is no room: about {_gigabytes(size)} are needed and {_gigabytes(free)} are free")
-        partial.mkdir()  # not its parents: a folder that has vanished would come back as an empty one
+            raise OSError(f"the disk is too full: about {_gigabytes(size)} are needed and {_gigabytes(free)} are free")
+        partial.mkdir()  # not its parents: a folder that has vanished must not come back as an empty one
 
     def _fingerprints(self, partial: Path) -> dict[str, list]:
-        """Each rank reads every n-th file back from where all of them must be seen."""
-        ours: dict[str, list] = {}
+        """Each rank reads every n-th file back from the file system that all ranks share."""
+        part: dict[str, list] = {}
 
         def read() -> None:
-            ours.update(fingerprints(partial, list_files(partial)[dist.get_rank() :: dist.get_world_size()]))
+            part.update(fingerprints(partial, list_files(partial)[dist.get_rank() :: dist.get_world_size()]))
 
         self._run_on_all_ranks(read)
-        everywhere: list[dict[str, list]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everywhere, ours, group=self.group)
-        return {name: found for part in everywhere for name, found in part.items()}
+        parts: list[dict[str, list]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, part, group=self.group)
+        return {name: value for part in parts for name, value in part.items()}
 
     def _commit(
         self, partial: Path, final: Path, metadata: dict[str, Any], files: dict[str, list], record: Callable[[], None]
     ) -> None:
-        _sync(partial)
+        _sync_tree(partial)
         write_manifest(partial, metadata, files)
-        _sync_folder(partial)
+        sync(partial)
         record()
         partial.rename(final)
-        _sync_folder(self.folder)
+        sync(self.folder)
         self._prune(final)
 
     def _prune(self, newest: Path) -> None:
         if self.keep is None:
             return
-        there = list_checkpoints(self.folder)
-        kept = {*there[-self.keep :], newest, self.resumed, _best(there)}
-        for path in there:
-            if path not in kept:
-                with suppress(OSError):  # the next one that is saved tries again
+        checkpoints = list_checkpoints(self.folder)
+        keep = {*checkpoints[-self.keep :], newest, self.resumed, _best(checkpoints)}
+        for path in checkpoints:
+            if path not in keep:
+                with suppress(OSError):  # the next save tries again
                     _remove(path)
 
     def _run_on_rank0(self, act: Callable[[], None]) -> None:
         self._run_on_all_ranks(act if dist.get_rank() == 0 else lambda: None)
 
     def _run_on_all_ranks(self, act: Callable[[], None]) -> None:
-        """Run `act` on all ranks; what fails on one raises _Failed on all."""
+        """Run `act` on all ranks. Where it fails on one, all raise _SaveFailed."""
         problem = None
         try:
             act()
@@ -197,31 +182,76 @@ class Checkpoints:
             problem = first_failure(error)
         problems: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem, group=self.group)
-        for found in problems:
-            if found:
-                raise _SaveFailed(found)
+        if failed := [text for text in problems if text]:
+            raise _SaveFailed(failed[0])
 
 
 class _SaveFailed(Exception):
-    """What went wrong on some rank, in its own words."""
+    """Holds the problem of the first rank that failed."""
+
+
+PINNED = r"/proc/\d+/fd/\d+"  # a path of `_pinned`
+
+
+def _write_into(folder: Path, write: Callable[[Path], None]) -> None:
+    with _pinned(folder) as path:
+        write(path)
+
+
+@contextmanager
+def _pinned(folder: Path) -> Iterator[Path]:
+    """Give a path that means this very folder, even after it was renamed or removed.
+
+    The libraries that write into it create missing parents: by its name, they would bring back a run folder that has
+    vanished. In a removed folder Linux lets nobody create anything, so that they fail instead.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def first_failure(error: CheckpointException) -> str:
-    """torch's checkpointing wraps what happened on each rank; the first of these says it."""
+    """Return the last line of the first rank's failure, which torch's checkpointing wraps with the others."""
     cause = str(next(iter(error.failures.values()))[0]).strip()
     return cause.splitlines()[-1] if cause else str(error)
 
 
+def _newest_valid(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Newer ones that are damaged get another name, since a folder called step_N is complete."""
+    for path in reversed(list_checkpoints(folder)):
+        if not (problem := verify(path)):
+            return path
+        say(f"{path} is damaged: {problem}. It is renamed to {_quarantine(path).name}.")
+    return None
+
+
+def _named(path: Path) -> Path:
+    if not path.is_dir():
+        siblings = ", ".join(sibling.name for sibling in list_checkpoints(path.parent)) if path.parent.is_dir() else ""
+        raise CheckpointError(f"there is no checkpoint {path}" + (f"; its folder holds {siblings}" if siblings else ""))
+    inner = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
+    if inner and not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path} is a folder of checkpoints, not a checkpoint; name one, such as {inner[-1]}")
+    if problem := verify(path):
+        raise CheckpointError(
+            f"{path} is no complete checkpoint: {problem}. --resume_from auto takes the newest complete one."
+        )
+    return path
+
+
 def _best(checkpoints: list[Path]) -> Path | None:
-    """The one with the lowest validation loss, of those that were validated."""
+    """The one with the lowest validation loss, among those that were validated."""
     losses = {}
     for path in checkpoints:
         try:
-            losses[path] = read_manifest(path)["validation_loss"]
+            loss = read_manifest(path)["validation_loss"]
         except (ValueError, KeyError):
             continue
-    known = {path: loss for path, loss in losses.items() if loss is not None}
-    return min(known, key=lambda path: known[path], default=None)
+        if loss is not None:
+            losses[path] = loss
+    return min(losses, key=lambda path: losses[path], default=None)
 
 
 def _step(checkpoint: Path) -> int:
@@ -229,21 +259,21 @@ def _step(checkpoint: Path) -> int:
 
 
 def _quarantine(checkpoint: Path) -> Path:
-    aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    return checkpoint.rename(aside)
+    quarantined = checkpoint.with_name(f"damaged_{checkpoint.name}")
+    shutil.rmtree(quarantined, ignore_errors=True)
+    return checkpoint.rename(quarantined)
 
 
 def _remove(checkpoint: Path) -> None:
-    """In two steps, so that no half of a checkpoint ever bears its name."""
-    retired = checkpoint.with_name(f".{checkpoint.name}.retired")
-    shutil.rmtree(retired, ignore_errors=True)
-    checkpoint.rename(retired)
-    shutil.rmtree(retired, ignore_errors=True)
+    """Rename, then remove: a folder called step_N is never incomplete."""
+    pruned = checkpoint.with_name(f".{checkpoint.name}.pruned")
+    shutil.rmtree(pruned, ignore_errors=True)
+    checkpoint.rename(pruned)
+    shutil.rmtree(pruned, ignore_errors=True)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Of saves and retirements that were killed."""
+    """Remove what saves and removals left behind that failed or were killed."""
     for path in folder.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -252,23 +282,7 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _sync(folder: Path) -> None:
-    """All that is in `folder`, onto the disk."""
+def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
-            _sync_file(path)
-        elif path.is_dir():
-            _sync_folder(path)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if path.is_file() or path.is_dir():
+            sync(path)

@@ -1,7 +1,6 @@
-"""A checkpoint's manifest: what the checkpoint is, and size and checksum of every file in it."""
+"""The manifest of a checkpoint: a description of the checkpoint, and the size and checksum of every file in it."""
 
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,72 +8,83 @@ from typing import Any
 
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
+from sft_recipe import FORMAT_VERSION
+from sft_recipe.errors import CheckpointError
+from sft_recipe.files import update_digest, write_text
+
 MANIFEST = "manifest.json"
 THREADS = 8  # more than one disk or network mount keeps busy; hashing itself is faster than reading
-CHUNK = 1 << 22  # bytes
 
 
 def list_files(folder: Path) -> list[str]:
-    """Every file below `folder` but the manifest, as relative names in a fixed order."""
+    """Return every file below `folder` except the manifest, as relative names in a fixed order."""
     files = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in files if name != MANIFEST)
 
 
 def fingerprints(folder: Path, names: Iterable[str]) -> dict[str, list]:
-    """{name: [bytes, XXH3-128 in hex]}, several files at a time. Raises OSError."""
+    """Return {name: [bytes, XXH3-128 in hex]}; several files are read at a time. Raises OSError."""
     names = list(names)
     with ThreadPoolExecutor(THREADS) as threads:
         return dict(zip(names, threads.map(lambda name: _fingerprint(folder / name), names), strict=True))
 
 
 def write_manifest(folder: Path, metadata: dict[str, Any], files: dict[str, list]) -> None:
-    """The last file of a checkpoint; it guards itself with a checksum too. Raises OSError."""
-    content = metadata | {"files": files}
-    with (folder / MANIFEST).open("w") as file:
-        file.write(json.dumps(content | {"checksum": fingerprint(content)}, indent=2))
-        file.flush()
-        os.fsync(file.fileno())
+    """Write the last file of a checkpoint, with a checksum of its content. Raises OSError."""
+    content = {"format_version": FORMAT_VERSION} | metadata | {"files": files}
+    write_text(folder / MANIFEST, json.dumps(content | {"checksum": fingerprint(content)}, indent=2))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint was saved with. Raises ValueError where there is none, or not as it was written."""
+    """Return what `write_manifest` wrote; a manifest without `format_version` is one of version 1.
+
+    Raises ValueError where there is none, or where it has changed since; CheckpointError for one that a newer version
+    of this program wrote.
+    """
     try:
         content = json.loads((checkpoint / MANIFEST).read_bytes())
-        if content.pop("checksum") == fingerprint(content):
-            return content
+        format_version = int(content.get("format_version", 1))
+        checksum = content.pop("checksum")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"it has no readable {MANIFEST}") from None
-    raise ValueError(f"{MANIFEST} is not as it was written")
+    if format_version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoint} was saved by a newer version of sft_recipe: its format_version is {format_version}, and "
+            f"this one reads up to {FORMAT_VERSION}. Upgrade sft_recipe, or start a new run with --output_dir FOLDER."
+        )
+    if checksum != fingerprint(content):
+        raise ValueError(f"{MANIFEST} has changed since it was written")
+    return content
 
 
 def verify(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files, compared with its manifest; empty where nothing is."""
+    """Read every file of a checkpoint. Returns what differs from its manifest, or an empty text where nothing does.
+
+    Raises CheckpointError for a checkpoint that a newer version of this program wrote.
+    """
     try:
         files = read_manifest(checkpoint)["files"]
     except ValueError as error:
         return str(error)
-    for name, (size, _) in files.items():  # what shows without reading everything comes first
+    for name, (size, _) in files.items():  # first what shows without reading everything
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
     try:
-        there = fingerprints(checkpoint, files)
+        actual = fingerprints(checkpoint, files)
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
-    return next((f"{name} does not have its checksum" for name in files if there[name] != files[name]), "")
-
-
-def _fingerprint(path: Path) -> list:
-    digest, size = xxh3_128(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return [size, digest.hexdigest()]
+    return next((f"{name} does not have its checksum" for name in files if actual[name] != files[name]), "")
 
 
 def fingerprint(content: dict[str, Any]) -> str:
-    """Of what JSON can hold, whatever the order of its keys."""
+    """Return the XXH3-128, in hex, of what JSON can hold; the order of keys does not matter."""
     return xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _fingerprint(path: Path) -> list:
+    digest = xxh3_128()
+    size = update_digest(digest, path)
+    return [size, digest.hexdigest()]

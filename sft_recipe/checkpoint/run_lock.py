@@ -1,4 +1,4 @@
-"""One run at a time in a run folder: a lock that dies with its process, and says whose it is."""
+"""The lock of a run folder: one run at a time writes into it, and the lock ends with its process."""
 
 import fcntl
 import json
@@ -13,19 +13,21 @@ from typing import Any
 from sft_recipe.errors import CheckpointError
 
 LOCK = ".lock"
-HEARTBEAT_INTERVAL_S = 5.0  # seconds between signs of life
+HEARTBEAT_INTERVAL_S = 5.0  # between updates of the lock file
 
 
 class FolderLock:
-    """Held by one process of a run, from here until `release` or its death, however it dies.
+    """Locks a run folder from its construction until `release` or the end of the process.
 
-    The file names host and process. The operating system's lock on it counts; where a shared file system does not carry
-    such locks from machine to machine, the file's signs of life do: a counter that its holder raises every few seconds.
-    Clocks are not compared.
+    The file names host and process. The operating system locks it; where a shared file system does not carry such
+    locks between machines, the file's heartbeats count: a number that its holder increases every few seconds. Clocks
+    are not compared.
     """
 
     def __init__(self, folder: Path):
-        """Raises CheckpointError: another run is there, whose host and process it names; a lock that is not ours."""
+        """Lock `folder`. Raises CheckpointError: another run, whose host and process it names; a folder without write
+        permission.
+        """
         try:
             self.file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -43,7 +45,7 @@ class FolderLock:
             os.close(self.file)
             who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
             raise CheckpointError(
-                f"a run is writing to {folder} already: {who}. Wait for its end, or stop it, or write elsewhere with "
+                f"another run is writing to {folder}: {who}. Wait until it ends, or stop it, or write elsewhere with "
                 "--output_dir FOLDER."
             )
         self._heartbeats = 0
@@ -53,7 +55,7 @@ class FolderLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Leave the folder to others."""
+        """Unlock the folder."""
         self._released.set()
         self._thread.join(HEARTBEAT_INTERVAL_S)
         with suppress(OSError):  # the folder may be gone
@@ -65,7 +67,7 @@ class FolderLock:
             self._heartbeats += 1
             try:
                 self._write()
-            except OSError:  # the folder is gone for now: saving tells of that
+            except OSError:  # the folder has vanished: saving reports it
                 continue
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""Weights and optimiser as a checkpoint holds them: sharded, and readable by another number of ranks."""
+"""Weights and optimizer state as a checkpoint stores them: sharded, and readable by another number of ranks."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from verl.utils.device import get_torch_device
@@ -22,13 +23,13 @@ from sft_recipe.engine.sft_engine import SFTEngine
 from sft_recipe.errors import CheckpointError
 
 LARGEST_FILE = 2 << 30  # bytes, unless one tensor has more
-WEIGHT = "model."  # begins the names of weights in a stored state
+WEIGHT = "model."  # prefix of the names of weights in a stored state
 
 
 class FsdpState:
     """Saves and loads an FSDP or FSDP2 engine through torch's distributed checkpointing, as safetensors.
 
-    Of a LoRA run the adapters alone are stored. The schedule is a function of the step and needs no storing.
+    A LoRA run stores the adapters only. The learning-rate schedule is a function of the step and is not stored.
     """
 
     supports_copy = True
@@ -38,16 +39,19 @@ class FsdpState:
         self.is_lora = is_lora
         self.group = group
         self.options = StateDictOptions(flatten_optimizer_state_dict=True)
-        self.copies: dict[str, torch.Tensor] = {}  # kept from save to save: fresh memory costs more than copying
+        self.copies: dict[str, torch.Tensor] = {}  # reused by every save: allocating costs more than copying
 
     def size(self) -> int:
-        """About how many bytes this rank stores, or copies."""
+        """Return about how many bytes this rank stores, or copies."""
         weights = [weight for weight in self.engine.module.parameters() if weight.requires_grad or not self.is_lora]
         moments = [value for entry in self.engine.optimizer.state.values() for value in entry.values()]
         return sum(_local(value).nbytes for value in [*weights, *moments] if isinstance(value, torch.Tensor))
 
     def stage(self, copy: bool) -> Callable[[Path], None]:
-        """What writes the state (collective): as it is when that is called, or as it is now, copied to host memory."""
+        """Return a collective function that writes the state into a folder.
+
+        With `copy` it writes the state of now, from a copy in host memory; else the state at the time of its call.
+        """
         if not copy:
             return self._write
         with self.engine.on_device():
@@ -56,10 +60,10 @@ class FsdpState:
         return lambda folder: self._save(copies, folder)
 
     def read(self, folder: Path) -> None:
-        """Restore what any number of ranks wrote."""
+        """Restore a state that any number of ranks wrote. Raises CheckpointError."""
         with self.engine.on_device(), _no_warnings():
             model, optim = self._state_dicts()
-            try:  # in place
+            try:  # loads into the tensors
                 dcp.load(self._to_store(model, optim), storage_reader=HuggingFaceStorageReader(str(folder)))
             except CheckpointException as error:
                 raise CheckpointError(f"{folder} cannot be loaded: {first_failure(error)}") from None
@@ -93,25 +97,25 @@ class FsdpState:
         local = _local(tensor)
         if name not in self.copies:
             self.copies[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
-        copied = self.copies[name].copy_(local, non_blocking=True)
-        return dtensor_like(copied, tensor) if isinstance(tensor, DTensor) else copied
+        copy = self.copies[name].copy_(local, non_blocking=True)
+        return dtensor_like(copy, tensor) if isinstance(tensor, DTensor) else copy
 
     def _to_store(self, model: dict[str, Any], optim: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """All tensors, each once, under one flat dictionary; the optimiser's settings stand in the configuration."""
+        """All tensors, each once, in one flat dictionary; the optimizer's settings come from the configuration."""
         tied = self._tied()
         named = {WEIGHT + key: value for key, value in model.items() if key not in tied}
         return named | {f"optim.{key}": value for key, value in optim.items() if isinstance(value, torch.Tensor)}
 
     def _tied(self) -> dict[str, str]:
-        """Names of tied weights and of the weight that each is: {"lm_head.weight": "model.embed_tokens.weight"}."""
+        """Maps tied weights to the names that they are stored under: {"lm_head.weight": "model.embed_tokens.weight"}."""
         inner: Any = without_fsdp1(self.engine.module)
         return getattr(inner, "all_tied_weights_keys", None) or {}
 
 
 def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """The number, from 1, of the file that holds each tensor: the same on every rank, which has its parts in its own.
+    """Maps each tensor to the number, from 1, of its file; each rank writes its parts into files with these numbers.
 
-    Each file is made in memory first, with Python's lock held: small ones let the other threads of the process live.
+    A file is built in memory first, while Python's global lock is held: small files let the training thread run.
     """
     files, number, filled = {}, 1, 0
     for name, tensor in tensors.items():
@@ -123,13 +127,13 @@ def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a stored state, whole and in host memory, whatever number of ranks wrote it; not collective."""
+    """Return the weights of a stored state by name, unsharded and in host memory; not collective."""
     reader = HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
     weights = {
         name: torch.empty(meta.size, dtype=meta.properties.dtype)
         for name, meta in stored.items()
-        if name.startswith(WEIGHT)
+        if name.startswith(WEIGHT) and isinstance(meta, TensorStorageMetadata)
     }
     with _no_warnings():
         dcp.load(weights, storage_reader=reader, no_dist=True)
@@ -137,57 +141,57 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def restore_tied(model: dict[str, Any], tied: dict[str, str]) -> None:
-    """Give tied weights, which are stored once, what was loaded: FSDP1 hands out a copy under each name."""
+    """Set tied weights, which are stored once, to what was loaded: FSDP1 returns a copy under each name."""
     for name, source in tied.items():
         if name in model and source in model:
             model[name] = model[source]
 
 
 def trainable_names(module: torch.nn.Module) -> set[str]:
-    """Parameters that are trained, under the names that state dictionaries give them."""
+    """Return the names of the trained parameters, as state dictionaries spell them."""
     names = (name for name, parameter in module.named_parameters() if parameter.requires_grad)
     return {name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "") for name in names}
 
 
 class MegatronState:
-    """Leaves saving and loading to verl's Megatron engine, which writes the Hugging Face model among its state.
+    """Saves and loads verl's Megatron engine by its own means, which include the Hugging Face model.
 
     Needs GPUs and Megatron-Core; the tests of this project have neither.
     """
 
+    supports_copy = False
+
     def __init__(self, engine: BaseEngine):
         self.engine = engine
 
-    supports_copy = False
-
     def size(self) -> int:
-        """Not known before it is written."""
+        """Return 0: the size is not known before it is written."""
         return 0
 
     def stage(self, copy: bool) -> Callable[[Path], None]:
-        """Nothing is copied: verl writes from where the state is."""
+        """Return a collective function that writes the state at the time of its call; nothing is copied."""
         return self._write
 
     def _write(self, folder: Path) -> None:
-        """verl's layout; the model for others is linked to where FSDP runs have it."""
+        """Writes verl's layout, and a link to the Hugging Face model where FSDP runs have it."""
         self.engine.save_checkpoint(local_path=str(folder))
         link = folder.parent / "huggingface"
         if torch.distributed.get_rank() == 0 and (folder / "model/huggingface").is_dir():
             link.symlink_to(Path(folder.name) / "model/huggingface")
 
     def read(self, folder: Path) -> None:
-        """On the same parallel sizes that wrote it."""
+        """Restore a state that the same parallel sizes wrote."""
         self.engine.load_checkpoint(local_path=str(folder), del_local_after_load=False)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor that may be spread over ranks."""
+    """This rank's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """torch warns that a single process saves as if it were many; it is one on purpose."""
+    """torch warns that a single process saves without a process group, which is intended."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sft_recipe import FORMAT_VERSION
 from sft_recipe.config.aliases import leaves, merge_older_names, rename_key, rename_override
 from sft_recipe.config.schema import Config
 from sft_recipe.config.validation import all_keys, build_config, nearest, text_keys
@@ -54,6 +55,7 @@ def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str 
     choices = [item for item in parsed if _is_choice(item)]
     written = _read_yaml(root)
     tree = _compose(root, written, choices, config_dir)
+    _check_format_version(tree.pop("format_version", FORMAT_VERSION), root)
     try:
         merge_older_names(tree, written)
         for item in parsed:
@@ -81,6 +83,14 @@ def load_for_rank(args: list[str]) -> Config:
     return load_config([text for text in args if text not in config_args], **parse_config_args(config_args))
 
 
+def _check_format_version(version: Any, path: Path) -> None:
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ConfigError(
+            f"{path} has format_version {version}, and this version of sft_recipe reads up to {FORMAT_VERSION}: "
+            "upgrade sft_recipe"
+        )
+
+
 def parse_config_args(args: list[str]) -> dict[str, Any]:
     """Return `--config-path=DIR --config-name=NAME`, Hydra's options, as arguments of load_config."""
     parsed: dict[str, Any] = {}
@@ -99,7 +109,8 @@ def parse_config_args(args: list[str]) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as text that can be used as config.yaml again, in the same environment."""
-    return yaml.safe_dump(config.public(), sort_keys=False, allow_unicode=True)
+    content = {"format_version": FORMAT_VERSION} | config.public()
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _parse(overrides: list[str]) -> list[Override]:

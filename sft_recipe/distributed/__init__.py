@@ -1,1 +1,1 @@
-"""Ranks as one run: rendezvous, watchdog, consistency checks, signals."""
+"""The ranks of one run: rendezvous, watchdog, consistency checks, signals."""

@@ -1,4 +1,4 @@
-"""Ranks on several machines, each with a command line of its own, must be one run: checked once, before any weight."""
+"""Checks that the ranks of all machines, which have separate command lines, are one run; before weights are read."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from sft_recipe.config.schema import Config
 from sft_recipe.errors import CheckpointError, ConfigError
 
-# What may differ between machines: who they are, and where their copies of the same things lie.
+# Keys that may differ between machines: their addresses and numbers, and paths of local copies.
 NODE_LOCAL_KEYS = {
     "trainer": {
         "n_gpus_per_node",
@@ -26,45 +26,53 @@ NODE_LOCAL_KEYS = {
 
 
 def check_consistency(config: Config, identity: dict[str, Any], output_dir: Path) -> None:
-    """Collective. Raises ConfigError for machines started differently, CheckpointError for a folder not shared."""
-    ours = {
+    """Compare configuration, identity and output folder of all ranks; collective.
+
+    Raises ConfigError for machines with different settings, CheckpointError for a folder that they do not share.
+    """
+    settings = {
         f"{group}.{key}": value for group, keys in config.model_dump(mode="json").items() for key, value in keys.items()
     }
-    ours = {
+    settings = {
         key: value
-        for key, value in ours.items()
+        for key, value in settings.items()
         if key.partition(".")[2] not in NODE_LOCAL_KEYS.get(key.partition(".")[0], ())
     }
-    ours |= identity
-    everywhere: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everywhere, ours)
-    first = everywhere[0]
-    for rank, theirs in enumerate(everywhere):
-        differing = [
-            f"  - {key}: {first[key]} on rank 0, {theirs[key]} on rank {rank}"
+    settings |= identity
+    gathered: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, settings)
+    first = gathered[0]
+    for rank, other in enumerate(gathered):
+        differences = [
+            f"  - {key}: {first[key]} on rank 0, {other[key]} on rank {rank}"
             for key in first
-            if first[key] != theirs[key]
+            if first[key] != other[key]
         ]
-        if differing:
-            raise ConfigError("\n".join(["the machines of this run were started with different settings:", *differing]))
+        if differences:
+            title = "the machines of this run were started with different settings:"
+            raise ConfigError("\n".join([title, *differences]))
     _check_shared(output_dir)
 
 
-def share_checkpoint(found: Path | None, folder: Path) -> Path | None:
-    """Collective. What rank 0 found to resume from, where this rank sees it; `folder` is the run's checkpoints.
+def share_checkpoint(checkpoint: Path | None, folder: Path) -> Path | None:
+    """Return rank 0's `checkpoint` as this rank's path; collective. `folder` holds the checkpoints of this run.
 
-    Raises CheckpointError on all ranks where one of them does not see it.
+    Raises CheckpointError on all ranks where one of them cannot see it.
     """
-    told = [(found.name, found.parent.resolve() == folder.resolve(), str(found)) if found else None]
-    dist.broadcast_object_list(told)
-    if told[0] is None:
+    if checkpoint:
+        is_own = checkpoint.parent.resolve() == folder.resolve()
+        shared: list[Any] = [(checkpoint.name, is_own, str(checkpoint))]
+    else:
+        shared = [None]
+    dist.broadcast_object_list(shared)
+    if shared[0] is None:
         return None
-    name, is_ours, path = told[0]
-    resume = folder / name if is_ours else Path(path)
-    seen: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(seen, resume.is_dir())
-    if not all(seen):
-        raise CheckpointError(f"rank {seen.index(False)} does not see {path}, which rank 0 resumes from")
+    name, is_own, path = shared[0]
+    resume = folder / name if is_own else Path(path)
+    visible: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(visible, resume.is_dir())
+    if not all(visible):
+        raise CheckpointError(f"rank {visible.index(False)} does not see {path}, which rank 0 resumes from")
     return resume
 
 
@@ -75,12 +83,12 @@ def _check_shared(output_dir: Path) -> None:
     if dist.get_rank() == 0:
         probe.touch()
     dist.barrier()
-    seen: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(seen, probe.exists())
+    visible: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(visible, probe.exists())
     if dist.get_rank() == 0:
         probe.unlink()
-    if not all(seen):
+    if not all(visible):
         raise CheckpointError(
-            f"{output_dir} is not the same folder on all machines: rank {seen.index(False)} does not see what rank 0 "
-            "wrote; checkpoints need an OUTPUT_DIR that all of them share"
+            f"{output_dir} is not the same folder on all machines: rank {visible.index(False)} does not see what "
+            "rank 0 wrote; checkpoints need an OUTPUT_DIR that all of them share"
         )

@@ -1,4 +1,4 @@
-"""What the outside asks of a run while it goes on: to stop after this step, or to save and go on."""
+"""Signals to a running training: stop after this step, or save and continue."""
 
 import os
 import signal
@@ -7,13 +7,13 @@ from typing import Any
 
 from sft_recipe.distributed.rendezvous import start_ticks
 
-EXIT_PREEMPTED = 75  # exit code of a run that was asked to stop, and saved (EX_TEMPFAIL: try again)
+EXIT_PREEMPTED = 75  # exit code of a run that was requested to stop, and saved (EX_TEMPFAIL: try again)
 
 
 class SignalHandler:
-    """SIGTERM, SIGINT and the end of `max_time` (seconds since the launch) ask to stop; SIGUSR1 asks to save.
+    """SIGTERM, SIGINT and the end of `max_time` (seconds since the launch) request a stop; SIGUSR1 requests a save.
 
-    A second SIGTERM or SIGINT ends the process at once, with 128 plus its number, unless the run is over anyway.
+    A second SIGTERM or SIGINT ends the process at once with exit code 128 plus its number, unless `is_over` is set.
     """
 
     def __init__(self, max_time: float | None):
@@ -23,18 +23,18 @@ class SignalHandler:
         self._signal = 0
 
     def listen(self) -> None:
-        """From here on signals are requests. Only from the main thread."""
+        """Install the handlers; in the main thread only."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember_stop)
         signal.signal(signal.SIGUSR1, self._remember_save)
 
     @property
     def wants_stop(self) -> bool:
-        """Whether this process was asked to stop; the others may not have heard of it."""
+        """Return whether this process was requested to stop; other ranks may not have been."""
         return bool(self._signal) or (self.max_time is not None and seconds_since_launch() > self.max_time)
 
     def _remember_stop(self, number: int, _frame: Any) -> None:
-        if self._signal and not self.is_over:  # afterwards it is torchrun, ending the ranks of a stopped run
+        if self._signal and not self.is_over:  # when it is over, torchrun sends one to the ranks of a stopped run
             os._exit(128 + number)
         self._signal = number
 
@@ -43,6 +43,6 @@ class SignalHandler:
 
 
 def seconds_since_launch() -> float:
-    """Since torchrun began, restarts of its ranks included, or this process where it is alone; clocks may jump."""
+    """Return the seconds since torchrun was started, or this process without one; wall clock changes do not matter."""
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks(launcher) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""Ranks watch each other: one that dies, fails or hangs ends all, soon and with the reason."""
+"""The watchdog: a rank that dies, fails or hangs ends all ranks of the run, soon and with the reason."""
 
 import faulthandler
 import json
@@ -17,20 +17,20 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from sft_recipe.distributed.rendezvous import is_error_reporter
 from sft_recipe.errors import RecipeError, is_debugging
 
-HEARTBEAT_INTERVAL_S = 2.0  # seconds between a rank's signs of life
-HEARTBEAT_TIMEOUT_S = 40.0  # seconds after which a rank that was heard of counts as dead
-STARTUP_TIMEOUT_S = 300.0  # seconds that a rank may take to be heard of at all: its machine may import slowly
-COLLECTIVE_TIMEOUT = timedelta(hours=10)  # a watched run ends long before
-FAILURE_KEY = "end"  # the key of what ended the run
-EXIT_PEER_LOST = 1  # exit code of a rank that stops because of another one
+HEARTBEAT_INTERVAL_S = 2.0
+HEARTBEAT_TIMEOUT_S = 40.0  # since the last heartbeat of a rank, until it counts as dead
+STARTUP_TIMEOUT_S = 300.0  # until the first heartbeat of a rank: its machine may import slowly
+COLLECTIVE_TIMEOUT = timedelta(hours=10)  # the watchdog ends a run long before
+FAILURE_KEY = "failure"  # of what ended the run, in the store
+EXIT_PEER_LOST = 1  # exit code of a rank that aborts because of another one
 
 
 class Watchdog:
-    """This rank's part: a thread that tells where it is, and reads what became of the others.
+    """A thread of this rank that publishes its state (a heartbeat) and reads the states of other ranks.
 
-    Rank 0 listens to all, all listen to rank 0, through a store that exists before the process group does. Whoever
-    finds something wrong writes it there as the run's end; every rank prints it and leaves. All durations are measured
-    on one machine's monotonic clock.
+    Rank 0 reads those of all ranks, the others that of rank 0, through a store that exists before the process group.
+    The first rank that notices a failure writes it to the store; every rank then prints it and exits. Each duration is
+    measured with the monotonic clock of one machine.
     """
 
     def __init__(self, rank: int, world_size: int, heartbeat_timeout: float | None):
@@ -41,23 +41,23 @@ class Watchdog:
         self._phase = "starting"
         self._since = time.monotonic()
         self._is_limited = False
-        self._over = threading.Event()
-        self._store = open_store("watch")
+        self._stopped = threading.Event()
+        self._store = open_store("watchdog")
         self._peers = {other: _PeerState() for other in ([0] if rank else range(1, world_size)) if other != rank}
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def set_phase(self, phase: str, limited: bool = True) -> None:
-        """The main thread has come to `phase`; a limited one may last `heartbeat_timeout` seconds."""
+        """Record that the main thread begins `phase`, which may last `heartbeat_timeout` seconds if limited."""
         self._progress += 1
         self._phase, self._since, self._is_limited = phase, time.monotonic(), limited
 
     def heartbeat(self) -> None:
-        """The main thread goes on within its phase: a long step is no hanging one."""
+        """Record progress of the main thread within its phase, which restarts its time limit."""
         self.set_phase(self._phase, self._is_limited)
 
     @contextmanager
     def propagate_failures(self) -> Iterator[None]:
-        """What fails in this context on one rank ends all; a collective that fails because of that is not told."""
+        """End all ranks when this one fails within the context; collectives that fail because of it are not reported."""
         try:
             yield
         except RecipeError as error:
@@ -69,54 +69,54 @@ class Watchdog:
             self._publish_failure(f"{type(error).__name__}: {_first_line(error)}", EXIT_PEER_LOST)
             raise
         finally:
-            self._over.set()  # from here on silence means nothing
+            self._stopped.set()  # nothing is published any more
 
     def _publish_failure(self, reason: str, code: int) -> None:
-        """Last words of this rank, which leaves by itself; those on this machine hear the reason from it."""
-        self._over.set()
-        with suppress(RuntimeError):  # nobody is left to hear it
+        """This rank exits by itself after that, and prints the reason for the ranks of its machine."""
+        self._stopped.set()
+        with suppress(RuntimeError):  # the store may be gone
             self._record_failure(
                 f"rank {self.rank} on {socket.gethostname()} stopped: {reason}", code, reporter=_machine()
             )
 
     def _exit_after_peer(self, error: Exception) -> NoReturn:
-        """Leave with the reason of the rank that ended the run, where it left one."""
-        self._over.set()
+        """Exits with the reason of the rank that ended the run, where it published one."""
+        self._stopped.set()
         with suppress(RuntimeError):
-            if end := self._read(FAILURE_KEY):
-                self._exit_as_told(end)
-        _abort(f"rank {self.rank} stops, since another rank died without a word ({_first_line(error)})", EXIT_PEER_LOST)
+            if failure := self._read(FAILURE_KEY):
+                self._exit_as_told(failure)
+        _abort(f"rank {self.rank} aborts: a peer rank exited ({_first_line(error)})", EXIT_PEER_LOST)
 
     def _run(self) -> None:
-        """The first sign of life comes at once: who was never heard of is given minutes to start."""
-        while not self._over.is_set():
+        """The first heartbeat comes at once: a rank without one counts as starting up."""
+        while not self._stopped.is_set():
             try:
                 self._exchange_heartbeats()
-            except RuntimeError as error:  # the store is gone, and with it the machine that held it
-                if not self._over.wait(HEARTBEAT_INTERVAL_S):
-                    _abort(f"the machine of rank 0 cannot be reached any more ({_first_line(error)})", EXIT_PEER_LOST)
-            self._over.wait(HEARTBEAT_INTERVAL_S)
+            except RuntimeError as error:  # the store is gone, and with it the machine of rank 0
+                if not self._stopped.wait(HEARTBEAT_INTERVAL_S):
+                    _abort(f"the machine of rank 0 cannot be reached ({_first_line(error)})", EXIT_PEER_LOST)
+            self._stopped.wait(HEARTBEAT_INTERVAL_S)
 
     def _exchange_heartbeats(self) -> None:
-        ours = self._state()
-        self._store.set(str(self.rank), json.dumps(ours))
-        if (end := self._read(FAILURE_KEY)) and not self._over.is_set():  # its own last words are no order to leave
-            self._exit_as_told(end)
-        states = {self.rank: ours}
+        own = self._state()
+        self._store.set(str(self.rank), json.dumps(own))
+        if (failure := self._read(FAILURE_KEY)) and not self._stopped.is_set():  # set: the failure is its own
+            self._exit_as_told(failure)
+        states = {self.rank: own}
         for other, peer in self._peers.items():
             if state := self._read(str(other)):
-                peer.take(state)
+                peer.update(state)
                 states[other] = peer.state
             if peer.seconds_silent() > (HEARTBEAT_TIMEOUT_S if peer.state else STARTUP_TIMEOUT_S):
                 where = f" on {peer.state['host']}, last {peer.state['phase']}," if peer.state else ""
                 self._record_failure(
-                    f"rank {other}{where} has not been heard of for {peer.seconds_silent():.0f} s", EXIT_PEER_LOST
+                    f"rank {other}{where} has sent no heartbeat for {peer.seconds_silent():.0f} s", EXIT_PEER_LOST
                 )
         if self.rank == 0:
             self._check_progress(states)
 
     def _check_progress(self, states: dict[int, dict[str, Any]]) -> None:
-        """The ranks that have come least far are those that the others wait for."""
+        """The ranks with the least progress are the hanging ones; the others wait for them."""
         limit = self.heartbeat_timeout
         if limit is None or all(state["seconds"] < limit for state in states.values()):
             return
@@ -131,22 +131,22 @@ class Watchdog:
         )
 
     def _record_failure(self, reason: str, code: int, hanging: Sequence[int] = (), reporter: str | None = None) -> None:
-        """The first end that is written is the run's."""
-        end = {"reason": reason, "code": code, "hanging": hanging, "teller": reporter}
-        self._store.compare_set(FAILURE_KEY, "", json.dumps(end))
+        """The first failure that is written counts."""
+        failure = {"reason": reason, "code": code, "hanging": hanging, "reporter": reporter}
+        self._store.compare_set(FAILURE_KEY, "", json.dumps(failure))
 
-    def _exit_as_told(self, end: dict[str, Any]) -> NoReturn:
-        if self.rank in end["hanging"]:
+    def _exit_as_told(self, failure: dict[str, Any]) -> NoReturn:
+        if self.rank in failure["hanging"]:
             faulthandler.dump_traceback(all_threads=True)
-        if end["teller"] == _machine():
-            os._exit(end["code"])
-        _abort(end["reason"], end["code"])
+        if failure["reporter"] == _machine():
+            os._exit(failure["code"])
+        _abort(failure["reason"], failure["code"])
 
     def _state(self) -> dict[str, Any]:
         seconds = time.monotonic() - self._since if self._is_limited else 0.0
         return {
             "host": socket.gethostname(),
-            "beat": time.monotonic(),
+            "time": time.monotonic(),
             "progress": self._progress,
             "phase": self._phase,
             "seconds": seconds,
@@ -157,24 +157,24 @@ class Watchdog:
 
 
 class _PeerState:
-    """What another rank said last, and when that came here."""
+    """The last state of another rank, and when it arrived here."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
-        self.when = time.monotonic()
+        self.arrived = time.monotonic()
 
-    def take(self, state: dict[str, Any]) -> None:
+    def update(self, state: dict[str, Any]) -> None:
         if state != self.state:
-            self.state, self.when = state, time.monotonic()
+            self.state, self.arrived = state, time.monotonic()
 
     def seconds_silent(self) -> float:
-        return time.monotonic() - self.when
+        return time.monotonic() - self.arrived
 
 
 def open_store(purpose: str) -> Store:
-    """A connection of its own to torchrun's store, or to that of rank 0 where it has none.
+    """Return a new connection to torchrun's store, or to one of rank 0 where torchrun has none.
 
-    Keys are this attempt's: the store of a run that torchrun restarts remembers the ranks that died.
+    Its keys belong to this attempt only: a store outlives the ranks that torchrun restarts. Raises RuntimeError.
     """
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
@@ -196,12 +196,12 @@ def _abort(reason: str, code: int) -> NoReturn:
 
 
 def _machine() -> str:
-    """Of ranks that one torchrun started."""
+    """Identifies the ranks that one torchrun started."""
     return f"{socket.gethostname()} {os.getppid()}"
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """Whether a collective failed since another rank's process has ended."""
+    """Returns whether a collective failed because the process of another rank has ended."""
     signs = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "NCCL", "Socket Timeout")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 

@@ -1,1 +1,1 @@
-"""Validation during training."""
+"""Validation during training: the loss on held-out examples."""

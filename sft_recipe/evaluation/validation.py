@@ -1,19 +1,20 @@
-"""Validation: the mean loss over every supervised token of the validation examples, each counted once."""
+"""Validation: the mean loss over all supervised tokens of the validation examples, each counted once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tensordict import TensorDict
 
 from sft_recipe.data.token_store import Examples
 
-MICRO_BATCHES_AT_ONCE = 16  # per rank: what is handed to the engine in one go
+MICRO_BATCHES_PER_CALL = 16  # on each rank: the engine gets so many at a time
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Mean negative log-likelihood per supervised token, and how many tokens those are."""
+    """The mean negative log-likelihood per supervised token is `loss`, in nats; `tokens` counts those tokens."""
 
     loss: float
     tokens: int
@@ -23,24 +24,25 @@ def evaluate(
     examples: Examples,
     budget: int,
     ranks: int,
-    make_batch: Callable[[Examples, np.ndarray], TensorDict],
-    infer: Callable[[TensorDict], dict],
+    build_batch: Callable[[Examples, np.ndarray], TensorDict],
+    infer: Callable[[TensorDict], dict[str, Any]],
     progress: Callable[[int, int], None],
 ) -> ValidationResult:
-    """Run all examples, in chunks that do not depend on the batch size; the last one may be small, none is dropped.
+    """Compute the loss of all examples, in chunks that do not depend on the training batch size; none is dropped.
 
-    `infer` gives a batch's metrics; `progress` is told how many examples are done, of how many.
+    `budget` is the number of tokens of a micro-batch. `infer` returns a batch's metrics, with its mean `loss`.
+    `progress` is called before each chunk, with the number of completed examples and of all examples.
     """
     total, tokens = 0.0, 0
-    for numbers in _chunks(examples.lengths, budget * ranks * MICRO_BATCHES_AT_ONCE):
-        progress(int(numbers[0]), len(examples))
-        supervised = sum(int(examples[i][1].sum()) for i in numbers)
-        total += infer(make_batch(examples, numbers))["loss"] * supervised
+    for indices in _chunks(examples.lengths, budget * ranks * MICRO_BATCHES_PER_CALL):
+        progress(int(indices[0]), len(examples))
+        supervised = sum(int(examples[index][1].sum()) for index in indices)
+        total += infer(build_batch(examples, indices))["loss"] * supervised
         tokens += supervised
     return ValidationResult(total / tokens, tokens)
 
 
 def _chunks(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Runs of neighbouring examples of about `tokens` tokens each."""
-    which = (np.cumsum(lengths) - 1) // tokens
-    return [np.flatnonzero(which == value) for value in np.unique(which)]
+    """Splits the indices into ranges of about `tokens` tokens each."""
+    chunk = (np.cumsum(lengths) - 1) // tokens
+    return [np.flatnonzero(chunk == number) for number in np.unique(chunk)]

@@ -1,1 +1,1 @@
-"""The trained model in the formats that others load."""
+"""Export: the trained model in the formats that other programs load."""

@@ -1,4 +1,4 @@
-"""A trained model as others load it: a Hugging Face folder or a PEFT adapter, with tokenizer and chat template."""
+"""Export to Hugging Face: a model folder or a PEFT adapter, with tokenizer, chat template and generation config."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ class ModelSaver:
 
     Full fine-tuning: the model. LoRA: the PEFT adapter; with `lora.merge` the merged model, and the adapter beside it
     in `folder/lora_adapter`. Models are saved in the dtype that training found them in, or in the one that it computed
-    in where that is wider: rounded to bf16, weights lose most of what a few small updates have changed.
+    in where that is wider: rounding to bf16 would undo most of a few small updates.
     """
 
     def __init__(self, config: Config, prepared: RunInputs, module: torch.nn.Module, computed_in: torch.dtype):
@@ -36,11 +36,14 @@ class ModelSaver:
         self.hf_config.update(config.model.override_config)
         self.dtype = max(self.hf_config.dtype or torch.float32, computed_in, key=lambda dtype: dtype.itemsize)
         self.module = module
-        with torch.device("meta"):  # here, and not in `save`: building sets torch's default dtype for a while
+        with torch.device("meta"):  # not in `save`: building changes torch's default dtype for a while
             self.shell = AutoModelForCausalLM.from_config(self.hf_config, trust_remote_code=self.trust_remote_code)
 
     def save(self, state: Path, folder: Path) -> None:
-        """From a stored state; for one rank. Runs beside training, so it leaves torch's global state alone."""
+        """Export the stored state `state` into `folder`; on one rank.
+
+        Runs in a thread during training, and so leaves torch's global state unchanged. Raises OSError.
+        """
         disable_progress_bar()
         weights, target = read_weights(state), folder / MODEL
         if self.lora.enabled:
@@ -54,9 +57,9 @@ class ModelSaver:
         self._generation_config().save_pretrained(target)
 
     def size(self) -> int:
-        """About how many bytes `save` writes."""
+        """Return about how many bytes `save` writes."""
         if self.lora.enabled and not self.lora.merge:
-            return 0  # adapters: as good as nothing beside the state
+            return 0  # adapters: next to nothing
         return sum(parameter.numel() for parameter in self.shell.parameters()) * self.dtype.itemsize
 
     def _save_full(self, weights: dict[str, torch.Tensor], target: Path) -> None:
@@ -83,9 +86,9 @@ class ModelSaver:
         (target / "adapter_config.json").write_text(text)
 
     def _save_merged(self, adapter: Path, target: Path) -> None:
-        """W + alpha / rank * B A, in fp32, on the weights that training began with.
+        """Computes W + alpha / rank * B A, in fp32, from the weights that training began with.
 
-        The adapters are loaded into a shell without memory: making initial values would draw random numbers.
+        The adapters are loaded without initial values, which would draw random numbers.
         """
         from peft import PeftModel
 
@@ -97,7 +100,7 @@ class ModelSaver:
         self._set_dtype(target)
 
     def _generation_config(self) -> GenerationConfig:
-        """The model's own, with the tokens that end a turn in the data: a base model knows none of a chat template."""
+        """The model's generation config, with the tokens that end a turn in the data added to its end tokens."""
         if (self.model.folder / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(self.model.folder)
         else:

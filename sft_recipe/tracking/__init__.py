@@ -1,1 +1,1 @@
-"""What a person watches and what a machine reads of a run: console, metrics.jsonl, loggers."""
+"""What a run reports: banner and messages on the console, metrics.jsonl, and verl's loggers."""

@@ -1,5 +1,6 @@
-"""The batch of a step: which examples it holds, and this rank's part of them as the tensors that verl's engines read."""
+"""The batch of a step: its examples, and this rank's part of them as the tensors that verl's engines read."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,11 +43,13 @@ class BatchBuilder:
         All ranks have the same number of micro-batches; one without examples holds an unsupervised token.
         """
         lengths = examples.lengths[indices].tolist()
-        micro_batches = plan_micro_batches(lengths, self.ranks, self.data.token_budget)[self.rank]
+        micro_batches: Sequence[Sequence[int | None]] = plan_micro_batches(lengths, self.ranks, self.data.token_budget)[
+            self.rank
+        ]
         documents = [
             examples[indices[position]] if position is not None else FILLER
             for positions in micro_batches
-            for position in positions or [None]
+            for position in (positions or [None])
         ]
         ids = [torch.from_numpy(ids.astype(np.int64)) for ids, _ in documents]
         masks = [torch.from_numpy(mask.astype(np.int64)) for _, mask in documents]

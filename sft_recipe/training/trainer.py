@@ -191,9 +191,7 @@ class SFTTrainer:
                 raise _StopRequested
 
         budget = self.config.data.token_budget
-        result = evaluate(
-            examples, budget, self.worker.data_ranks, self.batches.build, self.worker.evaluate, progress
-        )
+        result = evaluate(examples, budget, self.worker.data_ranks, self.batches.build, self.worker.evaluate, progress)
         return {"val/loss": result.loss, "val/tokens": result.tokens}
 
     def _is_save_due(self, step: int) -> bool:

@@ -15,9 +15,9 @@ from verl.workers.utils.losses import sft_loss
 
 from sft_recipe.config.auto import shares_prefixes
 from sft_recipe.config.schema import Config
+from sft_recipe.engine.patches import patch_model_class_lookup
 from sft_recipe.engine.sft_engine import SFTEngine
 from sft_recipe.engine.verl_config import build_verl_config
-from sft_recipe.engine.patches import patch_model_class_lookup
 from sft_recipe.errors import is_debugging
 
 
@@ -44,11 +44,12 @@ class Worker:
                     checkpoint_config=built.checkpoint,
                 )
             )
-            self._worker.set_loss_fn(partial(sft_loss, config=None))  # SFTEngine computes the same loss by itself
+            loss: Any = partial(sft_loss, config=None)  # type: ignore[arg-type]  # as verl's own SFT trainer does
+            self._worker.set_loss_fn(loss)  # SFTEngine computes the same loss by itself
             self._worker.reset()
         self.engine: Any = self._worker.engine
         self.is_sft_engine = isinstance(self.engine, SFTEngine)
-        if self.is_sft_engine:
+        if isinstance(self.engine, SFTEngine):
             self.engine.on_micro_batch = on_micro_batch
             self.engine.shares_prefixes = shares_prefixes(config, device)
 
@@ -64,7 +65,7 @@ class Worker:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next step."""
+        """The learning rate that the next step uses."""
         return self.engine.optimizer.param_groups[0]["lr"]
 
     def set_step(self, step: int) -> None:
@@ -73,7 +74,7 @@ class Worker:
             self.engine.set_step(step)
 
     def train(self, batch: TensorDict) -> dict[str, Any]:
-        """Run one optimizer step. Returns verl's metrics, with the global `loss` and the `grad_norm` before clipping."""
+        """Run one optimizer step. Returns verl's metrics: the global `loss`, the `grad_norm` before clipping, ..."""
         tu.assign_non_tensor(batch, update_lr_scheduler=not self.is_sft_engine)
         return self._metrics(self._worker.train_batch(batch))
 

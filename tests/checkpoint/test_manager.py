@@ -55,7 +55,7 @@ def edit_manifest(path):
         ("huggingface/model.safetensors", flip, "does not have its checksum"),
         ("manifest.json", remove, "no readable manifest.json"),
         ("manifest.json", cut, "no readable manifest.json"),
-        ("manifest.json", edit_manifest, "not as it was written"),
+        ("manifest.json", edit_manifest, "has changed since it was written"),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
@@ -71,7 +71,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert says in capfd.readouterr().err
     assert run_here(*run, "trainer.resume_from=auto") == 0
     said = " ".join(capfd.readouterr().out.replace("│", " ").split())
-    assert says in said and "after step 2" in said and "set aside as damaged_step_4" in said
+    assert says in said and "after step 2" in said and "renamed to damaged_step_4" in said
     assert checkpoints(folder) == ["damaged_step_4", "step_2", "step_4"]
     assert [row["step"] for row in metrics(folder / "out")] == [1, 2, 3, 4]
 
@@ -110,7 +110,7 @@ def test_the_best_checkpoint_stays(model, tmp_path, monkeypatch):
 
 
 def test_what_killed_runs_left_is_removed(model, tmp_path):
-    for name in (".step_3.partial", ".step_1.retired"):
+    for name in (".step_3.partial", ".step_1.pruned"):
         (tmp_path / "out/checkpoints" / name).mkdir(parents=True)
     assert run_here(*arguments(model, tmp_path, "trainer.total_training_steps=2")) == 0
     assert checkpoints(tmp_path) == ["step_2"]
@@ -124,7 +124,7 @@ def test_a_checkpoint_taken_while_steps_go_on_is_that_of_its_step(model, tmp_pat
 
     keep = ["trainer.max_ckpt_to_keep=null", "model.override_config={attention_dropout: 0.1}", *shape]
     assert run_here(*arguments(model, tmp_path / "waiting", *keep, "trainer.async_save=false")) == 0
-    trained, real_step, real_run = [], SFTTrainer._train_step, _Job._run
+    trained, real_step, real_run = [], SFTTrainer.train_step, _Job._run
     written_after = []
 
     def step(self, number):
@@ -139,7 +139,7 @@ def test_a_checkpoint_taken_while_steps_go_on_is_that_of_its_step(model, tmp_pat
         real_run(self)
         written_after.append(trained[-1])
 
-    monkeypatch.setattr(SFTTrainer, "_train_step", step)
+    monkeypatch.setattr(SFTTrainer, "train_step", step)
     monkeypatch.setattr(_Job, "_run", run)
     assert run_here(*arguments(model, tmp_path / "beside", *keep)) == 0
     assert written_after[:4] >= [3, 5, 7, 9]

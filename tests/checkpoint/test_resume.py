@@ -103,9 +103,9 @@ def test_a_run_never_overwrites_another(work, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (["data.train_batch_size=3"], "data.train_batch_size: 4 there, 3 here"),
-        (["trainer.seed=1"], "trainer.seed: 42 there, 1 here"),
-        (["lora.enabled=true"], "lora: off there, rank 8"),
+        (["data.train_batch_size=3"], "data.train_batch_size: 4 in the checkpoint, 3 now"),
+        (["trainer.seed=1"], "trainer.seed: 42 in the checkpoint, 1 now"),
+        (["lora.enabled=true"], "lora: off in the checkpoint, rank 8"),
         (["data.max_length=30", "data.truncation=right"], "data: "),
     ],
 )

@@ -62,14 +62,14 @@ def fill_disk(rank: int) -> None:
     """A setup: the folder of step 2 cannot be synchronized to disk."""
     from sft_recipe.checkpoint import manager
 
-    sync = manager._sync_folder
+    sync = manager.sync
 
     def fail(path):
         if path.name == ".step_2.partial":
             raise OSError(28, "No space left on device")
         sync(path)
 
-    manager._sync_folder = fail
+    manager.sync = fail
 
 
 def test_failed_save_is_reported_once_and_keeps_earlier_checkpoints(warm, tmp_path):

@@ -25,7 +25,7 @@ def stop_in_validation(rank: int, call: int) -> None:
     """A setup: validation in several small parts, and a signal to rank 1 after part `call`."""
     from sft_recipe.evaluation import validation as evaluate
 
-    evaluate.MICRO_BATCHES_AT_ONCE = 1
+    evaluate.MICRO_BATCHES_PER_CALL = 1
     send_signal_at(rank, "validation", on_rank=1, call=call, sends=signal.SIGTERM)
 
 
@@ -59,7 +59,7 @@ def test_sigusr1_saves_and_goes_on(warm, model, tmp_path):
 def test_a_second_signal_stops_at_once(warm, model, tmp_path):
     end = warm.run(arguments(model, tmp_path), ranks=2, setup=at("forward", sends=signal.SIGTERM, times=2))
     assert end.codes == [1, 143] and checkpoints(tmp_path) == []
-    assert "another rank died" in end.output and "Traceback" not in end.output
+    assert "a peer rank exited" in end.output and "Traceback" not in end.output
 
 
 def die_alone(rank: int) -> None:
@@ -70,21 +70,21 @@ def die_alone(rank: int) -> None:
 
 def fail_alone(rank: int) -> None:
     """A setup: rank 1 meets what nobody has thought of."""
-    from sft_recipe.training.trainer import SFTTrainer
+    from sft_recipe.training.batches import BatchBuilder
 
     def fail(*_: object) -> None:
         raise ArithmeticError("odd")
 
     if rank == 1:
-        SFTTrainer._make_batch = fail
+        BatchBuilder.build = fail
 
 
 def hang_alone(rank: int) -> None:
     """A setup: rank 1 does not come back from reading."""
-    from sft_recipe.training.trainer import SFTTrainer
+    from sft_recipe.training.batches import BatchBuilder
 
     if rank == 1:
-        SFTTrainer._make_batch = lambda *_: time.sleep(1000)
+        BatchBuilder.build = lambda *_: time.sleep(1000)
 
 
 def fall_silent(rank: int) -> None:
@@ -99,10 +99,10 @@ def fall_silent(rank: int) -> None:
 @pytest.mark.parametrize(
     ("setup", "says"),
     [
-        (die_alone, "rank 0 stops, since another rank died"),
+        (die_alone, "rank 0 aborts: a peer rank exited"),
         (fail_alone, "ArithmeticError: odd"),
         (hang_alone, "rank 1 on"),
-        (fall_silent, "has not been heard of for"),
+        (fall_silent, "has sent no heartbeat for"),
     ],
 )
 def test_a_rank_that_ends_or_hangs_ends_the_others_with_the_reason(warm, model, tmp_path, setup, says):

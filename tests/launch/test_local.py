@@ -85,7 +85,7 @@ def test_a_failed_rank_is_restarted_and_signals_reach_all(launch, model, tmp_pat
     steps = [row["step"] for row in rows(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
     assert f"step_{steps[-1]}" in checkpoints(tmp_path)
-    assert "rank 0 stops, since another rank died" in said.read_text() and "Traceback" not in said.read_text()
+    assert "rank 0 aborts: a peer rank exited" in said.read_text() and "Traceback" not in said.read_text()
 
 
 def whole_names(folder):
@@ -141,4 +141,4 @@ def test_what_ends_one_machine_ends_the_other_with_the_reason(launch, model, tmp
         assert "missing.json" in said[0] and f"rank 1 on {socket.gethostname()} stopped" in said[0], said
     else:
         assert codes == (1, 137), said
-        assert "rank 0 stops, since another rank died" in said[0] and "rank 0 of this machine was killed" in said[1]
+        assert "rank 0 aborts: a peer rank exited" in said[0] and "rank 0 of this machine was killed" in said[1]

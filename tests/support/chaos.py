@@ -63,7 +63,7 @@ def _in_resuming(die: Callable[[], None]) -> None:
 
 
 def _in_dropping_rows(die: Callable[[], None]) -> None:
-    _wrap(Path, "replace", before=lambda path, _: die() if path.name == "metrics.partial" else None)
+    _wrap(Path, "replace", before=lambda path, _: die() if path.name.startswith(".metrics.jsonl.") else None)
 
 
 def _in_forward(die: Callable[[], None]) -> None:
@@ -80,14 +80,14 @@ def _in_optimizer_step(die: Callable[[], None]) -> None:
 
 def _in_row(die: Callable[[], None]) -> None:
     """Die with half a row in the file."""
-    from sft_recipe.tracking.run_log import RowFile
+    from sft_recipe.tracking.metrics_file import MetricsFile
 
-    def half(file: RowFile) -> None:
+    def half(file: MetricsFile) -> None:
         with file.path.open("ab") as raw:
             raw.write(file.waiting[: len(file.waiting) // 2])
         die()
 
-    _wrap(RowFile, "flush", before=half)
+    _wrap(MetricsFile, "flush", before=half)
 
 
 def _in_validation(die: Callable[[], None]) -> None:
@@ -136,7 +136,7 @@ def _in_retention(die: Callable[[], None]) -> None:
     """Die when one file of a pruned checkpoint is removed."""
 
     def half(folder: Path, *_: Any) -> None:
-        if folder.name.endswith(".retired") and folder.is_dir():
+        if folder.name.endswith(".pruned") and folder.is_dir():
             next(folder.rglob("*.safetensors")).unlink()
             die()
 

@@ -183,17 +183,17 @@ def _start_store() -> tuple[int, str]:
 
 def _rank(arguments: list[str], rank: int, setup: Any, scratch: Path) -> int:
     from sft_recipe import main_sft
-    from sft_recipe.tracking.run_log import RowFile
+    from sft_recipe.tracking.metrics_file import MetricsFile
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    add = RowFile.add
+    add = MetricsFile.add
 
-    def note_first(self: RowFile, row: dict[str, Any]) -> None:
-        RowFile.add = add
+    def note_first(self: MetricsFile, row: dict[str, Any]) -> None:
+        MetricsFile.add = add
         (scratch / "first_step").write_text(str(time.monotonic()))
         add(self, row)
 
-    RowFile.add = note_first
+    MetricsFile.add = note_first
     if setup:
         module, _, name = setup[0].partition(":")
         getattr(import_module(module), name)(rank=rank, **setup[1])

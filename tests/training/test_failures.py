@@ -41,14 +41,14 @@ def run(request, model, tmp_path):
 
 def full_disk(monkeypatch, is_full):
     """Files of checkpoints cannot be written while `is_full()`; the metrics can."""
-    real = checkpoint._sync
+    real = checkpoint._sync_tree
 
     def sync(folder):
         if is_full():
             raise OSError(errno.ENOSPC, "No space left on device")
         real(folder)
 
-    monkeypatch.setattr(checkpoint, "_sync", sync)
+    monkeypatch.setattr(checkpoint, "_sync_tree", sync)
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing_but_a_warning(monkeypatch, run, whole, tmp_path, capfd):
@@ -83,7 +83,7 @@ def test_room_is_asked_for_before_anything_is_written(monkeypatch, run, tmp_path
 
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
     assert run_here(*run) == 2
-    assert "there is no room" in capfd.readouterr().err
+    assert "the disk is too full" in capfd.readouterr().err
     assert asked and not any(asked)
 
 
@@ -91,7 +91,7 @@ def test_metrics_wait_in_memory_while_they_cannot_be_written(monkeypatch, model,
     """The run folder moves away after the third step, and comes back after the sixth."""
     from sft_recipe.training.trainer import SFTTrainer
 
-    real, away = SFTTrainer._train_step, tmp_path / "away"
+    real, away = SFTTrainer.train_step, tmp_path / "away"
 
     def step(self, number):
         if number == 3:
@@ -100,7 +100,7 @@ def test_metrics_wait_in_memory_while_they_cannot_be_written(monkeypatch, model,
             away.rename(tmp_path / "out")
         return real(self, number)
 
-    monkeypatch.setattr(SFTTrainer, "_train_step", step)
+    monkeypatch.setattr(SFTTrainer, "train_step", step)
     assert run_here(*arguments(model, tmp_path)) == 0
     said = capfd.readouterr().out
     assert "metrics.jsonl cannot be written: No such file or directory" in said and "is written again" in said
@@ -111,14 +111,14 @@ def test_metrics_wait_in_memory_while_they_cannot_be_written(monkeypatch, model,
 def test_a_run_folder_that_stays_away_is_an_error_and_not_an_empty_folder(monkeypatch, model, tmp_path, capfd):
     from sft_recipe.training.trainer import SFTTrainer
 
-    real = SFTTrainer._train_step
+    real = SFTTrainer.train_step
 
     def step(self, number):
         if number == 3:
             shutil.rmtree(tmp_path / "out")
         return real(self, number)
 
-    monkeypatch.setattr(SFTTrainer, "_train_step", step)
+    monkeypatch.setattr(SFTTrainer, "train_step", step)
     assert run_here(*arguments(model, tmp_path, "trainer.async_save=false")) == 2
     assert "No such file or directory" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_written(model, tmp_path, capfd):
     assert "cannot be written" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.partial", ".lock"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", ".lock"])
 def test_a_disk_that_is_full_before_the_first_step(model, tmp_path, capfd, name):
     """Here: a folder stands where a file should."""
     (tmp_path / "out" / name).mkdir(parents=True)

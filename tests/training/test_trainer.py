@@ -67,7 +67,7 @@ def test_the_graph_of_a_micro_batch_does_not_outlive_it(work, tmp_path, monkeypa
 
 def test_mfu_is_the_share_of_the_peak_that_matrix_products_took(work, tmp_path, monkeypatch):
     use_cpu()
-    monkeypatch.setattr("sft_recipe.training.trainer.measured_peak_flops", lambda dtype: 1e9)
+    monkeypatch.setattr("sft_recipe.training.metrics.measured_peak_flops", lambda dtype: 1e9)
     run = arguments(work, tmp_path, "data.train_batch_size=1", "trainer.total_training_steps=1")
     assert run_here(*run) == 0
     [row] = metrics(tmp_path)
