@@ -1,7 +1,7 @@
-"""Kills runs in every phase of their lives and at any moment, and says what came of it: benchmarks/chaos.py --kills 200
+"""Kills runs in every phase and at random moments, and reports how they resumed: benchmarks/chaos.py --kills 200
 
-Runs of two ranks on a tiny model, full and LoRA, saving while training waits and beside it, under a process that has
-imported everything, so that a start costs a second. Writes its section of RESULTS.md.
+The runs have two ranks and a tiny model, full and LoRA, with and without asynchronous saving; they are forked from a
+process that has imported everything, so that a start takes a second. Writes its section of RESULTS.md.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tests.support.chaos import KillReport, kill_and_resume
 from tests.support.small_run import arguments
 from tests.support.warm import Warm
 
-SHAPES = {
+VARIANTS = {
     "full": ["trainer.async_save=false"],
     "full, async": [],
     "LoRA": ["lora.enabled=true", "trainer.async_save=false"],
@@ -29,20 +29,20 @@ SHAPES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="over all shapes of runs together")
+    parser.add_argument("--kills", type=int, default=200, help="over all variants together")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began, results = time.monotonic(), {}
     with tempfile.TemporaryDirectory() as folder, Warm() as warm:
         model = tiny.build_model(Path(folder) / "model", attention_dropout=0.1)
-        for number, (shape, extra) in enumerate(SHAPES.items()):
+        for number, (variant, extra) in enumerate(VARIANTS.items()):
             whole, killed = Path(folder) / f"whole-{number}", Path(folder) / f"killed-{number}"
             end = warm.run(arguments(model, whole, *extra), ranks=2)
             assert end.code == 0, end.output
-            kills = options.kills // len(SHAPES) + (number < options.kills % len(SHAPES))
+            kills = options.kills // len(VARIANTS) + (number < options.kills % len(VARIANTS))
             run = arguments(model, killed, *extra)
-            results[shape] = kill_and_resume(warm, run, whole / "out", killed / "out", options.seed + number, kills)
-            print(shape, results[shape], flush=True)
+            results[variant] = kill_and_resume(warm, run, whole / "out", killed / "out", options.seed + number, kills)
+            print(variant, results[variant], flush=True)
     section = report(results, options.kills, options.seed, time.monotonic() - began)
     print(section)
     write_section("chaos", section)
@@ -50,12 +50,12 @@ def main() -> None:
 
 def report(results: dict[str, KillReport], kills: int, seed: int, seconds: float) -> str:
     """The section of RESULTS.md."""
-    header = ["run", "kills report", "runs completed", "of them equal", "resumed from a checkpoint", "s to resume"]
+    header = ["run", "kills survived", "runs completed", "of them equal", "resumed from a checkpoint", "s to resume"]
     rows = []
-    for shape, report in results.items():
+    for variant, report in results.items():
         equal = "all" if not report.differences else f"NOT: {report.differences[:3]}"
         resume = f"{statistics.mean(report.seconds_to_first_step):.1f}"
-        rows.append([shape, str(report.count), str(report.runs), equal, str(report.resumed), resume])
+        rows.append([variant, str(report.count), str(report.runs), equal, str(report.resumed), resume])
     phases: dict[str, int] = {}
     for report in results.values():
         for phase, count in report.kills.items():

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.results import machine, table, write_section
 
 SAVES = 3  # of each kind; the median counts
-SHAPES = {"full": [], "LoRA": ["lora.enabled=true"]}
-Timed = tuple[float, float]  # seconds until a save is whole, and those that training stands still for it
+VARIANTS = {"full": [], "LoRA": ["lora.enabled=true"]}
+Timed = tuple[float, float]  # seconds until a save is complete, and seconds that it blocks training
 
 
 def main() -> None:
@@ -31,15 +31,15 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for shape, extra in SHAPES.items():
-            rows += [[shape, *row] for row in measured_rows(options.model, Path(folder) / shape, extra)]
-    header = ["state", "saved by", "s until it is whole", "s that training stands still", "of verl's", "MB"]
+        for variant, extra in VARIANTS.items():
+            rows += [[variant, *row] for row in measured_rows(options.model, Path(folder) / variant, extra)]
+    header = ["state", "saved by", "s until complete", "s training blocked", "of verl's", "MB"]
     section = f"""## What a checkpoint costs
 
 `benchmarks/checkpoint_speed.py --model {options.model}`; {machine()}.
-Medians of {SAVES} saves after one that warms up. Ours writes the state and the model for others, reads all back for the
-checksums, and syncs to the disk; verl and `torch.save` write the state into the page cache, and no model. How much a
-save beside training slows the steps that go on is not counted.
+Medians of {SAVES} saves after a warm-up. sft_recipe writes the state and the exported model, reads all back for the
+checksums, and syncs to the disk; verl and `torch.save` write the state into the page cache, and no model. How much an
+asynchronous save slows the steps during it is not counted.
 
 {table(header, rows)}"""
     print(section)
@@ -47,7 +47,7 @@ save beside training slows the steps that go on is not counted.
 
 
 def measured_rows(model: str, folder: Path, extra: list[str]) -> list[list[str]]:
-    """Set a run up as always, and measure where it would train."""
+    """Set up a run as always, and measure in place of its training."""
     from sft_recipe import main_sft
     from sft_recipe.distributed import process_group
 
@@ -56,7 +56,7 @@ def measured_rows(model: str, folder: Path, extra: list[str]) -> list[list[str]]
 
     def join_and_patch(device: str) -> None:
         join(device)
-        from sft_recipe.training.trainer import SFTTrainer  # settles verl's platform, so not before
+        from sft_recipe.training.trainer import SFTTrainer  # chooses verl's platform, so not before
 
         def fit(trainer: Any) -> int:
             rows.extend(measure(trainer, folder))
@@ -95,7 +95,7 @@ def measure(trainer: Any, folder: Path) -> list[list[str]]:
 
 
 def own(trainer: Any, overlap: bool) -> Timed:
-    """Our checkpoints; beside each asynchronous one the next steps train until it is whole."""
+    """Our checkpoints; during each asynchronous one the next steps train until it is complete."""
     from sft_recipe.checkpoint.async_saving import AsyncSaver
 
     saving = AsyncSaver(trainer.checkpoints, trainer.state, trainer.export, lambda: None, lambda _: None, overlap)
@@ -125,10 +125,10 @@ def save_as_verl(trainer: Any, folder: Path) -> None:
 
 
 def save_plainly(trainer: Any, folder: Path) -> None:
-    """The same tensors as ours, whole, in one file."""
+    """The same tensors as ours, unsharded, in one file."""
     tensors = trainer.state._to_store(*trainer.state._state_dicts())
-    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in tensors.items()}
-    torch.save(whole, folder / "state.pt")
+    full = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in tensors.items()}
+    torch.save(full, folder / "state.pt")
 
 
 def empty(folder: Path) -> Path:

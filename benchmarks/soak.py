@@ -1,4 +1,4 @@
-"""Whether a long run keeps its speed and its memory: benchmarks/soak.py [--steps 500] [flags and overrides of train.sh]
+"""Checks that a long run keeps its speed and memory: benchmarks/soak.py [--steps 500] [flags and overrides of train.sh]
 
 SmolLM2-135M (the embedded model) on the example data, through ./train.sh. Writes its section of RESULTS.md.
 """
@@ -49,7 +49,7 @@ def tenths(rows: list[dict]) -> list[list[dict]]:
 
 
 def describe(rows: list[dict]) -> list[str]:
-    """Of a part of the run: its steps, speed, memory and loss."""
+    """Return the steps, speed, memory and loss of a part of the run."""
     seconds, tokens = (sum(row[key] for row in rows) for key in ("perf/seconds", "train/tokens"))
     memory = max(row["perf/memory_gb"] for row in rows)
     loss = mean(row["train/loss"] for row in rows)

@@ -57,7 +57,7 @@ class Watchdog:
 
     @contextmanager
     def propagate_failures(self) -> Iterator[None]:
-        """End all ranks when this one fails within the context; collectives that fail because of it are not reported."""
+        """End all ranks when this one fails within the context; the failed collectives of others are not reported."""
         try:
             yield
         except RecipeError as error:

@@ -36,7 +36,7 @@ def whole(warm, model, tmp_path_factory):
         ],
     ],
 )
-def test_ten_more_steps_have_the_same_losses(warm, model, whole, tmp_path, ranks, strategy):
+def test_resume_on_other_ranks_and_strategy_has_the_same_losses(warm, model, whole, tmp_path, ranks, strategy):
     folder = tmp_path / "run"
     shutil.copytree(whole / "out", folder / "out")
     for path in (folder / "out/checkpoints").iterdir():

@@ -58,7 +58,7 @@ def edit_manifest(path):
         ("manifest.json", edit_manifest, "has changed since it was written"),
     ],
 )
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+def test_damaged_newest_checkpoint_is_quarantined_and_the_previous_one_used(
     model, saved, tmp_path, capfd, file, damage, says
 ):
     folder = tmp_path / "run"
@@ -76,7 +76,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert [row["step"] for row in metrics(folder / "out")] == [1, 2, 3, 4]
 
 
-def test_the_manifest_says_what_a_checkpoint_is(saved):
+def test_manifest_describes_the_checkpoint(saved):
     newest = saved / "out/checkpoints/step_4"
     manifest = read_manifest(newest)
     files = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
@@ -87,14 +87,14 @@ def test_the_manifest_says_what_a_checkpoint_is(saved):
     assert verify(newest) == ""
 
 
-def test_the_model_for_others_is_the_state_that_is_resumed_from(saved):
+def test_exported_model_equals_the_stored_state(saved):
     newest = saved / "out/checkpoints/step_4"
     model = load_file(newest / "huggingface/model.safetensors")
     state = {name: value for (_, name), value in states(newest).items()}
     assert model and all(value.equal(state[f"model.{name}"]) for name, value in model.items())
 
 
-def test_the_best_checkpoint_stays(model, tmp_path, monkeypatch):
+def test_checkpoint_with_the_lowest_validation_loss_is_kept(model, tmp_path, monkeypatch):
     """By validation loss, which here is lowest after the second step."""
     from sft_recipe.evaluation.validation import ValidationResult
     from sft_recipe.training import trainer
@@ -109,7 +109,7 @@ def test_the_best_checkpoint_stays(model, tmp_path, monkeypatch):
     assert checkpoints(tmp_path) == ["step_2", "step_4", "step_6"]  # best, resumed from, newest
 
 
-def test_what_killed_runs_left_is_removed(model, tmp_path):
+def test_leftovers_of_killed_runs_are_removed(model, tmp_path):
     for name in (".step_3.partial", ".step_1.pruned"):
         (tmp_path / "out/checkpoints" / name).mkdir(parents=True)
     assert run_here(*arguments(model, tmp_path, "trainer.total_training_steps=2")) == 0
@@ -117,7 +117,7 @@ def test_what_killed_runs_left_is_removed(model, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [[], ["lora.enabled=true", "lora.merge=true"], ["fsdp.param_offload=true"]])
-def test_a_checkpoint_taken_while_steps_go_on_is_that_of_its_step(model, tmp_path, monkeypatch, shape):
+def test_asynchronous_checkpoint_holds_the_state_of_its_step(model, tmp_path, monkeypatch, shape):
     """Each save is held back until the step after it is done."""
     from sft_recipe.checkpoint.async_saving import _Job
     from sft_recipe.training.trainer import SFTTrainer
@@ -152,7 +152,7 @@ def test_a_checkpoint_taken_while_steps_go_on_is_that_of_its_step(model, tmp_pat
             assert path.read_bytes() == (other / "huggingface" / path.name).read_bytes(), path.name
 
 
-def test_a_state_in_many_files_is_the_same_state(model, saved, tmp_path, monkeypatch):
+def test_state_in_many_files_is_restored(model, saved, tmp_path, monkeypatch):
     from sft_recipe.checkpoint import state
 
     monkeypatch.setattr(state, "LARGEST_FILE", 20_000)
@@ -168,7 +168,7 @@ def test_a_state_in_many_files_is_the_same_state(model, saved, tmp_path, monkeyp
     assert whole.keys() == resumed.keys() and all(value.equal(resumed[name]) for name, value in whole.items())
 
 
-def test_too_little_memory_for_copies_means_waiting(model, tmp_path, monkeypatch, capfd):
+def test_too_little_memory_for_copies_disables_asynchronous_saving(model, tmp_path, monkeypatch, capfd):
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=0))
     run = arguments(model, tmp_path, "trainer.total_training_steps=2")
@@ -176,7 +176,7 @@ def test_too_little_memory_for_copies_means_waiting(model, tmp_path, monkeypatch
     assert "too little memory" in capfd.readouterr().out
 
 
-def test_the_report_says_what_saves_cost(saved, model, tmp_path, capfd):
+def test_duration_of_saves_is_reported(saved, model, tmp_path, capfd):
     run = arguments(model, tmp_path, "trainer.total_training_steps=4", "trainer.async_save=false")
     capfd.readouterr()
     assert run_here(*run) == 0
@@ -187,7 +187,7 @@ def test_the_report_says_what_saves_cost(saved, model, tmp_path, capfd):
     ]
 
 
-def test_a_checkpoint_cannot_run_code(saved):
+def test_checkpoint_holds_no_pickle(saved):
     """Everything in it is JSON, text or safetensors; nothing is a pickle or an archive."""
     for path in (saved / "out/checkpoints/step_4").rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
@@ -197,7 +197,7 @@ def test_a_checkpoint_cannot_run_code(saved):
                 json.loads(path.read_text())
 
 
-def test_nothing_that_is_saved_holds_a_secret(model, tmp_path, monkeypatch):
+def test_saved_files_hold_no_secret(model, tmp_path, monkeypatch):
     from sft_recipe.config.compose import load_config
 
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")

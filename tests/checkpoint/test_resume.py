@@ -48,7 +48,7 @@ def cut_back(whole, stopped, step):
 
 @pytest.mark.parametrize("shape", SHAPE_CACHE_SIZES)
 @pytest.mark.parametrize("step", [3, PER_EPOCH])
-def test_resumed_run_equals_the_uninterrupted_one(work, shape, step, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_run(work, shape, step, tmp_path):
     whole = work / f"whole-{shape}"
     if not whole.exists():
         assert run_here(*arguments(work, whole, *SHAPE_CACHE_SIZES[shape], "trainer.save_freq=1")) == 0
@@ -81,7 +81,7 @@ def test_losses_do_not_depend_on_ranks_or_packing(warm, work, tmp_path):
         assert [row["train/loss"] for row in metrics(tmp_path / other)] == pytest.approx(expected, rel=1e-5)
 
 
-def test_retention_keeps_the_newest_and_counts_earlier_runs(work, tmp_path):
+def test_pruning_keeps_the_newest_and_counts_checkpoints_of_earlier_runs(work, tmp_path):
     keep_two = ["trainer.save_freq=2", "trainer.max_ckpt_to_keep=2"]
     assert run_here(*arguments(work, tmp_path, *keep_two, "trainer.total_training_steps=4")) == 0
     assert (
@@ -92,7 +92,7 @@ def test_retention_keeps_the_newest_and_counts_earlier_runs(work, tmp_path):
     assert left == ["step_4", "step_6", "step_7"]  # the run was resumed from step_4; step_2 is of the earlier one
 
 
-def test_a_run_never_overwrites_another(work, tmp_path, capfd):
+def test_run_never_overwrites_checkpoints_of_another(work, tmp_path, capfd):
     assert run_here(*arguments(work, tmp_path, "trainer.total_training_steps=1")) == 0
     assert run_here(*arguments(work, tmp_path, "trainer.total_training_steps=1")) == 2
     message = capfd.readouterr().err
@@ -109,7 +109,7 @@ def test_a_run_never_overwrites_another(work, tmp_path, capfd):
         (["data.max_length=30", "data.truncation=right"], "data: "),
     ],
 )
-def test_resuming_with_other_settings_says_what_differs(work, change, named, tmp_path, capfd):
+def test_resume_with_other_settings_names_the_differences(work, change, named, tmp_path, capfd):
     whole = work / "whole-full"
     if not whole.exists():
         assert run_here(*arguments(work, whole, "trainer.save_freq=1")) == 0
@@ -132,7 +132,7 @@ def test_damaged_checkpoints_are_not_resumed_from(work, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("there", ["nothing", "an empty folder", "a folder of checkpoints"])
-def test_a_resume_path_that_is_no_checkpoint(work, there, tmp_path, capfd):
+def test_resume_path_without_a_checkpoint_is_refused(work, there, tmp_path, capfd):
     path = tmp_path / "step_7"
     if there == "an empty folder":
         path.mkdir()

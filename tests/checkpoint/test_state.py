@@ -34,7 +34,7 @@ def stored_names(output):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_lora_checkpoint_stores_adapters_alone(tmp_path, tied):
+def test_lora_checkpoint_stores_adapters_only(tmp_path, tied):
     tiny.build_model(tmp_path / "model", tie_word_embeddings=tied)
     assert run_here(*arguments(tmp_path, tmp_path / "out", "lora=r8")) == 0
     weights = {name for name in stored_names(tmp_path / "out") if name.startswith("model.")}
@@ -48,7 +48,7 @@ def test_tied_weights_are_stored_once(tmp_path):
     assert "model.model.embed_tokens.weight" in names and "model.lm_head.weight" not in names
 
 
-def test_tied_weights_that_are_copies_take_what_was_loaded():
+def test_copies_of_tied_weights_are_restored():
     """As FSDP1 hands them out: one copy under each name."""
     from sft_recipe.checkpoint.state import restore_tied
 

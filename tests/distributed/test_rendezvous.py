@@ -35,25 +35,25 @@ def unlaunched(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
-def test_ranks_of_one_launcher_meet(monkeypatch):
+def test_ranks_of_one_launcher_share_a_folder(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert len(places_of_children()) == 1
 
 
-def test_ranks_that_something_else_launched_meet(monkeypatch):
+def test_ranks_of_another_launcher_share_a_folder(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert len(places_of_children()) == 1
 
 
 @pytest.mark.parametrize("world", [None, "1"])  # before it has given itself its numbers, and after
-def test_runs_of_one_process_that_one_shell_started_do_not(monkeypatch, world):
+def test_single_process_runs_of_one_shell_share_no_folder(monkeypatch, world):
     if world:
         monkeypatch.setenv("WORLD_SIZE", world)
     assert len(places_of_children()) == 2
 
 
-def test_attempts_of_a_restarted_rank_remember_one_run(monkeypatch):
+def test_restarted_rank_finds_the_folder_of_its_run(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert len(places_of_children()) == 1

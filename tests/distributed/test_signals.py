@@ -29,7 +29,7 @@ def stop_in_validation(rank: int, call: int) -> None:
     send_signal_at(rank, "validation", on_rank=1, call=call, sends=signal.SIGTERM)
 
 
-def test_a_stop_in_validation_is_not_put_off_and_changes_nothing(warm, model, tmp_path):
+def test_stop_during_validation_is_immediate_and_resumes_bit_for_bit(warm, model, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     extra = ["data.max_length=64", "trainer.save_freq=-1", "trainer.resume_from=auto"]
     parts = f"{__name__}:stop_in_validation"
@@ -45,18 +45,18 @@ def test_a_stop_in_validation_is_not_put_off_and_changes_nothing(warm, model, tm
     assert not differences(whole / "out", stopped / "out")
 
 
-def test_the_end_of_the_time_stops_and_saves(warm, model, tmp_path):
+def test_max_time_stops_and_saves(warm, model, tmp_path):
     end = warm.run(arguments(model, tmp_path, "trainer.max_time=0.01"), ranks=2)
     assert end.codes == [75, 75] and checkpoints(tmp_path) == ["step_1"]
 
 
-def test_sigusr1_saves_and_goes_on(warm, model, tmp_path):
+def test_sigusr1_saves_and_training_continues(warm, model, tmp_path):
     run = arguments(model, tmp_path, "trainer.save_freq=-1", "trainer.max_ckpt_to_keep=null")
     end = warm.run(run, ranks=2, setup=at("optimizer step", call=3, sends=signal.SIGUSR1))
     assert end.code == 0 and checkpoints(tmp_path) == [f"step_{STEPS}", "step_3"], end.output
 
 
-def test_a_second_signal_stops_at_once(warm, model, tmp_path):
+def test_second_signal_exits_at_once(warm, model, tmp_path):
     end = warm.run(arguments(model, tmp_path), ranks=2, setup=at("forward", sends=signal.SIGTERM, times=2))
     assert end.codes == [1, 143] and checkpoints(tmp_path) == []
     assert "a peer rank exited" in end.output and "Traceback" not in end.output
@@ -105,7 +105,7 @@ def fall_silent(rank: int) -> None:
         (fall_silent, "has sent no heartbeat for"),
     ],
 )
-def test_a_rank_that_ends_or_hangs_ends_the_others_with_the_reason(warm, model, tmp_path, setup, says):
+def test_rank_that_fails_or_hangs_ends_the_others_with_the_reason(warm, model, tmp_path, setup, says):
     run = arguments(model, tmp_path, f"trainer.heartbeat_timeout={15 if setup is hang_alone else 60}")
     end = warm.run(run, ranks=2, setup=(f"{__name__}:{setup.__name__}", {}))
     assert end.codes[0] == 1, end.output

@@ -8,7 +8,7 @@ from sft_recipe.distributed import watchdog as watch
 from sft_recipe.errors import DataError
 
 
-def test_a_ranks_own_last_words_are_no_order_to_leave(monkeypatch):
+def test_rank_does_not_exit_because_of_its_own_failure_record(monkeypatch):
     """The thread reads the run's end just after its own rank has written it, which then tells the error itself."""
     for name, value in {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)

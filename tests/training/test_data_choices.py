@@ -40,7 +40,7 @@ def texts(prepared, examples):
     return [prepared.tokenizer.decode(examples[index][0]) for index in range(len(examples))]
 
 
-def test_a_mixture_trains_what_it_says(tmp_path):
+def test_mixture_trains_the_requested_numbers_of_examples(tmp_path):
     tiny.build_model(tmp_path / "model")
     one, two = write(tmp_path / "one.jsonl", 40, "Hello"), write(tmp_path / "two.jsonl", 5, "Paris")
     spec = f"data.train_files=['{one}*0.25','{two}#12']"
@@ -56,7 +56,7 @@ def test_a_mixture_trains_what_it_says(tmp_path):
     assert held_out | trained == set(texts(found, found.train))
 
 
-def test_another_mixture_is_not_the_same_run(tmp_path, capfd):
+def test_resume_with_another_mixture_is_refused(tmp_path, capfd):
     tiny.build_model(tmp_path / "model")
     data = write(tmp_path / "one.jsonl", 20, "Hello")
     steps = ["data.train_batch_size=2", "trainer.total_training_steps=1"]
@@ -69,7 +69,7 @@ def test_another_mixture_is_not_the_same_run(tmp_path, capfd):
     assert len(metrics(tmp_path / "out")) == 2
 
 
-def test_the_template_that_was_trained_is_the_one_that_is_saved(tmp_path):
+def test_saved_template_is_the_one_of_training(tmp_path):
     tiny.build_model(tmp_path / "model")
     (tmp_path / "own.jinja").write_text(SHOUTING)
     data = write(tmp_path / "one.jsonl", 4, "Hello")

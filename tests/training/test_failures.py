@@ -51,7 +51,7 @@ def full_disk(monkeypatch, is_full):
     monkeypatch.setattr(checkpoint, "_sync_tree", sync)
 
 
-def test_a_disk_that_is_full_for_a_while_costs_nothing_but_a_warning(monkeypatch, run, whole, tmp_path, capfd):
+def test_failed_save_is_retried_and_warned_about(monkeypatch, run, whole, tmp_path, capfd):
     answers = iter([False, True])
     full_disk(monkeypatch, lambda: next(answers, False))
     assert run_here(*run, "trainer.max_ckpt_to_keep=null") == 0
@@ -64,7 +64,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_a_warning(monkeypatch
     assert not differences(whole / "out", tmp_path / "out")
 
 
-def test_a_run_whose_last_state_cannot_be_saved_fails_and_keeps_what_it_had(monkeypatch, run, tmp_path, capfd):
+def test_failed_last_save_fails_the_run_and_keeps_earlier_checkpoints(monkeypatch, run, tmp_path, capfd):
     answers = iter([False])
     full_disk(monkeypatch, lambda: next(answers, True))
     assert run_here(*run) == 2
@@ -74,7 +74,7 @@ def test_a_run_whose_last_state_cannot_be_saved_fails_and_keeps_what_it_had(monk
     assert len(metrics(tmp_path / "out")) == STEPS
 
 
-def test_room_is_asked_for_before_anything_is_written(monkeypatch, run, tmp_path, capfd):
+def test_free_disk_space_is_checked_before_anything_is_written(monkeypatch, run, tmp_path, capfd):
     asked = []
 
     def usage(folder):
@@ -108,7 +108,7 @@ def test_metrics_wait_in_memory_while_they_cannot_be_written(monkeypatch, model,
     assert not differences(whole / "out", tmp_path / "out")
 
 
-def test_a_run_folder_that_stays_away_is_an_error_and_not_an_empty_folder(monkeypatch, model, tmp_path, capfd):
+def test_removed_run_folder_is_an_error_and_is_not_recreated(monkeypatch, model, tmp_path, capfd):
     from sft_recipe.training.trainer import SFTTrainer
 
     real = SFTTrainer.train_step
@@ -124,7 +124,33 @@ def test_a_run_folder_that_stays_away_is_an_error_and_not_an_empty_folder(monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_tries_come_less_and_less_often(whole):  # `whole` has settled verl's platform before this import
+@pytest.mark.parametrize("lora", ["false", "true"])
+@pytest.mark.parametrize("moment", ["before the state is written", "before the export", "before the manifest"])
+def test_save_does_not_recreate_a_vanished_run_folder(monkeypatch, model, tmp_path, capfd, moment, lora):
+    """The folder vanishes in the middle of the first save, and stays away."""
+    from sft_recipe.checkpoint.state import FsdpState
+    from sft_recipe.export.huggingface import ModelSaver
+
+    owner, name = {
+        "before the state is written": (FsdpState, "_save"),
+        "before the export": (ModelSaver, "save"),
+        "before the manifest": (checkpoint, "write_manifest"),
+    }[moment]
+    real = getattr(owner, name)
+
+    def vanish(*args):
+        if (tmp_path / "out").exists():
+            (tmp_path / "out").rename(tmp_path / "away")
+        return real(*args)
+
+    monkeypatch.setattr(owner, name, vanish)
+    merged = [f"lora.enabled={lora}", f"lora.merge={lora}"]
+    assert run_here(*arguments(model, tmp_path, *merged)) == 2
+    assert "step 2 cannot be saved" in capfd.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_intervals_between_retries_double(whole):  # `whole` has settled verl's platform before this import
     from sft_recipe.checkpoint import async_saving as saving
 
     tries, again = [], saving.AsyncSaver.__new__(saving.AsyncSaver)
@@ -162,14 +188,14 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_two_runs_in_one_folder(holder, model, tmp_path, capfd):
+def test_second_run_in_a_folder_is_refused(holder, model, tmp_path, capfd):
     assert run_here(*arguments(model, tmp_path, f"trainer.output_dir={tmp_path}")) == 2
     error = capfd.readouterr().err
     assert f"process {holder.pid} on {socket.gethostname()}" in error and "--output_dir" in error
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_a_lock_does_not_outlive_its_process(holder, tmp_path):
+def test_lock_ends_with_its_process(holder, tmp_path):
     holder.kill()
     holder.wait()
     FolderLock(tmp_path).release()
@@ -181,7 +207,7 @@ def as_from_elsewhere(folder):
 
 
 @pytest.mark.parametrize("has_locks", [True, False])
-def test_a_run_on_another_machine_shows_by_its_beats(tmp_path, monkeypatch, has_locks):
+def test_run_on_another_machine_is_recognized_by_its_heartbeats(tmp_path, monkeypatch, has_locks):
     """Where the file system does not carry locks between machines; no clock is asked."""
     if not has_locks:
         monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
@@ -194,14 +220,14 @@ def test_a_run_on_another_machine_shows_by_its_beats(tmp_path, monkeypatch, has_
     FolderLock(tmp_path).release()
 
 
-def test_a_folder_that_cannot_be_written(model, tmp_path, capfd):
+def test_run_folder_that_cannot_be_written_is_refused(model, tmp_path, capfd):
     (tmp_path / "out").write_text("a file")
     assert run_here(*arguments(model, tmp_path)) == 2
     assert "cannot be written" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", ".lock"])
-def test_a_disk_that_is_full_before_the_first_step(model, tmp_path, capfd, name):
+def test_unwritable_files_are_reported_before_the_first_step(model, tmp_path, capfd, name):
     """Here: a folder stands where a file should."""
     (tmp_path / "out" / name).mkdir(parents=True)
     assert run_here(*arguments(model, tmp_path)) == 2
@@ -209,7 +235,7 @@ def test_a_disk_that_is_full_before_the_first_step(model, tmp_path, capfd, name)
     assert name.partition(".")[0] in error and "Traceback" not in error
 
 
-def test_the_lock_is_not_inherited(tmp_path):
+def test_lock_is_not_inherited_by_child_processes(tmp_path):
     """A worker that outlives its run, as one of a killed run may, must not keep the folder."""
     mine = FolderLock(tmp_path)
     reader, writer = os.pipe()

@@ -47,7 +47,7 @@ def test_validation_loss_is_the_mean_over_all_supervised_tokens(warm, work, toke
         assert rows[1]["val/loss"] == pytest.approx(plain_loss(model, tokenizer).item(), rel=1e-5)
 
 
-def test_the_graph_of_a_micro_batch_does_not_outlive_it(work, tmp_path, monkeypatch):
+def test_graph_of_a_micro_batch_is_freed_before_the_next(work, tmp_path, monkeypatch):
     """Its many small pieces would lie between the activations of the next."""
     use_cpu()
     from sft_recipe.engine.sft_engine import SFTEngine
@@ -65,7 +65,7 @@ def test_the_graph_of_a_micro_batch_does_not_outlive_it(work, tmp_path, monkeypa
     assert len(alive) > 5 and not any(alive)
 
 
-def test_mfu_is_the_share_of_the_peak_that_matrix_products_took(work, tmp_path, monkeypatch):
+def test_mfu_is_the_flops_of_matrix_products_over_the_peak(work, tmp_path, monkeypatch):
     use_cpu()
     monkeypatch.setattr("sft_recipe.training.metrics.measured_peak_flops", lambda dtype: 1e9)
     run = arguments(work, tmp_path, "data.train_batch_size=1", "trainer.total_training_steps=1")
@@ -77,7 +77,7 @@ def test_mfu_is_the_share_of_the_peak_that_matrix_products_took(work, tmp_path, 
     assert row["perf/mfu"] == pytest.approx(products / (tokens / row["perf/tokens_per_s"]) / 1e9)
 
 
-def test_a_share_of_the_training_data_can_validate(work, tmp_path):
+def test_val_ratio_holds_out_training_examples(work, tmp_path):
     assert run_here(*arguments(work, tmp_path, "data.val_ratio=0.2", "trainer.test_freq=1")) == 0
     rows = metrics(tmp_path)
     assert all(row["val/loss"] > 0 for row in rows)
@@ -85,12 +85,12 @@ def test_a_share_of_the_training_data_can_validate(work, tmp_path):
 
 
 @pytest.mark.parametrize(("freq", "steps"), [("1", [1, 2]), ("0", [2]), ("-1", [2]), ("after_each_epoch", [2])])
-def test_save_freq(work, tmp_path, freq, steps):
+def test_save_freq_sets_the_saved_steps(work, tmp_path, freq, steps):
     assert run_here(*arguments(work, tmp_path, f"trainer.save_freq={freq}")) == 0
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step_{step}" for step in steps]
 
 
-def test_gradients_that_are_not_finite_are_skipped_and_stop_the_run_with_advice(work, tmp_path, capfd):
+def test_nonfinite_gradients_are_skipped_and_stop_the_run_with_advice(work, tmp_path, capfd):
     broken = tiny.build_model(tmp_path / "broken", seed=1)
     model = AutoModelForCausalLM.from_pretrained(broken)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_stop_the_run_with_advice(
     assert rows[-1]["train/skipped_steps"] == 10 and rows[-1]["train/loss"] is None
 
 
-def test_one_bad_step_changes_nothing_and_the_run_goes_on(work, tmp_path, monkeypatch):
+def test_step_with_nonfinite_gradients_leaves_weights_unchanged(work, tmp_path, monkeypatch):
     from sft_recipe.engine.sft_engine import SFTEngine
 
     before = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).state_dict()
@@ -123,7 +123,7 @@ def test_one_bad_step_changes_nothing_and_the_run_goes_on(work, tmp_path, monkey
         assert value.equal(after[name]), name
 
 
-def test_rows_hold_what_a_reader_needs(work, tmp_path):
+def test_metrics_rows_have_step_rate_loss_and_tokens(work, tmp_path):
     assert run_here(*arguments(work, tmp_path, "optim.lr_scheduler_type=linear", "optim.lr=1e-3")) == 0
     first, second = metrics(tmp_path)
     assert (first["step"], second["step"]) == (1, 2)
@@ -134,26 +134,26 @@ def test_rows_hold_what_a_reader_needs(work, tmp_path):
 
 
 @pytest.mark.parametrize("logger", ["tensorboard"])
-def test_verls_loggers_are_fed(work, tmp_path, logger):
+def test_verl_loggers_receive_the_metrics(work, tmp_path, logger):
     assert run_here(*arguments(work, tmp_path, f"trainer.logger=[console,{logger}]")) == 0
     assert any((tmp_path / "tensorboard").rglob("events.*"))
 
 
-def test_a_home_folder_is_the_same_place_for_everything(work, tmp_path, monkeypatch):
+def test_tilde_in_output_dir_is_expanded_for_all_files(work, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_here(*arguments(work, "'~/run'", "trainer.logger=[tensorboard]")) == 0
     there = {path.name for path in (tmp_path / "run").iterdir()}
     assert there == {".lock", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
 
 
-def test_wandb_is_logged_to_where_a_project_is_named(work, tmp_path, monkeypatch):
+def test_wandb_project_enables_its_logger(work, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     assert run_here(*arguments(work, tmp_path / "out", "trainer.wandb_project=my_sft")) == 0
     assert any(tmp_path.glob("wandb/offline-run-*"))
 
 
-def test_the_resolved_configuration_is_saved_and_usable(work, tmp_path):
+def test_resolved_configuration_is_saved_and_usable(work, tmp_path):
     from sft_recipe.config.compose import load_config
 
     assert run_here(*arguments(work, tmp_path, "optim.lr=3e-4")) == 0
@@ -166,7 +166,7 @@ def test_the_resolved_configuration_is_saved_and_usable(work, tmp_path):
     [("float32", "fp32", "float32"), ("float32", "bf16", "float32"), ("bfloat16", "bf16", "bfloat16"),
      ("float16", "bf16", "float16"), ("bfloat16", "fp32", "float32")],
 )  # fmt: skip
-def test_the_saved_model_is_whole_and_no_less_exact_than_it_was(work, tmp_path, found, computed, dtype, tokenizer):
+def test_exported_model_is_complete_and_keeps_its_precision(work, tmp_path, found, computed, dtype, tokenizer):
     source = AutoModelForCausalLM.from_pretrained(work / "model", dtype=getattr(torch, found))
     source.save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
@@ -180,7 +180,7 @@ def test_the_saved_model_is_whole_and_no_less_exact_than_it_was(work, tmp_path, 
     assert (saved / "chat_template.jinja").read_text() == tokenizer.chat_template
 
 
-def test_an_untied_head_and_a_base_model_without_template(work, tmp_path, capfd):
+def test_untied_head_and_default_template_are_exported(work, tmp_path, capfd):
     plain = tiny.build_tokenizer(chat_template=None)
     folder = tiny.build_model(tmp_path / "base", tokenizer=plain, tie_word_embeddings=False)
     assert run_here(*arguments(work, tmp_path / "out", f"model.path={folder}")) == 0
@@ -192,7 +192,7 @@ def test_an_untied_head_and_a_base_model_without_template(work, tmp_path, capfd)
 
 
 @pytest.mark.parametrize("shape", [[], ["lora.enabled=true"], ["lora.enabled=true", "lora.merge=true"]])
-def test_a_base_model_learns_where_to_stop(work, tmp_path, shape):
+def test_exported_generation_config_has_the_end_tokens_of_the_data(work, tmp_path, shape):
     """Its own end token is another than the one that ends a turn of the chat template."""
     plain = tiny.build_tokenizer(eos_token="<|endoftext|>")
     folder = tiny.build_model(tmp_path / "base", tokenizer=plain)
@@ -201,7 +201,7 @@ def test_a_base_model_learns_where_to_stop(work, tmp_path, shape):
     assert saved.eos_token_id == [plain.eos_token_id, plain.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_an_adapter_loads_as_it_is(work, tmp_path):
+def test_exported_adapter_loads_with_transformers(work, tmp_path):
     assert run_here(*arguments(work, tmp_path, "lora.enabled=true", "lora.target_modules=[q_proj,v_proj]")) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints/step_2/huggingface")
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4
