@@ -186,6 +186,8 @@ class SFTEngine(FSDPEngineWithLMHead):
 
     def _require_mask_support(self) -> None:
         """Switch to an attention with masks of numbers where the model's own code reads them."""
+        was_training = self.module.training
+        self.module.eval()  # dropout would draw random numbers, which a resumed run draws at another step
         try:
             self._probe_loss(None, is_shared=False)
         except MaskUnsupported as problem:
@@ -193,6 +195,8 @@ class SFTEngine(FSDPEngineWithLMHead):
             log.warning("Attention is computed for all pairs of tokens, with %s: %s", other, problem)
             self._model.set_attn_implementation(other)
             self.shares_prefixes = False
+        finally:
+            self.module.train(was_training)
 
     def _probe_isolation(self, is_shared: bool) -> bool:
         """Whether the last of three documents keeps its loss when the one before it changes.
