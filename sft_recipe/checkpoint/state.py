@@ -107,7 +107,7 @@ class FsdpState:
         return named | {f"optim.{key}": value for key, value in optim.items() if isinstance(value, torch.Tensor)}
 
     def _tied(self) -> dict[str, str]:
-        """Maps tied weights to the names that they are stored under: {"lm_head.weight": "model.embed_tokens.weight"}."""
+        """Maps tied weights to the names they are stored under: {"lm_head.weight": "model.embed_tokens.weight"}."""
         inner: Any = without_fsdp1(self.engine.module)
         return getattr(inner, "all_tied_weights_keys", None) or {}
 
