@@ -87,10 +87,17 @@ EXEMPT = {
     "LICENSE": {"*"},
     "data/": {"*"},
     "tests/test_conventions.py": {"*"},
+<<<<<<< HEAD
     "sft_recipe/config/compose.py": OLD_KEYS,
     "sft_recipe/config/aliases.py": OLD_KEYS,
     "tests/config/test_compose.py": OLD_KEYS,
     "tests/config/test_aliases.py": OLD_KEYS,
+=======
+    "sft_recipe/config/compose.py": {"allow_special_text", "hang_timeout"},
+    "sft_recipe/config/aliases.py": {"allow_special_text", "hang_timeout"},
+    "tests/config/test_compose.py": {"allow_special_text", "hang_timeout"},
+    "tests/config/test_aliases.py": {"allow_special_text", "hang_timeout", "${either:"},
+>>>>>>> 41c430e (Commands, configuration and launcher: plain words in tests, scripts and messages)
 }
 
 
