@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def launch(tmp_path):
-    """Return a function that starts a launcher; launcher n writes to `output-n`. All processes are killed at the end."""
+    """Return a function that starts a launcher; launcher n writes to `output-n`. All end with the test."""
     started = []
 
     def start(*command):
