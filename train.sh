@@ -13,7 +13,7 @@ done
 . "$here/scripts/environment.sh"
 choose_environment
 
-# Threads of glibc keep small pieces that they have freed. On a CPU tensors live on the same heap, which these pieces keep
-# from being whole again after a step: that costs about a tenth of all memory.
+# glibc keeps small freed blocks for each thread. On a CPU they fragment the heap that also holds the tensors, which costs
+# about a tenth of all memory.
 compgen -G '/dev/nvidia[0-9]*' >/dev/null || export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.tcache_count=0}"
 exec "$PYTHON" -m sft_recipe.cli.train "$@"

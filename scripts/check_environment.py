@@ -1,4 +1,4 @@
-"""Exit 0 where this Python meets the requirements in pyproject.toml; says what is missing otherwise.
+"""Exits with 0 if this Python meets the requirements in pyproject.toml; prints the first that is missing otherwise.
 
 usage: check_environment.py PYPROJECT EMBEDDED_REQUIREMENT [EXTRA]
 """
@@ -17,20 +17,20 @@ except ModuleNotFoundError:  # Python 3.10
 
 
 def main(pyproject: str, embedded: str, extra: str = "") -> int:
-    """Compare what is installed with what is asked for."""
+    """Compare the installed packages with the requirements; returns the exit code."""
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         return 1
     with open(pyproject, "rb") as file:
         project = tomllib.load(file)["project"]
-    wanted = [*project["dependencies"], embedded, *(project["optional-dependencies"][extra] if extra else [])]
-    for text in wanted:
+    requirements = [*project["dependencies"], embedded, *(project["optional-dependencies"][extra] if extra else [])]
+    for text in requirements:
         requirement = Requirement(text)
         try:
-            there = version(requirement.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
-            there = ""
-        if not there or not requirement.specifier.contains(there, prereleases=True):
-            print(f"{text}: found {there or 'nothing'}", file=sys.stderr)
+            installed = ""
+        if not installed or not requirement.specifier.contains(installed, prereleases=True):
+            print(f"{text}: found {installed or 'nothing'}", file=sys.stderr)
             return 1
     return 0
 

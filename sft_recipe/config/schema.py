@@ -359,7 +359,7 @@ class Config(_Group):
     optim: OptimConfig
     fsdp: FsdpConfig
     lora: LoraConfig
-    trainer: TrainerConfig = TrainerConfig()
+    trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig.model_validate({}))
 
     def public(self) -> dict[str, Any]:
         """Return the configuration as plain values without secrets of the environment, for files and loggers."""

@@ -26,7 +26,7 @@ def conversations(folder, *names):
     return [c for name in names for c in read_conversations(folder / f"{name}.parquet")]
 
 
-def test_pairs_are_split_once_without_duplicates(tmp_path, capsys):
+def test_pairs_are_split_without_duplicates(tmp_path, capsys):
     records = pairs(40)
     source = write(tmp_path / "a.json", [*records, *records[:10], {"prompt": "x", "response": " "}])
     assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out"), "--val_ratio", "0.25"]) == 0
@@ -42,19 +42,19 @@ def test_pairs_are_split_once_without_duplicates(tmp_path, capsys):
     assert json.loads(rejected)["kind"] == "empty"
 
 
-def test_the_split_is_seeded_and_small_is_a_part_of_train(tmp_path):
+def test_split_is_seeded_and_small_is_a_subset_of_train(tmp_path):
     source = write(tmp_path / "a.json", pairs(50))
-    found = {}
+    parts_of = {}
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         assert prepare_data.main(["--in", source, "--out", str(tmp_path / name), "--seed", seed, "--small", "7"]) == 0
-        found[name] = [conversations(tmp_path / name, part) for part in ("train", "validation", "train_small")]
-    assert found["a"] == found["b"] != found["c"]
-    train, validation, small = found["a"]
+        parts_of[name] = [conversations(tmp_path / name, part) for part in ("train", "validation", "train_small")]
+    assert parts_of["a"] == parts_of["b"] != parts_of["c"]
+    train, validation, small = parts_of["a"]
     assert (len(train), len(validation), len(small)) == (48, 2, 7)
     assert all(conversation in train for conversation in small)
 
 
-def test_everything_that_a_conversation_may_hold_comes_back(tmp_path):
+def test_every_part_of_a_conversation_is_preserved(tmp_path):
     """Files of several formats; a key that a record lacks is no null; nothing in calls and schemas changes."""
     records = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}] * 2},
@@ -72,13 +72,13 @@ def test_everything_that_a_conversation_may_hold_comes_back(tmp_path):
     assert prepare_data.main(["--in", *sources, "--out", str(tmp_path / "out"), "--val_ratio", "0"]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.parquet"]
     expected = [c for source in sources for c in read_conversations(source)]
-    found = conversations(tmp_path / "out", "train")
-    assert found == expected
-    assert json.dumps(found[1].as_record()) == json.dumps(expected[1].as_record())
+    actual = conversations(tmp_path / "out", "train")
+    assert actual == expected
+    assert json.dumps(actual[1].as_record()) == json.dumps(expected[1].as_record())
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "expected_text"),
     [
         (["--val_ratio", "1.5"], "--val_ratio is 1.5"),
         (["--small", "0"], "--small is 0"),
@@ -88,15 +88,15 @@ def test_everything_that_a_conversation_may_hold_comes_back(tmp_path):
         (["--format", "alpaca"], "record 1: the fields (prompt, response) fit no format"),
     ],
 )
-def test_what_is_wrong_is_one_message(tmp_path, capsys, extra, said):
+def test_invalid_option_is_one_message(tmp_path, capsys, extra, expected_text):
     source = write(tmp_path / "a.json", pairs(4))
     assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out"), *extra]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and said in error
+    assert error.startswith("error: ") and expected_text in error
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_bad_record_stops_and_can_be_skipped(tmp_path, capsys):
+def test_invalid_record_stops_or_is_skipped(tmp_path, capsys):
     source = write(tmp_path / "a.json", [*pairs(3), {"prompt": "x", "response": 3}])
     assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out")]) == 2
     assert "record 4: response is a number" in capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_a_bad_record_stops_and_can_be_skipped(tmp_path, capsys):
     assert len(conversations(tmp_path / "out", "train", "validation")) == 3
 
 
-def test_a_share_and_a_single_example_are_refused(tmp_path, capsys):
+def test_weighted_source_and_single_example_are_rejected(tmp_path, capsys):
     source = write(tmp_path / "a.json", pairs(1))
     assert prepare_data.main(["--in", f"{source}*0.5", "--out", str(tmp_path / "out")]) == 2
     assert "has a weight or count" in capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_a_share_and_a_single_example_are_refused(tmp_path, capsys):
     assert "one example cannot be split" in capsys.readouterr().err
 
 
-def test_a_failure_leaves_what_was_there(tmp_path, capsys, monkeypatch):
+def test_failure_keeps_existing_files(tmp_path, capsys, monkeypatch):
     source = write(tmp_path / "a.json", pairs(9))
     assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out")]) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

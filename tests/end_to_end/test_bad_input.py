@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong ends in one clear message and exit code 2, before any training, and nothing is lost."""
+"""Configuration and data errors end in one message and exit code 2 before training, and keep existing files."""
 
 import json
 
@@ -17,7 +17,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def run(model, tmp_path, capfd):
-    """Runs one step on `records` (or on a file's text) and returns (exit code, what was said on stderr)."""
+    """Return a function that runs one step on `records` (or a file's text) and returns exit code and stderr."""
 
     def start(records=GOOD, *extra, name="data.json"):
         path = tmp_path / name
@@ -40,12 +40,12 @@ def run(model, tmp_path, capfd):
     return start
 
 
-def test_good_input_runs(run):
+def test_valid_input_runs(run):
     assert run()[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("records", "said"),
+    ("records", "expected_texts"),
     [
         (None, ["data.json", "no"]),
         ("", ["data.json", "empty"]),
@@ -63,21 +63,21 @@ def test_good_input_runs(run):
         ([{"messages": [{"role": "user", "content": "a"}]}], ["record 1", "assistant"]),
     ],
 )
-def test_bad_data(run, records, said):
+def test_invalid_data(run, records, expected_texts):
     code, error = run(records)
     assert code == 2
     assert error.startswith("error: ") and "Traceback" not in error
-    for part in said:
+    for part in expected_texts:
         assert part in error
 
 
-def test_a_directory_where_a_file_belongs(run, tmp_path):
+def test_directory_instead_of_a_file_is_reported(run, tmp_path):
     (tmp_path / "data.json").mkdir()
     code, error = run(None)
     assert code == 2 and "directory" in error
 
 
-def test_all_examples_too_long_says_how_long_and_what_to_set(run):
+def test_only_too_long_examples_are_reported_with_the_key_to_set(run):
     code, error = run(GOOD, "data.max_length=4")
     assert code == 2
     assert "all 6" in error and "max_length=4" in error and "MAX_LENGTH" in error
@@ -88,7 +88,7 @@ def test_truncation_error_names_the_record(run):
     assert code == 2 and "record 7" in error and "max_length=100" in error
 
 
-def test_what_truncation_drops_is_said(run, capfd, model, tmp_path):
+def test_dropped_examples_are_reported(run, capfd, model, tmp_path):
     (tmp_path / "long.json").write_text(json.dumps([*GOOD, {"prompt": "x " * 500, "response": "y"}]))
     capfd.readouterr()
     code = run_here(
@@ -100,12 +100,12 @@ def test_what_truncation_drops_is_said(run, capfd, model, tmp_path):
         "trainer.total_training_steps=1",
         "data.max_length=100",
     )
-    said = capfd.readouterr().out
-    assert code == 0 and "1 of 7 examples (14.3%)" in said and "left out" in said
+    output = capfd.readouterr().out
+    assert code == 0 and "1 of 7 examples (14.3%)" in output and "left out" in output
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "expected_texts"),
     [
         (["model.path=./no/such/model"], ["no/such/model"]),
         (["model.path=org/unreachable"], ["org/unreachable", "hub"]),
@@ -126,7 +126,7 @@ def test_what_truncation_drops_is_said(run, capfd, model, tmp_path):
         (["model.attn_implementation=flash_attention_9"], ["flash_attention_9"]),
     ],
 )
-def test_bad_settings(run, tmp_path, extra, said):
+def test_invalid_settings(run, tmp_path, extra, expected_texts):
     (tmp_path / "file").touch()
     big = tiny.build_tokenizer(vocab_size=512)
     big.add_tokens([f"token{i}" for i in range(64)])
@@ -135,11 +135,11 @@ def test_bad_settings(run, tmp_path, extra, said):
     code, error = run(GOOD, *(text.format(**places) if "{" in text else text for text in extra))
     assert code == 2, error
     assert "Traceback" not in error
-    for part in said:
+    for part in expected_texts:
         assert part in error
 
 
-def test_an_error_before_training_leaves_what_is_there_alone(run, tmp_path):
+def test_error_before_training_keeps_existing_files(run, tmp_path):
     def files():
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != ".lock"}
 
@@ -158,7 +158,7 @@ def test_ranks_report_an_error_once(warm, model, tmp_path):
     assert end.output.count("error: BATCH_SIZE=1 is smaller than the number of ranks (2)") == 1
 
 
-def test_bad_records_can_be_skipped_up_to_a_share(run, tmp_path, capfd):
+def test_invalid_records_are_skipped_up_to_a_ratio(run, tmp_path, capfd):
     records = [*GOOD * 5, {"prompt": "a", "response": ""}]
     code, error = run(records)
     assert code == 2 and "record 31" in error and "data.on_bad_record=skip" in error
@@ -172,7 +172,7 @@ def test_bad_records_can_be_skipped_up_to_a_share(run, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "expected_texts"),
     [
         (["data.columns={respons: answer}"], ["respons", "response"]),
         (["data.columns={response: answer}"], ["'answer'", "no record has"]),
@@ -182,7 +182,7 @@ def test_bad_records_can_be_skipped_up_to_a_share(run, tmp_path, capfd):
         (["data.train_files={file}*0"], ["asks for no examples"]),
     ],
 )
-def test_bad_choices_about_data(run, tmp_path, extra, said):
+def test_invalid_data_settings(run, tmp_path, extra, expected_texts):
     (tmp_path / "file").touch()
     places = {"nothing": tmp_path / "nothing", "file": tmp_path / "file"}
     code, error = run(
@@ -191,5 +191,5 @@ def test_bad_choices_about_data(run, tmp_path, extra, said):
     )
     assert code == 2, error
     assert "Traceback" not in error
-    for part in said:
+    for part in expected_texts:
         assert part in error

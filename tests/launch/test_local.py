@@ -1,4 +1,4 @@
-"""Under the launcher: restarts, signals, and ranks that never outlive or outwait what started them."""
+"""The launcher restarts failed ranks, forwards signals, and ranks never outlive it."""
 
 import contextlib
 import os
@@ -25,17 +25,17 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def launch(tmp_path):
-    """Starts launchers, the n-th of which writes to the file `said-n`; kills what is left of them at the end."""
+    """Return a function that starts a launcher; launcher n writes to `output-n`. All end with the test."""
     started = []
 
     def start(*command):
-        said = (tmp_path / f"said-{len(started)}").open("w")
+        output = (tmp_path / f"output-{len(started)}").open("w")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [sys.executable, "-m", "sft_recipe.cli.train", *command],
             cwd=ROOT,
             env=environment,
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
         started.append(process)
@@ -50,9 +50,9 @@ def launch(tmp_path):
         process.wait()
 
 
-def wait_for(what, *processes):
+def wait_for(condition, *processes):
     end = time.monotonic() + PATIENCE
-    while not what():
+    while not condition():
         assert time.monotonic() < end
         assert all(process.poll() is None for process in processes)
         time.sleep(0.1)
@@ -71,7 +71,7 @@ def test_failed_rank_is_restarted_and_signals_reach_all_ranks(launch, model, tmp
     """Checkpoints are saved on request only, so that nothing depends on how fast steps are."""
     endless = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=1000000", "trainer.save_freq=-1"]
     process = launch("--auto_restart", "2", *arguments(model, tmp_path, *endless, "data.val_files=null"))
-    output = tmp_path / "said-0"
+    output = tmp_path / "output-0"
     wait_for(lambda: len(rows(tmp_path)) >= 2, process)
     process.send_signal(signal.SIGUSR1)
     wait_for(lambda: saves(output) == 1, process)
@@ -122,8 +122,8 @@ def test_single_rank_ends_like_one_of_several(launch, model, tmp_path, ends):
     assert psutil.wait_procs([rank], timeout=PATIENCE)[1] == []
     assert code == {"the rank is killed": 137, "the launcher is killed": -9, "a Ctrl-C": 75}[ends]
     if ends == "the rank is killed":
-        told = (tmp_path / "said-0").read_text().splitlines()[-1]
-        assert told == "error: rank 0 of this machine was killed by SIGKILL (out of memory?)"
+        last_line = (tmp_path / "output-0").read_text().splitlines()[-1]
+        assert last_line == "error: rank 0 of this machine was killed by SIGKILL (out of memory?)"
 
 
 @pytest.mark.parametrize("moment", ["while data is prepared", pytest.param("in training", marks=pytest.mark.slow)])
@@ -131,18 +131,21 @@ def test_failure_on_one_machine_ends_the_other_with_the_reason(launch, model, tm
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    place = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    rendezvous = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
     run = arguments(model, tmp_path, "trainer.total_training_steps=1000000", "data.val_files=null")
     missing = [f"data.train_files={tmp_path}/missing.json"] if moment == "while data is prepared" else []
-    here, there = launch(*place, "--node_rank", "0", *run), launch(*place, "--node_rank", "1", *run, *missing)
+    first, second = (
+        launch(*rendezvous, "--node_rank", "0", *run),
+        launch(*rendezvous, "--node_rank", "1", *run, *missing),
+    )
     if not missing:
-        wait_for(lambda: len(rows(tmp_path)) >= 2, here, there)
-        ranks_of(there)[0].kill()
-    codes = here.wait(PATIENCE), there.wait(PATIENCE)
-    said = [(tmp_path / f"said-{number}").read_text() for number in (0, 1)]
+        wait_for(lambda: len(rows(tmp_path)) >= 2, first, second)
+        ranks_of(second)[0].kill()
+    codes = first.wait(PATIENCE), second.wait(PATIENCE)
+    output = [(tmp_path / f"output-{number}").read_text() for number in (0, 1)]
     if missing:
-        assert codes == (2, 2), said
-        assert "missing.json" in said[0] and f"rank 1 on {socket.gethostname()} stopped" in said[0], said
+        assert codes == (2, 2), output
+        assert "missing.json" in output[0] and f"rank 1 on {socket.gethostname()} stopped" in output[0], output
     else:
-        assert codes == (1, 137), said
-        assert "rank 0 aborts: a peer rank exited" in said[0] and "rank 0 of this machine was killed" in said[1]
+        assert codes == (1, 137), output
+        assert "rank 0 aborts: a peer rank exited" in output[0] and "rank 0 of this machine was killed" in output[1]
