@@ -211,7 +211,7 @@ class FsdpConfig(_Group):
         True, description="reduce gradients once per step; false: once per micro-batch, which needs less memory"
     )
     model_dtype: Literal["fp32", "bf16"] = Field("fp32", description="master weights: fp32, bf16")
-    mixed_precision: MixedPrecisionConfig = MixedPrecisionConfig()
+    mixed_precision: MixedPrecisionConfig = Field(default_factory=lambda: MixedPrecisionConfig.model_validate({}))
     ulysses_sequence_parallel_size: int = Field(
         1, ge=1, description="ranks that share one sequence (needs flash-attn on GPUs)"
     )

@@ -1,8 +1,9 @@
-"""The arithmetic that training needs: floating point operations of matrix products, and nothing that is done twice."""
+"""Floating-point operations of the matrix products that training needs, recomputation not counted."""
 
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from sft_recipe.models.dims import ModelDims
 
@@ -34,10 +35,12 @@ class MatmulParams:
         return weights + 12 * self.attention * pairs
 
 
-def matmul_params(model: nn.Module, dims: ModelDims) -> int:
-    """How many weights of a model's layers each token is multiplied with: of experts, those that it is sent to."""
+def matmul_params(model: PreTrainedModel, dims: ModelDims) -> int:
+    """Count the weights of the layers that each token is multiplied with; of experts only those it is routed to."""
     ends = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-    ends += [part for part in [model.get_output_embeddings()] if part is not None]
+    head = model.get_output_embeddings()
+    if head is not None:
+        ends.append(head)
     outside = {id(part.weight) for part in ends}
     found = 0
     for weight in model.parameters():

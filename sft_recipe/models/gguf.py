@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -74,7 +75,8 @@ def _write_converted(source: Path, target: Path) -> None:
     location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**location)
-        model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32).to(torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
+        model.to(torch.bfloat16)
     except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
         raise ModelError(f"{source} cannot be converted: {error}") from None
     model.config.dtype = torch.bfloat16
