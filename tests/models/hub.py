@@ -22,7 +22,7 @@ def cached_model(hub_cache: Path, model_dir: Path, name: str = HUB_NAME, leave_o
 
 
 def find(path: str | Path, cache_dir: Path, **settings) -> ResolvedModel:
-    return resolve_model(ModelConfig(path=str(path), **settings), cache_dir)
+    return resolve_model(ModelConfig(**({"path": str(path), "fallback": None} | settings)), cache_dir)
 
 
 def downloads(folder: Path, monkeypatch):

@@ -185,7 +185,7 @@ def tokenizer_dir(tmp_path, tokenizer) -> Path:
 
 def find_tokenizer(model: Path, tokenizer_path: str | Path | None, cache_dir: Path) -> Path:
     path = None if tokenizer_path is None else str(tokenizer_path)
-    config = ModelConfig(path=str(model), tokenizer_path=path)
+    config = ModelConfig(path=str(model), tokenizer_path=path, fallback=None)
     return resolve_tokenizer(config, resolve_model(config, cache_dir), cache_dir)
 
 
