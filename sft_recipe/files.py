@@ -11,7 +11,7 @@ BLOCK = 1 << 22  # bytes read at a time
 
 
 class Digest(Protocol):
-    """What hashlib and xxhash have in common."""
+    """A digest that bytes are added to, as in hashlib and xxhash."""
 
     def update(self, data: bytes, /) -> Any: ...
 

@@ -1,4 +1,4 @@
-"""Pure planning: which examples a step trains, on which rank, in which micro-batch; arithmetic on lengths, no state."""
+"""Plans which examples a step trains, on which rank and in which micro-batch: arithmetic on lengths, no state."""
 
 import math
 from bisect import bisect_left, insort
@@ -8,19 +8,19 @@ from heapq import heappop, heappush, heapreplace
 
 import numpy as np
 
-# One micro-batch: positions within the step's batch. Empty where a rank has nothing left to do.
+# Positions within the step's batch; an empty micro-batch keeps ranks in step.
 MicroBatch = list[int]
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Optimiser steps in one pass; the last, partial batch is a step of its own."""
+    """Return the number of optimizer steps in one epoch; a last, partial batch is one more step."""
     return math.ceil(examples / batch_size)
 
 
 def batch_indices(step: int, examples: int, batch_size: int, seed: int, shuffle: bool = True) -> np.ndarray:
-    """Example numbers, int64 of shape (at most batch_size,), that optimiser step `step` (from 0) trains.
+    """Return the example numbers of optimizer step `step` (from 0), int64 of shape (at most batch_size,).
 
-    A pure function of its arguments: it does not depend on ranks, packing, or how often the run was stopped.
+    The result depends only on the arguments, not on ranks, packing or interruptions.
     """
     epoch, step_in_epoch = divmod(step, steps_per_epoch(examples, batch_size))
     start = step_in_epoch * batch_size
@@ -29,9 +29,9 @@ def batch_indices(step: int, examples: int, batch_size: int, seed: int, shuffle:
 
 @lru_cache(maxsize=2)
 def epoch_order(examples: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
-    """A permutation of all examples, int64, that (seed, epoch) alone decide; in file order where not shuffled.
+    """Return a permutation of all examples, int64, that depends only on (seed, epoch); file order without `shuffle`.
 
-    Kept for the next step of the same epoch, and so not to be changed.
+    The array is cached and read-only.
     """
     order = np.random.default_rng([seed, epoch]).permutation(examples) if shuffle else np.arange(examples)
     order.flags.writeable = False
@@ -39,7 +39,7 @@ def epoch_order(examples: int, seed: int, epoch: int, shuffle: bool = True) -> n
 
 
 def sample_mixture(sources: Sequence[tuple[int, int]], seed: int) -> np.ndarray:
-    """Example numbers of an epoch, int64, of sources that stand one behind the other, in their order.
+    """Return the example numbers of an epoch, int64, for sources whose examples are numbered consecutively.
 
         sources [(4, 2), (2, 5)]  ->  two of 0..3, and 4 4 4 5 5 or 4 4 5 5 5
 

@@ -9,7 +9,7 @@ FP32 = 4  # bytes
 
 @dataclass(frozen=True)
 class ModelDims:
-    """The sizes that decide what a model keeps for its backward pass; widths are of all heads together."""
+    """The sizes that decide what a model saves for its backward pass; `query` and `key` count all heads together."""
 
     layers: int
     hidden: int
@@ -19,11 +19,11 @@ class ModelDims:
     query: int
     key: int
     has_head_norm: bool = False
-    experts: int = 0  # that each token is sent to
+    experts: int = 0  # per token
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "ModelDims | None":
-        """From a model's config.json; None where it does not tell, as of other architectures or layers that differ."""
+        """Read the sizes from a model's config.json; returns None where it lacks one, or where layers differ."""
         settings = settings.get("text_config") or settings
         try:
             heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
@@ -47,8 +47,8 @@ class ModelDims:
             return None
         return found if all(isinstance(size, int) for size in vars(found).values()) else None
 
-    def activation_bytes_per_token(self, width: int, on_cpu: bool, is_whole: bool) -> int:
-        """Bytes that a layer keeps for each token, where it computes in numbers of `width` bytes.
+    def activation_bytes_per_token(self, width: int, on_cpu: bool, is_unsharded: bool) -> int:
+        """Return the bytes that a layer saves for each token, where it computes in numbers of `width` bytes.
 
         `on_cpu` its norms and its MLP's product save their inputs only (engine/cpu/recompute.py), and its attention,
         but in fp32, saves what the scores are recomputed from (engine/cpu/blockwise_attention.py). In an unsharded
@@ -56,18 +56,19 @@ class ModelDims:
         (engine/cpu/unsharded.py).
         """
         norms = 2 * self._norm(self.hidden, width, on_cpu)
-        outputs = 0 if is_whole else 2 * width * self.hidden  # of the norms, which linear maps keep
+        outputs = 0 if is_unsharded else 2 * width * self.hidden  # of the norms, which linear layers save
         attention = width * (2 * self.query + 2 * self.key)  # q, out, k, v
         if not on_cpu or width == FP32:
             attention += width * self.query + FP32 * self.heads  # out packed; log-sum-exp
         head_norms = self._norm(self.query + self.key, width, on_cpu) if self.has_head_norm else 0
-        mlp = (2 if is_whole else 3 if on_cpu else 4) * width * self.intermediate  # gate, up; product; activation
+        mlp = (2 if is_unsharded else 3 if on_cpu else 4) * width * self.intermediate  # gate, up; product; activation
         return norms + outputs + attention + head_norms + mlp
 
     def head_bytes(self, tokens: int, width: int, on_cpu: bool, logits: int) -> int:
-        """Bytes before the first and after the last layer, where at most so many `logits` exist at once.
+        """Return the bytes of embeddings, head and loss for `tokens`, with at most `logits` logits at the same time.
 
-        The last norm, the head's input and its gradient; a part of the logits and theirs; the gradient of the head.
+        They are: the last norm; the head's input and its gradient; a chunk of logits and its gradient; the gradient of
+        the head's weight.
         """
         each = self._norm(self.hidden, width, on_cpu) + 2 * width * self.hidden
         part = 2 * width * min(tokens * self.vocabulary, logits)
@@ -75,5 +76,5 @@ class ModelDims:
 
     @staticmethod
     def _norm(size: int, width: int, on_cpu: bool) -> int:
-        # Its input; or that in fp32, and what is multiplied with the weight.
+        # The input; without recomputation the input in fp32, and the normalized input.
         return (width if on_cpu else FP32 + width) * size

@@ -16,7 +16,7 @@ head) x pairs; pairs are n (n + 1) / 2 for each document of n tokens. With LoRA 
 
 @dataclass(frozen=True)
 class MatmulParams:
-    """Weights in matrix products: of all layers, of the head, of all adapters; and layers x heads x head size."""
+    """Counts weights in matrix products (layers, head, adapters); `attention` is layers x heads x head size."""
 
     layers: int
     head: int
@@ -25,11 +25,11 @@ class MatmulParams:
 
     @classmethod
     def of(cls, dims: ModelDims, layers: int, adapters: int = 0) -> "MatmulParams":
-        """`layers` and `adapters` are their numbers of weights, no adapters for full fine-tuning."""
+        """Combine the dimensions with the numbers of weights in layers and adapters (0 for full fine-tuning)."""
         return cls(layers, dims.hidden * dims.vocabulary, adapters, dims.layers * dims.query)
 
     def flops(self, tokens: float, supervised: float, pairs: float) -> float:
-        """Of forward and backward passes together."""
+        """Return the operations of forward and backward passes together; see FORMULA."""
         passes = 4 if self.adapters else 6
         weights = passes * (self.layers * tokens + self.head * supervised) + 6 * self.adapters * tokens
         return weights + 12 * self.attention * pairs

@@ -1,4 +1,4 @@
-"""The model without its memory: what it counts, and what is wrong with it, told before any weight is read."""
+"""Builds the model without memory: counts its parameters, and reports what is wrong before any weight is read."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from sft_recipe.models.resolve import ResolvedModel
 
 @dataclass(frozen=True)
 class ModelStats:
-    """Numbers of parameters; the sizes of the layers, where they are known."""
+    """The numbers of all and of trainable parameters; sizes of the layers and of their products, where known."""
 
     total: int
     trainable: int
@@ -25,10 +25,10 @@ class ModelStats:
 
 
 def model_stats(config: Config, model: ResolvedModel, device: str) -> ModelStats:
-    """Build the model, and its adapters, on torch's meta device.
+    """Build the model and its adapters on torch's meta device, and count.
 
-    Raises ModelError: no causal language model that transformers knows; an attention it does not have. ConfigError:
-    LoRA modules that are not in the model.
+    Raises ModelError for a model that is no causal language model of transformers or lacks the chosen attention, and
+    ConfigError for LoRA modules that the model lacks.
     """
     built = _on_meta(config, model, attention(config, device))
     if not getattr(built, "_no_split_modules", None):  # a private name; see engine/patches.py

@@ -14,9 +14,10 @@ from sft_recipe.models.resolve import ResolvedModel
 def load_tokenizer(
     config: ModelConfig, folder: Path, say: Callable[[str], None] = lambda text: None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer with the chat template that is trained, and saved: the one named, else its own, else plain ChatML.
+    """Load the tokenizer with the chat template for training: `model.chat_template`, else the model's, else ChatML.
 
-    Raises ModelError where the folder holds no tokenizer that transformers can read, or the template cannot be read.
+    The template is saved with the trained model. Raises ModelError where the folder has no tokenizer that transformers
+    can read, or the template cannot be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -35,12 +36,11 @@ def load_tokenizer(
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Give a base model's tokenizer a plain ChatML template; False if it had a template of its own.
+    """Give a base model's tokenizer a plain ChatML template; returns False if it already has a template.
 
-    A turn must end with a token that the model has. If `<|im_end|>` is one, all is as usual. If not, the
-    markers are plain text to the model and the assistant ends with the eos token in place of `<|im_end|>`. A
-    tokenizer that begins texts with bos gets it here too, since what a template renders is tokenised without.
-    Raises ModelError if there is no eos token either.
+    A turn must end with a token of the vocabulary. Where `<|im_end|>` is none, the markers are plain text to the model
+    and assistant turns end with the eos token instead. A tokenizer that begins texts with bos gets it in the template,
+    since rendered text is tokenized without special tokens. Raises ModelError if there is no eos token either.
     """
     if tokenizer.chat_template:
         return False
@@ -62,17 +62,18 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The tokens that text is not made of: those flagged special, and eos."""
+    """Return the tokens that are flagged special, and eos."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return special | {tokenizer.eos_token} if tokenizer.eos_token else special
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ResolvedModel) -> None:
+    """Raise ModelError where the tokenizer has ids that the model has no embedding for."""
     settings = json.loads((model.folder / "config.json").read_text())
-    rows = settings.get("vocab_size") or settings.get("text_config", {}).get("vocab_size")
+    embeddings = settings.get("vocab_size") or settings.get("text_config", {}).get("vocab_size")
     largest = max(tokenizer.get_vocab().values())
-    if rows and largest >= rows:
+    if embeddings and largest >= embeddings:
         raise ModelError(
-            f"tokenizer and model do not fit: the tokenizer has a token with id {largest}, but {model.name} has {rows} "
-            "embeddings; use the tokenizer that belongs to the model (TOKENIZER_PATH)"
+            f"tokenizer and model do not match: the tokenizer has a token with id {largest}, but {model.name} has "
+            f"{embeddings} embeddings; use the tokenizer that belongs to the model (TOKENIZER_PATH)"
         )

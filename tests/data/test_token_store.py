@@ -54,7 +54,7 @@ def test_examples_select_from_a_store(data, tokenizer, cache_dir):
 
 
 def test_equal_examples_have_equal_fingerprints(data, tokenizer, cache_dir, tmp_path):
-    """Spelt in another way, in another format, in another file, under another limit: the model sees the same."""
+    """The fingerprint does not depend on key order, format, file or limit, as long as the tokens are equal."""
     roles = {"user": "prompt", "assistant": "response"}
     turns = [[{"role": role, "content": record[field]} for role, field in roles.items()] for record in RECORDS]
     same = write(tmp_path / "other.json", [{"messages": messages} for messages in turns])

@@ -9,7 +9,7 @@ from sft_recipe.errors import DataError
 
 
 def test_rank_does_not_exit_because_of_its_own_failure_record(monkeypatch):
-    """The thread reads the run's end just after its own rank has written it, which then tells the error itself."""
+    """The thread reads the run's end just after its own rank has written it, which then reports the error itself."""
     for name, value in {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)

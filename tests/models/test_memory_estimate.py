@@ -46,10 +46,12 @@ def test_a_layers_bytes_for_each_token():
     attention = 2 * (8 + 4 + 4 + 8)  # q, k, v, out
     mlp = 2 * 2 * 16  # gate, up
     on_gpu = norms + attention + 2 * 8 + 4 * 2 + mlp + 2 * 2 * 16  # out packed, log-sum-exps; product, activation
-    assert SMALL.activation_bytes_per_token(width=2, on_cpu=False, is_whole=False) == on_gpu == 328
+    assert SMALL.activation_bytes_per_token(width=2, on_cpu=False, is_unsharded=False) == on_gpu == 328
     on_cpu = 2 * 8 * 2 + 2 * 8 * 2 + attention + mlp + 2 * 16  # inputs and outputs of the norms; product
-    assert SMALL.activation_bytes_per_token(width=2, on_cpu=True, is_whole=False) == on_cpu == 208
-    assert SMALL.activation_bytes_per_token(width=2, on_cpu=True, is_whole=True) == on_cpu - 2 * 8 * 2 - 2 * 16 == 144
+    assert SMALL.activation_bytes_per_token(width=2, on_cpu=True, is_unsharded=False) == on_cpu == 208
+    assert (
+        SMALL.activation_bytes_per_token(width=2, on_cpu=True, is_unsharded=True) == on_cpu - 2 * 8 * 2 - 2 * 16 == 144
+    )
     ends = 10 * (8 * (4 + 2) + 2 * 2 * 8) + 2 * 32 * 8  # the last norm, the head's input and gradient; the head's own
     assert SMALL.head_bytes(tokens=10, width=2, on_cpu=False, logits=10**6) == ends + 2 * 2 * 10 * 32 == 2592
     assert SMALL.head_bytes(tokens=10, width=2, on_cpu=False, logits=100) == ends + 2 * 2 * 100
@@ -92,7 +94,7 @@ def test_the_plan_of_one_rank():
         (["data.micro_batch_size_per_gpu=2"], {}, {"activations": 20 * 3 * 328 + 4672}),
     ],
 )
-def test_what_changes_the_plan(overrides, changes, expected):
+def test_what_changes_the_estimate(overrides, changes, expected):
     estimate = small_plan(*overrides, **changes)
     assert {key: getattr(estimate, key) for key in expected} == expected
 
@@ -130,7 +132,7 @@ def test_of_a_model_with_other_names_or_layers_that_differ_nothing_is_claimed(se
     ],
     ids=["tiny", "layers of SmolLM2-135M", "Qwen3"],
 )
-def test_autograd_keeps_what_the_plan_says(family, settings, dtype, kind):
+def test_autograd_saves_what_the_estimate_says(family, settings, dtype, kind):
     import transformers
 
     use_cpu()
@@ -141,7 +143,7 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype, kind):
     from sft_recipe.engine.cpu.unsharded import UnshardedModel
     from sft_recipe.engine.loss import patch_chunked_cross_entropy
 
-    on_cpu, is_whole = kind != "as on a GPU", kind == "whole"
+    on_cpu, is_unsharded = kind != "as on a GPU", kind == "whole"
     settings = {"num_attention_heads": 4, "num_key_value_heads": 2, **settings}
     config = getattr(transformers, f"{family}Config")(**settings)
     with torch.device("meta"):
@@ -161,7 +163,7 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype, kind):
     assert patch_chunked_cross_entropy(model)
     if on_cpu:
         recompute_norms_and_mlps(model)
-    if is_whole:
+    if is_unsharded:
         UnshardedModel(model, dtype, converts_frozen=False)
     lengths = [50, 30, 48]
     ids, targets = torch.arange(128)[None], torch.arange(128)
@@ -173,27 +175,27 @@ def test_autograd_keeps_what_the_plan_says(family, settings, dtype, kind):
         loss = model(**inputs, positions=targets, targets=targets, scale=torch.ones(()))
     assert loss.requires_grad
     dims, width = ModelDims.of(config.to_dict()), dtype.itemsize
-    planned = 128 * dims.layers * dims.activation_bytes_per_token(width, on_cpu, is_whole)
+    planned = 128 * dims.layers * dims.activation_bytes_per_token(width, on_cpu, is_unsharded)
     planned += dims.head_bytes(128, width, on_cpu, logits=0)
-    if is_whole:  # the head's gradient is in the sums already
+    if is_unsharded:  # the head's gradient is in the sums already
         planned -= width * dims.vocabulary * dims.hidden
     assert sum(size for size, _ in kept.values()) == pytest.approx(planned, rel=0.07)
 
 
 @pytest.fixture
 def choose(monkeypatch):
-    """The choice for the plan of SMALL on a device of so many bytes, and what was said."""
+    """Return a function: the choice for SMALL on a device with that many bytes, and the messages."""
     use_cpu()
-    from sft_recipe.models import memory_estimate as room
+    from sft_recipe.models import memory_estimate
     from sft_recipe.models.stats import ModelStats
 
     def chosen(memory, *overrides, dims=SMALL):
-        monkeypatch.setattr(room, "device_memory", lambda device: memory)
-        monkeypatch.setattr(room.dist, "all_reduce", lambda tensor, op: None)
+        monkeypatch.setattr(memory_estimate, "device_memory", lambda device: memory)
+        monkeypatch.setattr(memory_estimate.dist, "all_reduce", lambda tensor, op: None)
         compute = "fsdp.mixed_precision.param_dtype=bf16"
         config = load_config(["data.max_length=10", "data.train_batch_size=4", compute, *overrides])
         said: list[str] = []
-        config, estimate = room.resolve_activation_checkpointing(
+        config, estimate = memory_estimate.resolve_activation_checkpointing(
             config, ModelStats(1000, 1000, dims), 100, "cuda", 2**28, said.append
         )
         return config.model.enable_gradient_checkpointing, estimate, said
@@ -212,25 +214,25 @@ def choose(monkeypatch):
         (10**6, ["model.enable_gradient_checkpointing=true"], True, False),
     ],
 )
-def test_activations_are_recomputed_only_where_memory_would_not_do(choose, memory, override, expected, warns):
+def test_checkpointing_is_on_only_where_memory_requires_it(choose, memory, override, expected, warns):
     chosen, estimate, said = choose(memory, *override)
     assert chosen is expected and isinstance(estimate, MemoryEstimate)
     assert bool(said) == warns and all("MICRO_BATCH_SIZE" in text for text in said)
 
 
-def test_where_not_even_weights_and_optimiser_fit_the_run_does_not_start(choose):
+def test_run_does_not_start_when_weights_and_optimizer_state_exceed_the_device(choose):
     assert choose(12000)[0] is True
-    with pytest.raises(PreflightError, match="not even weights and optimiser state fit.*N_GPUS"):
+    with pytest.raises(PreflightError, match="weights and optimizer state exceed device memory.*N_GPUS"):
         choose(11999)
 
 
 @pytest.mark.parametrize("case", [{"dims": None}, {"overrides": ["fsdp=megatron"]}])
-def test_without_a_plan_nothing_is_decided(choose, case):
+def test_nothing_is_decided_without_an_estimate(choose, case):
     chosen, estimate, _ = choose(1, *case.pop("overrides", []), **case)
     assert (chosen, estimate) == ("auto", None)
 
 
-def test_the_banner_tells_the_need():
+def test_banner_shows_the_estimate():
     estimate = MemoryEstimate(
         weights=4 * GIB, unsharded=0, gradients=0, optimizer=0, activations=8 * GIB, recomputed=GIB, device=24 * GIB
     )
@@ -238,29 +240,31 @@ def test_the_banner_tells_the_need():
     assert estimate.describe(checkpointing=True) == "needs about 5.0 of 24.0 GiB, 12.0 without"
 
 
-def test_a_cpu_ranks_memory_is_its_share_of_the_machines(monkeypatch, tmp_path):
+def test_memory_of_a_cpu_rank_is_its_part_of_the_machine(monkeypatch, tmp_path):
     use_cpu()
-    from sft_recipe.models import memory_estimate as room
+    from sft_recipe.models import memory_estimate
 
-    monkeypatch.setattr(room, "CGROUP_LIMITS", [str(tmp_path / "none"), str(tmp_path / "limit")])
+    monkeypatch.setattr(memory_estimate, "CGROUP_LIMITS", [str(tmp_path / "none"), str(tmp_path / "limit")])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    machine = room.psutil.virtual_memory().total
-    assert room.device_memory("cpu") == machine // 2
+    machine = memory_estimate.psutil.virtual_memory().total
+    assert memory_estimate.device_memory("cpu") == machine // 2
     for text, expected in (("max\n", machine // 2), (str(GIB), GIB // 2)):
         (tmp_path / "limit").write_text(text)
-        assert room.device_memory("cpu") == expected
+        assert memory_estimate.device_memory("cpu") == expected
 
 
-def test_the_choice_changes_no_number_and_a_run_may_be_resumed_with_the_other(tmp_path, monkeypatch, capfd):
+def test_checkpointing_changes_no_number_and_may_change_on_resume(tmp_path, monkeypatch, capfd):
     model = tiny.build_model(tmp_path / "model")
     use_cpu()
-    from sft_recipe.models import memory_estimate as room
+    from sft_recipe.models import memory_estimate
 
     plans = []
-    monkeypatch.setattr(room, "estimate_memory", lambda *facts: plans.append(estimate_memory(*facts)) or plans[-1])
+    monkeypatch.setattr(
+        memory_estimate, "estimate_memory", lambda *facts: plans.append(estimate_memory(*facts)) or plans[-1]
+    )
 
     def run(folder: Path, memory: int, steps: int, *more: str) -> str:
-        monkeypatch.setattr(room, "device_memory", lambda device: memory)
+        monkeypatch.setattr(memory_estimate, "device_memory", lambda device: memory)
         words = arguments(model, folder, "data.val_files=null", f"trainer.total_training_steps={steps}", *more)
         assert run_here(*words) == 0
         return " ".join(capfd.readouterr().out.split())
