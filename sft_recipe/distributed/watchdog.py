@@ -24,6 +24,8 @@ COLLECTIVE_TIMEOUT = timedelta(hours=10)  # the watchdog ends a run long before
 FAILURE_KEY = "failure"  # of what ended the run, in the store
 EXIT_PEER_LOST = 1  # exit code of a rank that aborts because of another one
 
+_chosen_port = 0  # of the store that this process serves, if it asked for any free port
+
 
 class Watchdog:
     """A thread of this rank that publishes its state (a heartbeat) and reads the states of other ranks.
@@ -176,16 +178,21 @@ def open_store(purpose: str) -> Store:
 
     Its keys belong to this attempt only: a store outlives the ranks that torchrun restarts. Raises RuntimeError.
     """
+    global _chosen_port
+    port = int(os.environ["MASTER_PORT"])
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_served = port != 0 and port == _chosen_port  # torch itself may have forgotten that, and would bind it again
     store = TCPStore(
         os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=os.environ["RANK"] == "0" and not is_torchruns,
+        port,
+        is_master=os.environ["RANK"] == "0" and not is_torchruns and not is_served,
         wait_for_workers=False,
         multi_tenant=True,
         timeout=timedelta(seconds=STARTUP_TIMEOUT_S),
     )
-    os.environ["MASTER_PORT"] = str(store.port)  # a single process asks for port 0 and gets a free one
+    if port == 0:  # a single process
+        _chosen_port = store.port
+        os.environ["MASTER_PORT"] = str(store.port)
     return PrefixStore(f"sft_recipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{purpose}", store)
 
 
