@@ -1,4 +1,4 @@
-"""The import rule of DESIGN.md: data flows one way, and imports follow it and never back."""
+"""The import rule of docs/architecture.md: data flows one way; imports follow it and never go back."""
 
 import ast
 from collections.abc import Iterator

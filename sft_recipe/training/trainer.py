@@ -136,6 +136,11 @@ class SFTTrainer:
         self.state.read(self.resume / STATE)
         manifest = read_manifest(self.resume)
         total_steps = self.schedule.total_steps
+        if "format_version" not in manifest and dist.get_rank() == 0:
+            notice(
+                f"{self.resume} was saved by an older version of sft_recipe. Its state is restored exactly; where this "
+                "version computes with other kernels (LoRA and fp32 on CPUs) losses may differ in the last digits."
+            )
         if manifest["total_steps"] != total_steps and dist.get_rank() == 0:
             notice(
                 f"The run was planned for {manifest['total_steps']} steps and now goes to {total_steps}: "
