@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sft_recipe import FORMAT_VERSION
 from sft_recipe.cli import train
 from sft_recipe.cli.flags import parse
 from sft_recipe.cli.train import main
@@ -211,7 +212,8 @@ def test_train_sh_passes_arguments_and_environment(tmp_path):
     assert done.returncode == 0, done.stderr
     text, _, command = done.stdout.strip().rpartition("\n")
     assert command == torchrun(*words, BATCH_SIZE="6")
-    assert yaml.safe_load(text) == resolved(*words, BATCH_SIZE="6").model_dump(mode="json")
+    expected = resolved(*words, BATCH_SIZE="6").model_dump(mode="json")
+    assert yaml.safe_load(text) == {"format_version": FORMAT_VERSION} | expected
     assert list(tmp_path.iterdir()) == []
 
 
