@@ -225,7 +225,6 @@ def _public(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.C
 CHECKS = {"words": banned_words, "length": long_code, "docstrings": weak_docstrings}
 
 
-@pytest.mark.xfail(strict=False, reason="the move is under way")
 @pytest.mark.parametrize("check", CHECKS)
 def test_repository_follows_conventions(check):
     violations = [message for _, message in CHECKS[check](tracked_files(ROOT))]

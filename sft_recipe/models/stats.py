@@ -16,7 +16,7 @@ from sft_recipe.models.resolve import ResolvedModel
 
 @dataclass(frozen=True)
 class ModelStats:
-    """The numbers of all and of trainable parameters; sizes of the layers and of their products, where known."""
+    """Counts all and trainable parameters; `dims` and `products` are None for unknown architectures."""
 
     total: int
     trainable: int
