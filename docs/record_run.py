@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = 112
+COLUMNS = 130
 COMMAND = "./train.sh trainer.total_training_steps=3 data.train_batch_size=2 data.max_length=256"
 
 
