@@ -25,7 +25,7 @@ USABLE = 0.9  # fraction of a device's memory: the runtime, buffers of collectiv
 GIB = 2**30
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 ADVICE = (
-    "In this order: a smaller MICRO_BATCH_SIZE or MAX_LENGTH, --use_lora, more GPUs (N_GPUS), fsdp=fsdp2_offload; "
+    "In this order: a smaller MICRO_BATCH_SIZE or MAX_LENGTH, --use_lora, more GPUs (N_GPUS), fsdp=fsdp_offload; "
     "see docs/memory.md"
 )
 
