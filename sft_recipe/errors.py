@@ -1,6 +1,8 @@
 """Errors that a user can cause: each ends the program with its exit code and one message, without a traceback."""
 
+import errno
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -69,10 +71,22 @@ class TrainingError(RecipeError):
 def run_command(command: Callable[[], int], reports_errors: Callable[[], bool] = lambda: True) -> int:
     """Run a command and return its exit code; a RecipeError becomes one message on stderr and its exit code.
 
-    `reports_errors` decides, after an error, whether this process prints it. SFT_DEBUG=1 adds the traceback.
+    `reports_errors` decides, after an error, whether this process prints it. SFT_DEBUG=1 adds the traceback. A reader
+    that closes the pipe early (`| head`) ends the command without a message; a full disk below stdout is one message.
     """
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer goes nowhere
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        return RecipeError.exit_code
     except RecipeError as error:
         if is_debugging():
             traceback.print_exc()

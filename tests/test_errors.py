@@ -1,0 +1,51 @@
+"""Errors end a command with one message; so does an output that cannot be written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sft_recipe.errors import RecipeError, run_command
+from tests.support.runs import ROOT
+
+PROGRAM = """
+import sys
+from sft_recipe.errors import run_command
+sys.exit(run_command(lambda: print("line\\n" * 100_000) or 0))
+"""
+
+
+def run(stdout: int) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM], stdout=stdout, stderr=subprocess.PIPE, env=environment, text=True
+    )
+
+
+def test_closed_pipe_ends_a_command_without_a_message():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_full_disk_below_stdout_is_one_message():
+    with open("/dev/full", "w") as full:
+        done = run(full.fileno())
+    assert (done.returncode, done.stderr) == (2, "error: the output cannot be written: No space left on device\n")
+
+
+def test_other_system_errors_are_not_hidden():
+    with pytest.raises(FileNotFoundError):
+        run_command(lambda: len(Path("/nowhere").read_text()))
+
+
+def test_recipe_error_is_one_message_and_its_exit_code(capsys):
+    def fail():
+        raise RecipeError("wrong")
+
+    assert run_command(fail) == 2
+    assert capsys.readouterr().err == "error: wrong\n"
