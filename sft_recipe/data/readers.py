@@ -20,6 +20,7 @@ BLOCK = 1 << 20  # bytes of a .json array read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 PARSER = json.JSONDecoder()
+TOO_DEEP = "Arrays or objects nested too deeply"
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ class _JsonArray:
             try:
                 value, self.at = PARSER.raw_decode(self.text, self.at)
                 return value
+            except RecursionError as error:
+                raise self.malformed(TOO_DEEP, self.at) from error
             except json.JSONDecodeError as error:
                 # The value is incomplete or malformed. The parser reports the position of a wrong character, and the
                 # beginning of a string without an end.
@@ -258,6 +261,8 @@ def _loads(text: str) -> Any:
     """Parse a line; a comma after the value is accepted, as in lines cut from an array."""
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise json.JSONDecodeError(TOO_DEEP, text, 0) from error
     except json.JSONDecodeError:
         if text.endswith(","):
             with suppress(json.JSONDecodeError):

@@ -225,3 +225,16 @@ def test_reading_continues_after_a_bad_line(tmp_path):
     assert kinds == ["malformed", "malformed", "fields", "type"]
     assert "line 4: not UTF-8" in str(items[3].error)
     assert items[1].record == "{broken"
+
+
+def test_array_nested_too_deeply_is_malformed(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match=r"a.json, line 1.*nested too deeply"):
+        list(read_conversations(tmp_path / "a.json"))
+
+
+def test_line_nested_too_deeply_is_a_bad_record_and_reading_continues(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": ' + "[" * 200_000 + "\n" + json.dumps(GOOD) + "\n")
+    bad, good = read_data(tmp_path / "a.jsonl")
+    assert isinstance(bad, BadRecord) and "nested too deeply" in str(bad.error)
+    assert not isinstance(good, BadRecord)
