@@ -86,4 +86,7 @@ def _minutes(seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1].startswith("-"):
+        print(__doc__.split("\n\n")[1], file=sys.stderr)
+        sys.exit(2)
     sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -16,6 +16,11 @@ class Digest(Protocol):
     def update(self, data: bytes, /) -> Any: ...
 
 
+def user_path(path: str | Path) -> Path:
+    """Return the path with ~ as the home folder; an unknown ~name stays as it is, unlike in Path.expanduser."""
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Gives the path of a partial file beside `path` to write to, and renames it to `path` at the end of the context.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NoReturn
@@ -104,11 +104,12 @@ FLAGS = (
 )
 
 OVERRIDE = "--hydra-override"  # hidden: marks an override for argparse
+NEGATIVE_NUMBER = re.compile(r"-\.?\d[\d.]*(e[+-]?\d+)?", re.IGNORECASE)
 LOOKS_LIKE_OVERRIDE = re.compile(r"[+~]*[\w./@]+=")
 USAGE = "./train.sh [FLAGS] [HYDRA OVERRIDES]"
 DESCRIPTION = """\
 Fine-tunes a language model on prompt/response, Alpaca or multi-turn data, with verl.
-Each flag is also an environment variable of the same name in capitals (BATCH_SIZE=8 ./train.sh).
+The longer name of a flag, in capitals, is also an environment variable (LEARNING_RATE=1e-5 ./train.sh).
 Precedence: override > flag > environment variable > config.yaml > conf/."""
 EPILOG = """\
 overrides: any key of config.yaml and conf/, or a file of a group in conf/:
@@ -140,8 +141,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
-        missing = re.match(r"argument (\S+): expected (?:one|at least one) argument", message)
-        raise ConfigError(f"{missing[1].split('/')[0]} needs a value" if missing else message)
+        problems = ("expected (?:one|at least one) argument", "needs a"), ("ignored explicit argument", "takes no")
+        for pattern, problem in problems:
+            if match := re.match(rf"argument (\S+): {pattern}", message):
+                raise ConfigError(f"{match[1].split('/')[0]} {problem} value")
+        raise ConfigError(message)
 
 
 def train_parser() -> Parser:
@@ -178,6 +182,8 @@ def parse(
         for flag in FLAGS
         if environment.get(flag.variable) and flag.key not in from_flags
     ]
+    if empty := next((name for name in _CONFIG_ARGS if values.get(name) == ""), None):
+        raise ConfigError(f"--{empty.replace('_', '-')} needs a value")
     config_args = [f"--{name.replace('_', '-')}={values[name]}" for name in values if name in _CONFIG_ARGS]
     return CommandLine([*from_environment, *from_flags.values(), *values.get("overrides", [])], config_args, options)
 
@@ -222,7 +228,7 @@ def _mark_overrides(args: Sequence[str], parser: Parser) -> Iterator[str]:
     """
     needs_value = {name for action in parser._actions if action.nargs in (None, "+") for name in action.option_strings}
     previous = ""
-    for word in args:
+    for word in _join_negative_numbers(args, needs_value):
         if word.startswith("--") and previous not in needs_value:
             name, equals, value = word.partition("=")
             word = name[:2] + name[2:].replace("-", "_") + equals + value
@@ -232,8 +238,22 @@ def _mark_overrides(args: Sequence[str], parser: Parser) -> Iterator[str]:
         yield word
 
 
+def _join_negative_numbers(args: Sequence[str], needs_value: Collection[str]) -> Iterator[str]:
+    """Write `--lr -1e-5` as `--lr=-1e-5`: argparse takes a negative number with an exponent for a flag."""
+    words = iter(args)
+    for word in words:
+        name = word.replace("-", "_").replace("__", "--", 1)
+        if name in needs_value and (value := next(words, None)) is not None:
+            if NEGATIVE_NUMBER.fullmatch(value):
+                yield f"{word}={value}"
+                continue
+            yield from (word, value)
+        else:
+            yield word
+
+
 def _truth_value(text: str) -> str:
-    if text.lower() not in ("true", "false", ""):
+    if text.lower() not in ("true", "false", "yes", "no", "on", "off", "1", "0", ""):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text
 
@@ -243,7 +263,7 @@ def _explain_unknown(word: str, known: Sequence[str]) -> str:
         return f"cannot read {word!r}: it is neither a flag (--epochs 3) nor an override (optim.lr=1e-5)"
     name = word.partition("=")[0]
     names = [option.lstrip("-") for option in known if option != OVERRIDE]
-    close = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name.lstrip("-").lower(), names, n=1, cutoff=0.6)
     return f"unknown flag {name}." + (f" Did you mean --{close[0]}?" if close else " See ./train.sh --help.")
 
 

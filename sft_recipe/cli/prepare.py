@@ -14,6 +14,7 @@ from sft_recipe.data.formats import FORMATS
 from sft_recipe.data.parquet_writer import ParquetOptions, ScanResult, write_parquet
 from sft_recipe.data.sources import resolve_files
 from sft_recipe.errors import ConfigError, run_command
+from sft_recipe.files import user_path
 
 
 def main(args: list[str]) -> int:
@@ -30,7 +31,7 @@ conversations are one question and one answer, else messages. Exact duplicates a
 dropped and counted.""",
     )
     parser.add_argument("--in", dest="files", nargs="+", required=True, metavar="X", help="files, globs, hub data sets")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--val_ratio", type=float, default=0.05, help="fraction held out (default: 0.05; 0: none)")
     parser.add_argument("--small", type=int, metavar="N", help="also write train_small.parquet with N examples")
     parser.add_argument("--seed", type=int, default=42, help="seed of the split and of --small (default: 42)")
@@ -48,9 +49,11 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--val_ratio is {options.val_ratio:g}; it must be a fraction, at least 0 and less than 1")
     if options.small is not None and options.small < 1:
         raise ConfigError(f"--small is {options.small}; it must be a number of examples, 1 or more")
-    sources = resolve_files(
-        options.files, Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sft_recipe"
-    )
+    if options.seed < 0:
+        raise ConfigError(f"--seed is {options.seed}; it must be 0 or more")
+    if not options.out:
+        raise ConfigError("--out needs a value")
+    sources = resolve_files(options.files, user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sft_recipe")
     if shared := [source.name for source in sources if source.weight != 1 or source.count is not None]:
         raise ConfigError(
             f"{shared[0]} has a weight or count, which applies to training only; here name the file alone"
@@ -58,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     files = [file for source in sources for file in source.files]
     columns = Columns(dict(_column(text) for text in options.columns))
     parquet = ParquetOptions(options.val_ratio, options.small, options.seed, options.format, options.on_bad_record)
-    _print_summary(*write_parquet(files, options.out, columns, parquet))
+    _print_summary(*write_parquet(files, user_path(options.out), columns, parquet))
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sft_recipe.cli.flags import FLAGS, Flag, Parser, parse
 from sft_recipe.errors import PreflightError, run_command, silence_libraries
+from sft_recipe.files import user_path
 
 if TYPE_CHECKING:
     from sft_recipe.config.schema import Config
@@ -58,7 +59,7 @@ def _run(args: list[str]) -> int:
     from sft_recipe.config.compose import load_config, parse_config_args
 
     config = load_config(line.overrides, **parse_config_args(line.config_args))
-    html = line.options.html and line.options.html.expanduser()
+    html = line.options.html and user_path(line.options.html)
     if html:
         _check_writable(html)
     _preview(config, line.options.count, html)

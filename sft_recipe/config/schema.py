@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sft_recipe.config.secrets import without_secrets
+from sft_recipe.files import user_path
 
 AFTER_EACH_EPOCH: Literal["after_each_epoch"] = "after_each_epoch"
 StepInterval = int | Literal["after_each_epoch"]
@@ -29,6 +30,7 @@ class ModelConfig(_Group):
 
     path: str = Field(
         "Qwen/Qwen2.5-0.5B",
+        min_length=1,
         description="hub id, folder, .gguf file, or SmolLM2-135M-Instruct (the embedded model)",
         json_schema_extra=_flag("model_path", "model"),
     )
@@ -154,6 +156,7 @@ class OptimConfig(_Group):
     lr: float = Field(
         2e-5,
         gt=0,
+        allow_inf_nan=False,
         description="peak learning rate; 2e-4 with LoRA unless set",
         json_schema_extra=_flag("learning_rate", "lr") | {"yaml": "${if_else:${lora.enabled},2.0e-4,2.0e-5}"},
     )
@@ -173,7 +176,11 @@ class OptimConfig(_Group):
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of Adam's moments")
     weight_decay: float = Field(
-        0.01, ge=0, description="decoupled weight decay, as in AdamW", json_schema_extra=_flag("weight_decay")
+        0.01,
+        ge=0,
+        allow_inf_nan=False,
+        description="decoupled weight decay, as in AdamW",
+        json_schema_extra=_flag("weight_decay"),
     )
     clip_grad: float = Field(
         1.0, gt=0, description="maximum global gradient norm", json_schema_extra=_flag("grad_clip")
@@ -244,7 +251,11 @@ class LoraConfig(_Group):
     )
     rank: int = Field(8, ge=1, description="inner dimension of the adapters", json_schema_extra=_flag("lora_rank"))
     alpha: float = Field(
-        16, gt=0, description="the update is scaled by alpha / rank", json_schema_extra=_flag("lora_alpha")
+        16,
+        gt=0,
+        allow_inf_nan=False,
+        description="the update is scaled by alpha / rank",
+        json_schema_extra=_flag("lora_alpha"),
     )
     target_modules: str | list[str] = Field(
         "all-linear", description="all-linear, or a list of module names such as [q_proj, v_proj]"
@@ -274,6 +285,7 @@ class TrainerConfig(_Group):
     )
     output_dir: str = Field(
         "./outputs",
+        min_length=1,
         description="run folder: config.yaml, metrics.jsonl, checkpoints/step_N",
         json_schema_extra=_flag("output_dir"),
     )
@@ -343,7 +355,7 @@ class TrainerConfig(_Group):
     @property
     def run_folder(self) -> Path:
         """`output_dir`, in which ~ is expanded."""
-        return Path(self.output_dir).expanduser()
+        return user_path(self.output_dir)
 
     @property
     def world_size(self) -> int:
@@ -368,5 +380,5 @@ class Config(_Group):
     def cache_dir(self) -> Path:
         """Return the folder that holds token stores and converted models between runs."""
         if self.data.cache_dir:
-            return Path(self.data.cache_dir).expanduser()
+            return user_path(self.data.cache_dir)
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft_recipe"

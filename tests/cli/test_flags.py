@@ -263,8 +263,19 @@ def test_none_resets_a_value(value):
     assert resolved("--val_data", value).data.val_files is None
 
 
-def test_negative_number_is_a_value():
-    assert parse(["--lr", "-1"], {}).overrides == ["optim.lr=-1"]
+@pytest.mark.parametrize("value", ["-1", "-1e-5", "-.5", "-2.5E+3"])
+@pytest.mark.parametrize("name", ["--lr", "--learning_rate", "--learning-rate"])
+def test_negative_number_is_a_value(name, value):
+    assert parse([name, value, "--epochs", "3"], {}).overrides == [f"optim.lr={value}", "trainer.total_epochs=3"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("yes", True), ("ON", True), ("1", True), ("no", False), ("off", False)]
+)
+def test_switch_accepts_the_same_words_as_flag_and_as_variable(value, expected):
+    flag, variable = resolved("--use_lora", value), resolved(USE_LORA=value)
+    assert flag == variable and flag.lora.enabled is expected
+    assert flag.optim.lr == (2e-4 if expected else 2e-5)
 
 
 @pytest.mark.parametrize("words", [["--config-path", "/a b"], ["--config-path=/a b"], ["--config_path=/a b"]])
@@ -280,6 +291,9 @@ def test_config_path_and_name_are_passed_on(words):
         (["--epoch", "3"], "unknown flag --epoch. Did you mean --epochs?"),
         (["--modle=x"], "unknown flag --modle. Did you mean --model?"),
         (["--batchsize", "2"], "unknown flag --batchsize. Did you mean --batch_size?"),
+        (["--BATCH_SIZE", "2"], "unknown flag --BATCH_SIZE. Did you mean --batch_size?"),
+        (["--dry_run=true"], "--dry_run takes no value"),
+        (["--config-path="], "--config-path needs a value"),
         (["--zzz"], "unknown flag --zzz. See ./train.sh --help."),
         (["--"], "unknown flag --."),
         (["--epochs"], "--epochs needs a value"),

@@ -125,3 +125,15 @@ def test_failure_keeps_existing_files(tmp_path, capsys, monkeypatch):
     assert prepare_data.main(["--in", write(tmp_path / "b.json", pairs(5)), "--out", str(tmp_path / "out")]) == 2
     assert "cannot be written: No space left on device" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [(["--seed", "-1"], "--seed is -1; it must be 0 or more"), (["--out", ""], "--out needs a value")],
+)
+def test_bad_option_is_one_message_and_nothing_is_written(tmp_path, monkeypatch, capsys, options, expected):
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path / "a.json", pairs(4))
+    assert prepare_data.main(["--in", source, "--out", "out", *options]) == 2
+    assert expected in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
