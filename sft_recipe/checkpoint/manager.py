@@ -21,7 +21,7 @@ from sft_recipe.checkpoint.manifest import (
     write_manifest,
 )
 from sft_recipe.errors import CheckpointError
-from sft_recipe.files import sync
+from sft_recipe.files import sync, user_path
 
 AUTO = "auto"
 
@@ -38,7 +38,7 @@ def find_checkpoint(spec: str | None, folder: Path, is_restart: bool, say: Calla
     if spec == AUTO:
         say(f"--resume_from auto found no checkpoint in {folder}: training starts from the beginning.")
         return None
-    return _named(Path(spec).expanduser()) if spec else None
+    return _named(user_path(spec)) if spec else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from sft_recipe.config.aliases import leaves, merge_older_names, rename_key, ren
 from sft_recipe.config.schema import Config
 from sft_recipe.config.validation import all_keys, build_config, nearest, text_keys
 from sft_recipe.errors import ConfigError
+from sft_recipe.files import user_path
 
 HOME = Path(__file__).resolve().parents[2]
 RESOLVED = "--resolved-config="
@@ -46,7 +47,7 @@ def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str 
 
     Raises ConfigError for an unknown file, group or key, a value of the wrong type, or a sweep.
     """
-    config_dir = config_dir.expanduser().resolve()
+    config_dir = Path(os.path.realpath(user_path(config_dir)))
     root = config_dir / f"{config_name.removesuffix('.yaml')}.yaml"
     if not root.is_file():
         raise ConfigError(f"there is no {root}; --config-path names the folder of config.yaml, --config-name the file")
@@ -84,7 +85,9 @@ def load_for_rank(args: list[str]) -> Config:
 
 
 def _check_format_version(version: Any, path: Path) -> None:
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ConfigError(f"{path} has format_version {version!r}; it is a whole number from 1")
+    if version > FORMAT_VERSION:
         raise ConfigError(
             f"{path} has format_version {version}, and this version of sft_recipe reads up to {FORMAT_VERSION}: "
             "upgrade sft_recipe"
@@ -156,7 +159,7 @@ def _compose(root: Path, written: dict[str, Any], choices: list[Override], confi
     try:
         with initialize_config_dir(str(config_dir), version_base=None):
             tree = compose(root.stem, overrides=[f"hydra.searchpath=[{searchpath}]", *texts])
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{root} cannot be used: {str(error).strip()}") from None
     OmegaConf.set_struct(tree, False)
     return tree
@@ -168,6 +171,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).strip()}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} cannot be read: a value refers to itself, or is nested too deeply") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} cannot be used: it contains a list, not keys")
     return {str(key): value for key, value in loaded.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from sft_recipe.data.messages import data_error
 from sft_recipe.data.readers import READERS, check_file, suffix_of
 from sft_recipe.errors import DataError
-from sft_recipe.files import atomic_write
+from sft_recipe.files import atomic_write, user_path
 
 SHARE = re.compile(r"(?P<name>.+?)(\*(?P<weight>\d+(\.\d*)?|\.\d+)|#(?P<count>\d+))")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:(?P<split>[\w.\[\]:%+-]+))?")
@@ -62,7 +62,7 @@ def resolve_files(spec: str | Path | Sequence[str | Path], cache_dir: Path | Non
 
 
 def _source(item: str, cache_dir: Path | None) -> Source:
-    share = None if os.path.exists(Path(item).expanduser()) else SHARE.fullmatch(item)
+    share = None if os.path.exists(user_path(item)) else SHARE.fullmatch(item)
     name = share["name"] if share else item
     weight = float(share["weight"]) if share and share["weight"] else 1.0
     count = int(share["count"]) if share and share["count"] else None
@@ -72,7 +72,7 @@ def _source(item: str, cache_dir: Path | None) -> Source:
 
 
 def _expand(name: str, cache_dir: Path | None) -> list[Path]:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if os.path.exists(path):
         return [path]
     if any(mark in name for mark in "*?["):

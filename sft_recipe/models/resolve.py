@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sft_recipe.config.schema import ModelConfig
 from sft_recipe.errors import ModelError, is_debugging
+from sft_recipe.files import user_path
 from sft_recipe.models.gguf import EMBEDDED, convert_gguf, embedded_gguf
 
 
@@ -45,7 +46,7 @@ def resolve_tokenizer(config: ModelConfig, model: ResolvedModel, cache_dir: Path
 
 
 def _find(name: str, cache_dir: Path, trust_remote_code: bool, needs_weights: bool = True) -> Path:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name.lower() in (EMBEDDED.lower(), f"huggingfacetb/{EMBEDDED}".lower()) and not path.exists():
         return convert_gguf(embedded_gguf(), cache_dir)
     if path.is_file():

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft_recipe.config.schema import ModelConfig
 from sft_recipe.errors import ModelError
+from sft_recipe.files import user_path
 from sft_recipe.models.resolve import ResolvedModel
 
 
@@ -24,7 +25,7 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{folder} holds no usable tokenizer: {str(error).splitlines()[0]}") from None
     if config.chat_template:
-        path = Path(config.chat_template).expanduser()
+        path = user_path(config.chat_template)
         try:
             tokenizer.chat_template = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -267,3 +267,34 @@ def test_config_path_and_name_are_parsed():
     assert parse_config_args(["-cp=/a=b", "-cn=c"]) == both
     with pytest.raises(ConfigError, match="unknown argument --config-dir=x"):
         parse_config_args(["--config-dir=x"])
+
+
+def test_value_that_refers_to_itself_is_one_message(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: &a [*a]\n")
+    with pytest.raises(ConfigError, match="refers to itself"):
+        load_config([], tmp_path)
+
+
+def test_folder_that_is_a_symlink_loop_is_one_message(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ConfigError, match="there is no .*loop/config.yaml"):
+        load_config([], tmp_path / "loop")
+
+
+@pytest.mark.parametrize("path", ["~nobody_of_that_name/x", "~"])
+def test_unknown_home_folder_is_no_traceback(path):
+    with pytest.raises(ConfigError, match="there is no"):
+        load_config([], Path(path))
+
+
+@pytest.mark.parametrize("override", ["model.path=''", "trainer.output_dir=''"])
+def test_empty_value_is_an_error(override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_config([override])
+
+
+@pytest.mark.parametrize("version", ["abc", "null", "1.5", "0", "-1", "true"])
+def test_format_version_that_is_no_version_is_an_error_without_wrong_advice(tmp_path, version):
+    (tmp_path / "config.yaml").write_text(f"format_version: {version}\n")
+    with pytest.raises(ConfigError, match="it is a whole number from 1"):
+        load_config([], tmp_path)
