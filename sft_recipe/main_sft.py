@@ -124,9 +124,10 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     watchdog.set_phase("loading the model", limited=False)
     stats = model_stats(config, inputs.model, device)
     longest = int(inputs.train.lengths.max())
-    config, memory = resolve_activation_checkpointing(
-        config, stats, longest, device, LOGITS_CHUNK[device], notice if is_first else lambda text: None
-    )
+    say = notice if is_first else lambda text: None
+    if stats.positions and (text := stats.positions.notice(inputs.model.name, config.data.max_length, longest)):
+        say(text)
+    config, memory = resolve_activation_checkpointing(config, stats, longest, device, LOGITS_CHUNK[device], say)
     timing.mark("model statistics")
     try:
         trainer = SFTTrainer(config, inputs, device, stats, resume, watchdog)
@@ -134,7 +135,7 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
         if is_first:
             schedule = trainer.schedule
             steps = schedule.steps_per_epoch, schedule.total_steps, trainer.resumed_step
-            print_banner(config, inputs, device, stats, memory, *steps)
+            print_banner(config, inputs, device, stats, memory, *steps, trainer.loss_difference)
         timing.mark("banner")
         code = trainer.fit()
         torch.distributed.barrier()

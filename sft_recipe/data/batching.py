@@ -70,13 +70,16 @@ def split_validation(digests: np.ndarray, ratio: float, seed: int) -> tuple[np.n
     return np.flatnonzero(~is_chosen[group]), np.flatnonzero(is_chosen[group])
 
 
-def plan_micro_batches(lengths: Sequence[int], ranks: int, budget: int) -> list[list[MicroBatch]]:
+def plan_micro_batches(
+    lengths: Sequence[int], ranks: int, budget: int, packs_documents: bool = True
+) -> list[list[MicroBatch]]:
     """Share one batch among ranks and pack each share into micro-batches.
 
         lengths 700 300 600 400, 2 ranks, budget 1000  ->  rank 0: [[0, 1]]   rank 1: [[2, 3]]
 
     Ranks are balanced in tokens (longest first, to the least loaded rank); no micro-batch holds more than `budget`
-    tokens; all ranks have the same number of micro-batches, some of them empty where examples are too few.
+    tokens, and without `packs_documents` none more than one example; all ranks have the same number of micro-batches,
+    some of them empty where examples are too few.
 
     Raises ValueError where one example alone is longer than the budget.
     """
@@ -88,7 +91,7 @@ def plan_micro_batches(lengths: Sequence[int], ranks: int, budget: int) -> list[
         load, rank = loads[0]
         counts[rank].append(index)
         heapreplace(loads, (load + lengths[index], rank))
-    packed = [_pack(share, lengths, budget) for share in counts]
+    packed = [_pack(share, lengths, budget) if packs_documents else [[index] for index in share] for share in counts]
     count = max(1, max(len(bins) for bins in packed))
     return [_split_until(bins, count, lengths) for bins in packed]
 

@@ -27,18 +27,19 @@ SOFTMAX_CHUNK = {"cpu": 2**19, "cuda": 2**25}
 
 
 def patch_chunked_cross_entropy(model: PreTrainedModel) -> list[nn.Parameter] | None:
-    """Replace the forward of `model` by one that takes `positions` and `targets`, both (tokens,), and returns the loss.
+    """Let the forward of `model` take `positions` and `targets`, both (tokens,), and return the loss then.
 
-    The loss is the negative log-likelihood of `targets` at `positions`, summed and multiplied by `scale` (a tensor with
-    one number), in fp32. `positions` may contain a position more than once. Call backward on the loss unchanged: the
-    head's weights may get their gradients in the forward pass.
+    The loss is the negative log-likelihood of `targets` at `positions`, summed, times `ranks` and divided by `tokens`,
+    in fp32. `tokens` is an integer tensor with one number: FSDP would round a floating input to the dtype that the
+    model computes in. `positions` may contain a position more than once. Call backward on the loss unchanged: the
+    head's weights may get their gradients in the forward pass. Without `targets` the forward is the model's own.
 
     Returns the weights of the head, which must be unsharded wherever the model's own forward runs (else the new forward
     raises ModelError). Returns None and changes nothing where body and head cannot be called separately.
     """
-    prefix = model.base_model_prefix
-    body, original = getattr(model, prefix, None), model.forward
-    if body is None or body is model:
+    prefix, original = model.base_model_prefix, model.forward
+    body = _body(model)
+    if body is None:
         return None
 
     def logits_of(hidden: torch.Tensor) -> torch.Tensor:
@@ -49,19 +50,30 @@ def patch_chunked_cross_entropy(model: PreTrainedModel) -> list[nn.Parameter] | 
     # Tied weights have a name in the body too.
     parameters = model.named_parameters(remove_duplicate=False)
     head = {weight: name for name, weight in parameters if not name.startswith(f"{prefix}.")}
+    trained = [weight for weight in head if weight.requires_grad]
     width = model.config.get_text_config().hidden_size
     try:
         with torch.enable_grad():
-            logits = logits_of(next(model.parameters()).new_zeros(1, 1, width))
-        trained = [weight for weight in head if weight.requires_grad]
-        gradients = torch.autograd.grad(logits.sum(), trained, allow_unused=True) if trained else ()
-    except Exception:  # the head needs more of the body's outputs than the last hidden states
+            hidden = next(model.parameters()).new_zeros(1, 2, width, requires_grad=True)
+            logits = logits_of(hidden)
+        _, *gradients = torch.autograd.grad(logits.sum(), [hidden, *trained], allow_unused=True)
+    except Exception:  # the head needs more of the body's outputs than the last hidden states, or does not call it
+        return None
+    if logits.shape[:2] != hidden.shape[:2]:
         return None
     vocabulary = logits.shape[2]
     used = {weight for weight, gradient in zip(trained, gradients, strict=True) if gradient is not None}
     shapes = {name: weight.shape for weight, name in head.items() if weight in used}
 
-    def forward(positions: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def forward(
+        positions: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        tokens: torch.Tensor | None = None,
+        ranks: int = 1,
+        **inputs: Any,
+    ) -> Any:
+        if positions is None or targets is None or tokens is None:
+            return original(**inputs)
         given = {name: value for name, value in inputs.items() if value is not None}
         hidden = body(**given).last_hidden_state[:, positions]
         weights = [attrgetter(name)(model) for name in shapes]  # FSDP may have replaced them for this forward
@@ -69,11 +81,18 @@ def patch_chunked_cross_entropy(model: PreTrainedModel) -> list[nn.Parameter] | 
             if isinstance(weight, DTensor) or weight.shape != shape:
                 raise ModelError(f"{name} is sharded where the loss needs all of it, so it would not be trained")
         return _SummedCrossEntropy.apply(
-            hidden, targets, scale, logits_of, vocabulary, torch.is_grad_enabled(), *weights
+            hidden, targets, ranks / tokens.float(), logits_of, vocabulary, torch.is_grad_enabled(), *weights
         )
 
     model.forward = forward  # type: ignore[method-assign]
     return list(head)
+
+
+def _body(model: PreTrainedModel) -> nn.Module | None:
+    """The module that the model's forward calls for the hidden states; None where it computes them itself."""
+    decoder, base = model.get_decoder(), getattr(model, model.base_model_prefix, None)
+    body = base if decoder is model or decoder is None else decoder
+    return None if body is model else body
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

@@ -8,7 +8,10 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils
 
-from sft_recipe.engine.attention.prefix_sharing import Pack, Segment, concatenate, share_prefixes
+from sft_recipe.engine.attention.prefix_sharing import Segment, concatenate, share_prefixes
+
+# Token ids of a document, and its loss mask; (tokens,).
+Document = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,28 +31,34 @@ class MicroBatch:
 
 def micro_batches(data: TensorDict, shares_prefixes: bool) -> Iterator[MicroBatch]:
     """The planned micro-batches of this rank; the first token of a document is never a target."""
-    ids, mask, position_ids = (data[key].values() for key in ("input_ids", "loss_mask", "position_ids"))
+    return (pack(documents, shares_prefixes) for documents in planned_documents(data))
+
+
+def planned_documents(data: TensorDict) -> Iterator[list[Document]]:
+    """Yield the documents of each planned micro-batch of this rank."""
+    ids, mask = (data[key].values() for key in ("input_ids", "loss_mask"))
     offsets = data["input_ids"].offsets().tolist()
     first = 0
     for count in tensordict_utils.get(data, "micro_batch_docs"):
-        begin, end = offsets[first], offsets[first + count]
-        lengths = [stop - start for start, stop in itertools.pairwise(offsets[first : first + count + 1])]
-        pack = _pack(ids[begin:end].split(lengths), shares_prefixes)
-        rows = torch.from_numpy(pack.rows)
-        tokens = torch.empty(pack.segments[-1].end, dtype=torch.long)  # for each row one of the tokens in it
-        tokens[rows] = torch.arange(begin, end)
-        supervised = (mask[begin:end].bool() & (position_ids[begin:end] > 0)).nonzero()[:, 0]
-        yield MicroBatch(
-            segments=pack.segments,
-            input_ids=ids[tokens][None],
-            position_ids=position_ids[tokens][None],
-            positions=rows[supervised - 1],
-            targets=ids[begin + supervised],
-        )
+        spans = itertools.pairwise(offsets[first : first + count + 1])
+        yield [(ids[begin:end], mask[begin:end]) for begin, end in spans]
         first += count
 
 
-def _pack(documents: Sequence[torch.Tensor], shares_prefixes: bool) -> Pack:
-    if shares_prefixes:
-        return share_prefixes([document.numpy() for document in documents])
-    return concatenate([len(document) for document in documents])
+def pack(documents: Sequence[Document], shares_prefixes: bool) -> MicroBatch:
+    """Return one micro-batch of all `documents`."""
+    lengths = [len(ids) for ids, _ in documents]
+    ids, mask = (torch.cat(parts) for parts in zip(*documents, strict=True))
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
+    packed = share_prefixes([ids.numpy() for ids, _ in documents]) if shares_prefixes else concatenate(lengths)
+    rows = torch.from_numpy(packed.rows)
+    tokens = torch.empty(packed.segments[-1].end, dtype=torch.long)  # for each row one of the tokens in it
+    tokens[rows] = torch.arange(len(ids))
+    supervised = (mask.bool() & (position_ids > 0)).nonzero()[:, 0]
+    return MicroBatch(
+        segments=packed.segments,
+        input_ids=ids[tokens][None],
+        position_ids=position_ids[tokens][None],
+        positions=rows[supervised - 1],
+        targets=ids[supervised],
+    )

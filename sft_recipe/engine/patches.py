@@ -5,11 +5,12 @@ engine is built and looks for all that its device needs, so that a library that 
 message, before training starts. No other module of sft_recipe uses a private API of these libraries, except those that
 come before `engine` in the import order, each in one place:
 
-    models/stats.py      transformers: `PreTrainedModel._no_split_modules`; a model without it is refused there
+    models/stats.py      transformers: `PreTrainedModel._no_split_modules`; a model without it is refused there, and
+                         one with `_is_stateful`
     data/sources.py      datasets: `Dataset._fingerprint`
     config/compose.py    Hydra: `hydra.core.override_parser` and `hydra.core.global_hydra`, which are not documented
 
-The monkey patches are `patch_model_class_lookup` and `keep_head_unwrapped`, both of verl.
+The only monkey patch is `keep_head_unwrapped`, of verl.
 """
 
 import inspect
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sft_recipe.errors import PreflightError
 
@@ -90,9 +91,6 @@ _POLICY = PrivateApi(
     ("module", "config", "is_lora"),
     f"{_ENGINE}._build_fsdp_module",
 )
-_MODEL_CLASS = PrivateApi(
-    "verl", "verl.utils.model:get_hf_auto_model_class", ("hf_config",), f"{_ENGINE}._build_module"
-)
 _ASSERT_ASYNC = PrivateApi("torch", "torch.ops:aten._assert_async.msg", ("self", "assert_msg"))
 _SOFTMAX_BACKWARD = PrivateApi(
     "torch", "torch.ops:aten._softmax_backward_data.default", ("grad_output", "output", "dim", "input_dtype")
@@ -103,7 +101,6 @@ _TREE_MAP = PrivateApi("torch", "torch.utils._pytree:tree_map_only")
 EVERYWHERE = (
     _SELECT,
     _POLICY,
-    _MODEL_CLASS,
     # Methods that SFTEngine overrides.
     PrivateApi("verl", f"{_ENGINE}._build_module", ("self",), _BUILD),
     PrivateApi("verl", f"{_ENGINE}._build_fsdp_module", ("self", "module"), _BUILD),
@@ -181,24 +178,6 @@ def layer_class_names(model: PreTrainedModel) -> Collection[str]:
 
 
 # verl
-
-
-def patch_model_class_lookup() -> None:
-    """Make verl's look-up of a causal language model's class quick.
-
-    verl's own first asks whether the model takes images, which imports the configurations of all models that do.
-    It still decides about models with code of their own and about those that do not call themselves causal.
-    """
-    original = _MODEL_CLASS.find()
-    if hasattr(original, "replaces"):
-        return
-
-    def model_class(hf_config: PretrainedConfig) -> Any:
-        is_causal = not hasattr(hf_config, "auto_map") and (hf_config.architectures or [""])[0].endswith("ForCausalLM")
-        return AutoModelForCausalLM if is_causal else original(hf_config)
-
-    model_class.replaces = original  # type: ignore[attr-defined]
-    _replace(_MODEL_CLASS, model_class)
 
 
 @contextmanager

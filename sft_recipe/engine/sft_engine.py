@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
+from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.utils import fsdp_utils
 from verl.utils.device import get_device_name
 from verl.utils.torch_dtypes import PrecisionType
@@ -24,17 +26,14 @@ from verl.workers.engine.fsdp import transformer_impl
 
 from sft_recipe.config.auto import PACKED_ATTENTION
 from sft_recipe.engine import patches
-from sft_recipe.engine.attention.documents import MaskUnsupported, PackedDocuments
+from sft_recipe.engine.attention.documents import PackedDocuments
 from sft_recipe.engine.attention.packed import best_attention
-from sft_recipe.engine.attention.prefix_sharing import SHORTEST, Segment
 from sft_recipe.engine.loss import patch_chunked_cross_entropy
 from sft_recipe.engine.micro_batches import MicroBatch, micro_batches
 from sft_recipe.engine.optimization import clip_grad_norm, schedule
-from sft_recipe.errors import ModelError
+from sft_recipe.models.loading import build_model, load_model
 
 log = logging.getLogger(__name__)
-
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # of transformers' `layer_types`
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
@@ -55,8 +54,10 @@ class SFTEngine(FSDPEngineWithLMHead):
 
     on_micro_batch: Callable[[], None] = staticmethod(lambda: None)  # called before each
     shares_prefixes = False  # whether the prefixes that documents of a micro-batch have in common are computed once
-    _is_checked = False  # whether this model isolates packed documents; tested before the first step
-    _computing: Callable[[], AbstractContextManager] = staticmethod(nullcontext)  # the model computes inside it only
+    packs_documents = True  # whether several documents may be in a micro-batch: see model_checks.py
+    computing: Callable[[], AbstractContextManager] = staticmethod(nullcontext)  # the model computes inside it only
+    model: PreTrainedModel  # of transformers, inside LoRA and FSDP
+    compute_dtype: torch.dtype
 
     def __init__(self, **settings: Any):
         """Takes verl's configurations by their names; raises PreflightError where a library does not fit."""
@@ -83,11 +84,9 @@ class SFTEngine(FSDPEngineWithLMHead):
         group = self.get_data_parallel_group()
         tokens = data["loss_mask"].values().sum().to(get_device_name())
         torch.distributed.all_reduce(tokens, group=group)
-        scale = torch.distributed.get_world_size() / tokens.clamp(min=1)
+        tokens = tokens.clamp(min=1)
         losses = []
-        with self._computing():
-            if not self._is_checked:
-                self._check_isolation()
+        with self.computing():
             planned = list(micro_batches(data, self.shares_prefixes))
             for index, micro_batch in enumerate(planned):
                 self.on_micro_batch()
@@ -96,7 +95,7 @@ class SFTEngine(FSDPEngineWithLMHead):
                     nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)
                 )
                 with sync, torch.set_grad_enabled(not forward_only):
-                    loss = self._loss(micro_batch, scale=scale)
+                    loss = self.micro_batch_loss(micro_batch, tokens, ranks=torch.distributed.get_world_size())
                     if not forward_only:
                         loss.backward()
                 losses.append(loss.detach())
@@ -143,8 +142,11 @@ class SFTEngine(FSDPEngineWithLMHead):
         finally:
             self.to(device="cpu", model=has_model, optimizer=has_optimizer, grad=False)
 
-    def _loss(self, micro_batch: MicroBatch, *, scale: torch.Tensor) -> torch.Tensor:
-        """Return the summed negative log-likelihood of a micro-batch's supervised tokens, times `scale`, in fp32."""
+    def micro_batch_loss(self, micro_batch: MicroBatch, tokens: torch.Tensor, ranks: int = 1) -> torch.Tensor:
+        """Return the summed negative log-likelihood of the supervised tokens, times `ranks` over `tokens`, in fp32.
+
+        `tokens` is an integer tensor with one number.
+        """
         input_ids, position_ids = micro_batch.input_ids, micro_batch.position_ids
         positions, targets = micro_batch.positions, micro_batch.targets
         if self.use_ulysses_sp:
@@ -158,94 +160,26 @@ class SFTEngine(FSDPEngineWithLMHead):
         input_ids, position_ids, positions, targets = (
             tensor.to(device, non_blocking=True) for tensor in (input_ids, position_ids, positions, targets)
         )
-        is_packed = patches.attention_implementation(self._model.config) == PACKED_ATTENTION
+        is_packed = patches.attention_implementation(self.model.config) == PACKED_ATTENTION
         inputs = dict(
             input_ids=input_ids,
             attention_mask=PackedDocuments(micro_batch.segments) if is_packed else None,
             position_ids=position_ids,
             use_cache=False,
         )
-        with self._autocast():
+        with self.autocast():
             if self._returns_loss:
-                return self.module(**inputs, positions=positions, targets=targets, scale=scale)
+                return self.module(
+                    **inputs, positions=positions, targets=targets, tokens=tokens.to(device), ranks=ranks
+                )
             logits = self.module(**inputs).logits[0, positions]
-        return F.cross_entropy(logits.float(), targets, reduction="sum") * scale
+        return F.cross_entropy(logits.float(), targets, reduction="sum") * (ranks / tokens.to(device).float())
 
-    def _check_isolation(self) -> None:
-        """Test the model once: switch off what it does not support; raise ModelError where documents mix."""
-        self._require_mask_support()
-        if self.shares_prefixes and not self._probe_isolation(is_shared=True):
-            self.shares_prefixes = False
-            log.warning("This model does not support prefix sharing.")
-        if not self.shares_prefixes and not self._probe_isolation(is_shared=False):
-            raise ModelError(
-                "the model leaks information across packed documents, as recurrent and convolutional layers do: only "
-                "models in which tokens are combined by attention alone can be trained here"
-            )
-        self._is_checked = True
-
-    def _require_mask_support(self) -> None:
-        """Switch to an attention with masks of numbers where the model's own code reads them."""
-        was_training = self.module.training
-        self.module.eval()  # dropout would draw random numbers, which a resumed run draws at another step
-        try:
-            self._probe_loss(None, is_shared=False)
-        except MaskUnsupported as problem:
-            other = "sdpa" if patches.supports_sdpa(type(self._model)) else "eager"
-            log.warning("Attention is computed for all pairs of tokens, with %s: %s", other, problem)
-            self._model.set_attn_implementation(other)
-            self.shares_prefixes = False
-        finally:
-            self.module.train(was_training)
-
-    def _probe_isolation(self, is_shared: bool) -> bool:
-        """Whether the last of three documents keeps its loss when the one before it changes.
-
-        Compared to the last bit, except where experts multiply the tokens of all documents together. Where documents 2
-        and 3 continue the first, it must change the loss.
-        """
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            unchanged = self._probe_loss(None, is_shared)
-            difference = abs(self._probe_loss(1, is_shared) - unchanged)
-            if difference > 0 and self._has_experts():
-                difference -= 0.01 * abs(self._probe_loss(2, is_shared) - unchanged)
-            return not difference > 0 and (not is_shared or self._probe_loss(0, is_shared) != unchanged)
-        except MaskUnsupported:  # of prefixes
-            return False
-        finally:
-            self.module.train(was_training)
-
-    def _has_experts(self) -> bool:
-        """Whether tokens are combined by experts and attention only."""
-        layers = getattr(self._model.config.get_text_config(), "layer_types", None)
-        is_attention = set(layers or ()) <= ATTENTION_LAYERS
-        return is_attention and any("expert" in name for name, _ in self.module.named_modules())
-
-    def _probe_loss(self, changed: int | None, is_shared: bool) -> float:
-        """The loss of the last document's first tokens, where document `changed` (0 to 2) has other tokens."""
-        size = SHORTEST
-        first = Segment(0, size)
-        prefix = (first,) if is_shared else ()
-        segments = [first, Segment(size, 2 * size, prefix), Segment(2 * size, 3 * size, prefix)]
-        ids = torch.arange(3 * size) * 7 % 31
-        if changed is not None:
-            ids[changed * size : (changed + 1) * size] += 1
-        probe = MicroBatch(
-            segments=segments,
-            input_ids=ids[None],
-            position_ids=torch.cat([torch.arange(size) + segment.position for segment in segments])[None],
-            positions=torch.arange(2 * size, 2 * size + 4),
-            targets=torch.arange(4),
-        )
-        with torch.no_grad():
-            return float(self._loss(probe, scale=torch.ones(())))
-
-    def _autocast(self) -> AbstractContextManager:
-        if self._compute_dtype == torch.float32:
+    def autocast(self) -> AbstractContextManager:
+        """Inside, the model computes in its compute dtype."""
+        if self.compute_dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(device_type=get_device_name(), dtype=self._compute_dtype)
+        return torch.autocast(device_type=get_device_name(), dtype=self.compute_dtype)
 
     def _over_sequence_ranks(self, loss: torch.Tensor) -> float:
         """The mean over the ranks that share a sequence: each has the loss of its slice, and verl averages over data
@@ -276,12 +210,26 @@ class SFTEngine(FSDPEngineWithLMHead):
         if patches.attention_implementation(config) == PACKED_ATTENTION != best:
             log.warning("%s has its own attention code: packed documents are isolated by masks.", config.model_type)
             patches.set_attention_implementation(config, best)
-        return super()._build_module()
+        dtype = PrecisionType.to_dtype(self.engine_config.model_dtype)
+        trusts_code = self.model_config.trust_remote_code
+        # FSDP sends the weights from the first rank; where some are tied, it needs them everywhere.
+        has_weights = config.tie_word_embeddings or self.device_mesh.get_coordinate()[-1] == 0
+        with fsdp_utils.get_init_weight_context_manager(not has_weights, self.device_mesh)():
+            if has_weights:
+                model = load_model(Path(self.model_config.local_path), config, dtype, trusts_code)
+            else:
+                model = build_model(config, trusts_code)
+        if self.use_ulysses_sp:
+            apply_monkey_patch(model, ulysses_sp_size=self.ulysses_sequence_parallel_size)
+        model.to(dtype)
+        if self.model_config.enable_gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         model: Any = module.get_base_model() if isinstance(module, PeftModel) else module
-        self._model: PreTrainedModel = model
-        self._compute_dtype = PrecisionType.to_dtype((self.engine_config.mixed_precision or {})["param_dtype"])
+        self.model = model
+        self.compute_dtype = PrecisionType.to_dtype((self.engine_config.mixed_precision or {})["param_dtype"])
         head = patch_chunked_cross_entropy(model)
         self._returns_loss = head is not None
         if head is None:
@@ -297,7 +245,7 @@ class SFTEngine(FSDPEngineWithLMHead):
 
         converts_frozen = self.model_config.lora_rank > 0
         layers = patches.layer_class_names(model)
-        self._computing = UnshardedModel(module, self._compute_dtype, converts_frozen, layers).computing
+        self.computing = UnshardedModel(module, self.compute_dtype, converts_frozen, layers).computing
         return module
 
     def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:

@@ -1,7 +1,6 @@
 """Translates the configuration into verl's dataclasses; the only module that knows verl's keys."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from verl.trainer.config import CheckpointConfig
@@ -16,6 +15,9 @@ from sft_recipe.config.auto import (
     uses_gradient_checkpointing,
 )
 from sft_recipe.config.schema import Config, FsdpConfig, OptimConfig
+from sft_recipe.engine import patches
+from sft_recipe.models.hf_config import load_hf_config
+from sft_recipe.models.resolve import ResolvedModel
 
 
 @dataclass
@@ -36,11 +38,14 @@ class VerlConfig:
     checkpoint: CheckpointConfig
 
 
-def build_verl_config(config: Config, model_folder: Path, total_steps: int, device: str) -> VerlConfig:
-    """Translate; `device` is "cuda" or "cpu", `total_steps` the number of optimizer steps of the run."""
+def build_verl_config(config: Config, model: ResolvedModel, total_steps: int, device: str) -> VerlConfig:
+    """Translate; `device` is "cuda" or "cpu", `total_steps` the number of optimizer steps of the run.
+
+    Raises ModelError and ConfigError where the model's configuration cannot be read, or not as the user asks.
+    """
     is_megatron = config.fsdp.strategy == "megatron"
     return VerlConfig(
-        model=_model(config, model_folder, device),
+        model=_model(config, model, device),
         engine=megatron_engine(config.fsdp, config.trainer.seed) if is_megatron else fsdp_engine(config, device),
         optim=_megatron_optim(config, total_steps) if is_megatron else _optim(config, total_steps),
         checkpoint=CheckpointConfig(save_contents=["model", "optimizer", "extra", "hf_model"]),
@@ -87,21 +92,24 @@ def megatron_engine(fsdp: FsdpConfig, seed: int) -> Any:
     )
 
 
-def _model(config: Config, folder: Path, device: str) -> HFModelConfig:
+def _model(config: Config, model: ResolvedModel, device: str) -> HFModelConfig:
     lora = config.lora
-    return HFModelConfig(
-        path=str(folder),
+    built = HFModelConfig(
+        path=str(model.folder),
         load_tokenizer=config.fsdp.strategy == "megatron",  # only that engine needs its padding token
         trust_remote_code=config.model.trust_remote_code,
         enable_gradient_checkpointing=uses_gradient_checkpointing(config, device),
         use_remove_padding=True,
-        override_config={**config.model.override_config, "attn_implementation": attention(config, device)},
+        override_config={"attn_implementation": attention(config, device)},
         lora_rank=lora.rank if lora.enabled else 0,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # verl passes it on to peft, which takes a float
         target_modules=lora.target_modules,
         exclude_modules=lora.exclude_modules,  # type: ignore[arg-type]  # and a list here
         lora={"rank": lora.rank, "alpha": lora.alpha} if lora.enabled else {},
     )
+    built.hf_config = load_hf_config(config.model, model)
+    patches.set_attention_implementation(built.hf_config, attention(config, device))
+    return built
 
 
 def _optim(config: Config, total_steps: int) -> ScheduledOptimizerConfig:

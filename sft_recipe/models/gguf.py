@@ -4,7 +4,6 @@ import hashlib
 import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -71,11 +70,14 @@ def _write_converted(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from sft_recipe.models.loading import check_weights
+
     logging.disable_progress_bar()
     location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**location)
-        model: Any = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
+        model, report = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32, output_loading_info=True)
+        check_weights(source, report)
         model.to(torch.bfloat16)
     except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
         raise ModelError(f"{source} cannot be converted: {error}") from None

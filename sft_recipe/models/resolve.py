@@ -7,6 +7,7 @@ from sft_recipe.config.schema import ModelConfig
 from sft_recipe.errors import ModelError, is_debugging
 from sft_recipe.files import user_path
 from sft_recipe.models.gguf import EMBEDDED, convert_gguf, embedded_gguf
+from sft_recipe.models.weight_files import check_weight_files
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,11 @@ def _checked_folder(folder: Path, needs_weights: bool) -> Path:
                 f"{folder} is a LoRA adapter, not a model; merge it first (--merge_lora saves merged models)"
             )
         raise ModelError(f"{folder} has no model: config.json is missing")
-    if needs_weights and not any(folder.glob("*.safetensors")):
-        hint = " (only pickled weights, which are not loaded)" if any(folder.glob("*.bin")) else ""
-        raise ModelError(f"{folder} has no weights: there is no .safetensors file{hint}")
+    if needs_weights:
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{folder} holds a LoRA adapter beside the model, and transformers would load both: move "
+                "adapter_config.json and adapter_model.safetensors elsewhere, or name a folder with the merged model"
+            )
+        check_weight_files(folder)
     return folder

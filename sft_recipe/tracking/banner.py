@@ -22,8 +22,13 @@ def print_banner(
     steps_per_epoch: int,
     total_steps: int,
     resumed_step: int,
+    loss_difference: float | None,
 ) -> None:
-    """Print the banner; `resumed_step` is the step that the run resumes after, or 0."""
+    """Print the banner.
+
+    `resumed_step` is the step that the run resumes after, or 0; `loss_difference` that of the first micro-batch from
+    plain transformers, None where it was not compared.
+    """
     data, lora = config.data, config.lora
     share = f"{stats.trainable:,} trainable of {stats.total:,} ({100 * stats.trainable / stats.total:.2f}%)"
     adapters = f", LoRA rank {lora.rank}, alpha {lora.alpha:g}" if lora.enabled else ""
@@ -38,6 +43,7 @@ def print_banner(
         "validation": f"{len(inputs.validation):,} examples" if inputs.validation else "none",
         "batches": f"{data.train_batch_size} examples a step over all ranks, {budget}",
         "steps": f"{total_steps:,} ({steps_per_epoch:,} an epoch), {rate}",
+        "first step": _verification(config, loss_difference),
         "output": config.trainer.output_dir,
     }
     if resumed_step:
@@ -69,6 +75,14 @@ def _data_rows(config: Config, inputs: RunInputs) -> dict[str, str]:
         "lengths": f"median {median:,}, p95 {p95:,}, max {lengths[-1]:,} tokens"
         + (f"; {repeated:,} examples repeat others" if repeated else ""),
     }
+
+
+def _verification(config: Config, difference: float | None) -> str:
+    if difference is not None:
+        return f"loss verified against plain transformers (difference {difference:.0e})"
+    if not config.model.verify_first_step:
+        return "loss not verified (model.verify_first_step=false)"
+    return "loss not verified: ranks share a sequence or a model, or nothing is left to train"
 
 
 def _device(config: Config, device: str) -> str:

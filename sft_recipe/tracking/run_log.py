@@ -96,11 +96,12 @@ class RunLog:
         if self.enabled:
             self.rows.flush()
 
-    def conclude(self, model: Path, saves: list[tuple[float, float]], seconds: float) -> None:
+    def conclude(self, model: Path, saves: list[tuple[float, float]], seconds: float, skipped_steps: int) -> None:
         """Print how the loss changed over all steps, what saving cost, and where the model is.
 
         `saves` holds two durations in seconds for each save: until it was complete, and how long it blocked training.
-        `seconds` is the duration of the training since it was started or resumed.
+        `seconds` is the duration of the training since it was started or resumed, `skipped_steps` the number of steps
+        whose gradients were not finite.
         """
         if not self.enabled:
             return
@@ -109,6 +110,11 @@ class RunLog:
         if part > 1:
             first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
             self.say(f"Mean loss {first:.4f} in the first {part} steps, {last:.4f} in the last {part}.")
+        if skipped_steps:
+            self.say(
+                f"{skipped_steps} of {self.total} steps changed nothing, because their gradients were not finite "
+                "(train/skipped_steps in metrics.jsonl)."
+            )
         took, blocked = sum(save[0] for save in saves), sum(save[1] for save in saves)
         share = 100 * blocked / seconds if seconds else 0.0
         count = f"{len(saves)} checkpoint{'s' * (len(saves) != 1)}"

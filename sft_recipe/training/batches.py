@@ -19,13 +19,23 @@ FILLER = np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.uint8)  # an unsuperv
 class BatchBuilder:
     """Builds the batches of data rank `rank`, one of `ranks` that share each batch."""
 
-    def __init__(self, config: Config, train: Examples, pad_token_id: int | None, rank: int, ranks: int):
+    def __init__(
+        self,
+        config: Config,
+        train: Examples,
+        pad_token_id: int | None,
+        rank: int,
+        ranks: int,
+        packs_documents: bool = True,
+    ):
+        """Without `packs_documents` each micro-batch holds one document."""
         self.data = config.data
         self.seed = config.trainer.seed
         self.train = train
         self.pad_token_id = pad_token_id
         self.rank = rank
         self.ranks = ranks
+        self.packs_documents = packs_documents
 
     def indices(self, step: int) -> np.ndarray:
         """Return the indices of the training examples of optimizer step `step` (from 1), int64."""
@@ -43,9 +53,8 @@ class BatchBuilder:
         All ranks have the same number of micro-batches; one without examples holds an unsupervised token.
         """
         lengths = examples.lengths[indices].tolist()
-        micro_batches: Sequence[Sequence[int | None]] = plan_micro_batches(lengths, self.ranks, self.data.token_budget)[
-            self.rank
-        ]
+        plan = plan_micro_batches(lengths, self.ranks, self.data.token_budget, self.packs_documents)
+        micro_batches: Sequence[Sequence[int | None]] = plan[self.rank]
         documents = [
             examples[indices[position]] if position is not None else FILLER
             for positions in micro_batches

@@ -38,7 +38,8 @@ MAX_NONFINITE_STEPS = 10  # in a row
 class SFTTrainer:
     """Trains one run to its end. Every rank builds one, and all methods are collective.
 
-    `resumed_step` is the step of the checkpoint that the run resumes from, or 0.
+    `resumed_step` is the step of the checkpoint that the run resumes from, or 0; `loss_difference` that of the first
+    micro-batch from plain transformers, None where it was not compared.
     """
 
     def __init__(
@@ -59,9 +60,15 @@ class SFTTrainer:
         self.signals = SignalHandler(config.trainer.max_time)
         self.schedule = Schedule.from_config(config, len(inputs.train))
         torch.manual_seed(config.trainer.seed)
-        self.worker = Worker(config, inputs.model.folder, self.schedule.total_steps, device, watchdog.heartbeat)
+        self.worker = Worker(config, inputs.model, self.schedule.total_steps, device, watchdog.heartbeat)
+        worker = self.worker
         self.batches = BatchBuilder(
-            config, inputs.train, inputs.tokenizer.pad_token_id, self.worker.data_rank, self.worker.data_ranks
+            config,
+            inputs.train,
+            inputs.tokenizer.pad_token_id,
+            worker.data_rank,
+            worker.data_ranks,
+            worker.packs_documents,
         )
         dtype = PrecisionType.to_dtype(compute_dtype(config.fsdp, device))
         self._build_checkpointing(dtype)
@@ -71,6 +78,7 @@ class SFTTrainer:
         self.metrics = StepMetrics(
             self.schedule, inputs.train, stats.products, device, dtype, skipped_steps=restored.skipped_steps
         )
+        self.loss_difference = self._verify_first_step()
 
     def fit(self) -> int:
         """Train to the end. Returns the exit code: 0, or EXIT_PREEMPTED after a request to stop, when all is saved.
@@ -130,6 +138,14 @@ class SFTTrainer:
             self.state = MegatronState(engine)
             self.export = Export(lambda folder: None, 0)
 
+    def _verify_first_step(self) -> float | None:
+        """Return the difference from the loss that plain transformers computes; None where it is not compared."""
+        steps = self._remaining_steps()
+        if not self.config.model.verify_first_step or not steps:
+            return None
+        batch = self.batches.build(self.inputs.train, self.batches.indices(steps[0]))
+        return self.worker.verify(batch)
+
     def _restore(self) -> "_Restored":
         if self.resume is None:
             return _Restored()
@@ -169,7 +185,7 @@ class SFTTrainer:
         self.log.start()
 
     def _log_step(self, step: int, row: dict[str, Any]) -> None:
-        """Raises TrainingError after too many steps in a row without finite gradients."""
+        """Raises TrainingError after too many steps in a row without finite gradients, or where no step had any."""
         is_finite = math.isfinite(row["train/grad_norm"])
         self.nonfinite_steps = 0 if is_finite else self.nonfinite_steps + 1
         if not is_finite:
@@ -180,8 +196,8 @@ class SFTTrainer:
         if step == self.first_step and timing.ENABLED:
             timing.mark("first step")
             self.log.start_up()
-        if self.nonfinite_steps == MAX_NONFINITE_STEPS:
-            raise TrainingError(_nonfinite_advice(step, self.config))
+        if self.metrics.skipped_steps == self.schedule.total_steps or self.nonfinite_steps == MAX_NONFINITE_STEPS:
+            raise TrainingError(_nonfinite_advice(step, self.nonfinite_steps, self.config))
 
     def _validation_metrics(self, step: int) -> dict[str, Any]:
         """Validate where that is due. Raises _StopRequested, on all ranks, as soon as one of them must stop."""
@@ -229,7 +245,9 @@ class SFTTrainer:
     def _finish(self, step: int, started: float) -> None:
         self.saver.close(step)
         assert self.saver.newest is not None
-        self.log.conclude(self.saver.newest / MODEL, self.saver.timings, time.perf_counter() - started)
+        self.log.conclude(
+            self.saver.newest / MODEL, self.saver.timings, time.perf_counter() - started, self.metrics.skipped_steps
+        )
 
     def _stop(self, step: int) -> int:
         self.saver.close(step)
@@ -275,9 +293,10 @@ class _StopRequested(Exception):
     """Validation was interrupted."""
 
 
-def _nonfinite_advice(step: int, config: Config) -> str:
+def _nonfinite_advice(step: int, count: int, config: Config) -> str:
+    steps = f"the last {count} steps, up to step {step}," if count > 1 else f"step {step}"
     return (
-        f"the gradients of the last {MAX_NONFINITE_STEPS} steps, up to step {step}, were not finite, so the model no "
-        f"longer changes. Lower the learning rate (now {config.optim.lr:g}), lower GRAD_CLIP, or compute in fp32 "
-        "(fsdp.mixed_precision.param_dtype=fp32); the newest checkpoint is from before."
+        f"the gradients of {steps} were not finite, so the model no longer changes. Lower the learning rate (now "
+        f"{config.optim.lr:g}), lower GRAD_CLIP, or compute in fp32 (fsdp.mixed_precision.param_dtype=fp32); if it is "
+        "the first step, look for NaN in the model's weights. Checkpoints from before are complete."
     )

@@ -4,7 +4,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -15,10 +14,11 @@ from verl.workers.utils.losses import sft_loss
 
 from sft_recipe.config.auto import shares_prefixes
 from sft_recipe.config.schema import Config
-from sft_recipe.engine.patches import patch_model_class_lookup
+from sft_recipe.engine.model_checks import choose_packing, loss_difference
 from sft_recipe.engine.sft_engine import SFTEngine
 from sft_recipe.engine.verl_config import build_verl_config
 from sft_recipe.errors import is_debugging
+from sft_recipe.models.resolve import ResolvedModel
 
 
 class Worker:
@@ -29,11 +29,13 @@ class Worker:
     """
 
     def __init__(
-        self, config: Config, model_folder: Path, total_steps: int, device: str, on_micro_batch: Callable[[], None]
+        self, config: Config, model: ResolvedModel, total_steps: int, device: str, on_micro_batch: Callable[[], None]
     ):
-        """Load the model. The process group exists already, and `on_micro_batch` is called before each micro-batch."""
-        built = build_verl_config(config, model_folder, total_steps, device)
-        patch_model_class_lookup()
+        """Load the model. The process group exists already, and `on_micro_batch` is called before each micro-batch.
+
+        Raises ModelError for a model that cannot be loaded completely, or not be trained.
+        """
+        built = build_verl_config(config, model, total_steps, device)
         with _quiet_stdout():
             self._worker = TrainingWorker(
                 TrainingWorkerConfig(
@@ -52,6 +54,7 @@ class Worker:
         if isinstance(self.engine, SFTEngine):
             self.engine.on_micro_batch = on_micro_batch
             self.engine.shares_prefixes = shares_prefixes(config, device)
+            choose_packing(self.engine, config.data.token_budget)
 
     @property
     def data_rank(self) -> int:
@@ -64,6 +67,11 @@ class Worker:
         return self.engine.get_data_parallel_size()
 
     @property
+    def packs_documents(self) -> bool:
+        """Return whether a micro-batch may hold several documents."""
+        return not isinstance(self.engine, SFTEngine) or self.engine.packs_documents
+
+    @property
     def learning_rate(self) -> float:
         """The learning rate that the next step uses."""
         return self.engine.optimizer.param_groups[0]["lr"]
@@ -72,6 +80,15 @@ class Worker:
         """Set the learning rate to its value after `step` optimizer steps."""
         if self.is_sft_engine:
             self.engine.set_step(step)
+
+    def verify(self, batch: TensorDict) -> float | None:
+        """Compare the loss of the first micro-batch with plain transformers; see model_checks.loss_difference.
+
+        Returns None where several ranks share a sequence or a model: nothing is compared then.
+        """
+        if not isinstance(self.engine, SFTEngine) or self.engine.use_ulysses_sp:
+            return None
+        return loss_difference(self.engine, batch)
 
     def train(self, batch: TensorDict) -> dict[str, Any]:
         """Run one optimizer step. Returns verl's metrics: the global `loss`, the `grad_norm` before clipping, ..."""

@@ -12,7 +12,7 @@ from sft_recipe.errors import ModelError
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-SCALE = torch.tensor(0.37)
+TOKENS = torch.tensor(465)
 
 
 def build(kind="llama", dtype=torch.float32, **settings):
@@ -55,7 +55,7 @@ def test_no_tensor_of_the_size_of_the_logits_is_kept(monkeypatch):
     ids = torch.randint(3, 64, (1, 64))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        model(input_ids=ids, positions=torch.arange(63), targets=ids[0, 1:], scale=SCALE)
+        model(input_ids=ids, positions=torch.arange(63), targets=ids[0, 1:], tokens=TOKENS, ranks=2)
     weight = model.lm_head.weight.numel()
     assert {tensor.numel() for tensor in saved if tensor.numel() >= 64 * 64 * 16} == {weight}
 
@@ -64,7 +64,7 @@ def test_loss_without_supervised_tokens_is_zero():
     model = build()
     assert patch_chunked_cross_entropy(model)
     none = torch.empty(0, dtype=torch.long)
-    result = model(input_ids=inputs(model)[0], positions=none, targets=none, scale=SCALE)
+    result = model(input_ids=inputs(model)[0], positions=none, targets=none, tokens=TOKENS, ranks=2)
     result.backward()
     assert result == 0 and all(not parameter.grad.any() for parameter in model.parameters())
 
@@ -77,7 +77,7 @@ def test_weights_may_be_views_of_another_tensor():
     del model.lm_head.weight
     model.lm_head.weight = flat.view(64, 32)
     ids, positions = inputs(model)
-    model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE).backward()
+    model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2).backward()
     expected = expected_loss(reference)[1]["lm_head.weight"]
     torch.testing.assert_close(flat.grad.view(64, 32), expected, rtol=1e-4, atol=1e-5)
 
@@ -88,7 +88,7 @@ def test_a_sharded_head_is_refused():
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flatten()[:100])  # as a shard
     ids, positions = inputs(model)
     with pytest.raises(ModelError, match="lm_head.weight is sharded"):
-        model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
+        model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2)
 
 
 def test_a_weight_that_the_loss_does_not_reach_is_refused():
@@ -99,7 +99,7 @@ def test_a_weight_that_the_loss_does_not_reach_is_refused():
     model.lm_head.forward = lambda hidden: hidden @ weight.detach().T.clone().requires_grad_()
     ids, positions = inputs(model)
     with pytest.raises(ModelError, match="does not reach a weight of the head"):
-        model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
+        model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2)
 
 
 def test_backward_of_a_changed_loss_is_refused():
@@ -107,7 +107,8 @@ def test_backward_of_a_changed_loss_is_refused():
     assert patch_chunked_cross_entropy(model)
     ids, positions = inputs(model)
     with pytest.raises(RuntimeError, match="changed after its gradients were computed"):
-        (2 * model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)).backward()
+        doubled = 2 * model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS)
+        doubled.backward()
 
 
 def test_weights_that_no_logit_uses_get_no_gradient():
@@ -115,7 +116,7 @@ def test_weights_that_no_logit_uses_get_no_gradient():
     model.other = torch.nn.Linear(3, 3)
     assert patch_chunked_cross_entropy(model)
     ids, positions = inputs(model)
-    model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE).backward()
+    model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2).backward()
     assert model.other.weight.grad is None and model.lm_head.weight.grad.any()
 
 
@@ -173,7 +174,7 @@ def test_evaluation_computes_the_loss_without_gradients():
     assert patch_chunked_cross_entropy(model)
     ids, positions = inputs(model)
     with torch.no_grad():
-        result = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
+        result = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2)
     torch.testing.assert_close(result, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -193,14 +194,14 @@ def expected_loss(model):
     """The loss from the logits of all tokens, by torch's cross-entropy in fp64, and its gradients."""
     ids, positions = inputs(model)
     logits = model(input_ids=ids).logits[0, positions]
-    expected = SCALE * F.cross_entropy(logits.double(), ids[0, positions + 1], reduction="sum")
+    expected = 2 / TOKENS * F.cross_entropy(logits.double(), ids[0, positions + 1], reduction="sum")
     return expected.float(), gradients_of(expected, model)
 
 
 def chunked_loss(model):
     assert patch_chunked_cross_entropy(model.get_base_model() if isinstance(model, PeftModel) else model)
     ids, positions = inputs(model)
-    result = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], scale=SCALE)
+    result = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2)
     assert result.dtype == torch.float32
     return result, gradients_of(result, model)
 

@@ -165,17 +165,6 @@ def test_dtensor_like_keeps_the_layout_and_takes_another_local_part(process_grou
     assert isinstance(copy, DTensor) and copy.placements == original.placements and not copy.to_local().any()
 
 
-def test_patching_the_model_class_lookup_twice_patches_it_once(monkeypatch):
-    from verl.utils import model
-
-    monkeypatch.setattr(model, "get_hf_auto_model_class", model.get_hf_auto_model_class)
-    patches.patch_model_class_lookup()
-    once = model.get_hf_auto_model_class
-    patches.patch_model_class_lookup()
-    assert model.get_hf_auto_model_class is once
-    patches.check("cuda")
-
-
 ELSEWHERE = {"rows._fingerprint", "atexit._run_exitfuncs", "parser._actions", "os._exit"}  # but one of Python's own
 
 

@@ -198,3 +198,37 @@ def test_merged_logits_equal_adapter_logits(work, tokenizer, ranks):
     merged = AutoModelForCausalLM.from_pretrained(step / "huggingface")(ids).logits
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
     assert (adapted - untrained).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def in_bf16(work, warm):
+    """The losses and gradient norms of three steps in bf16: on one rank, and on two with FSDP2 and FSDP1."""
+    folder = work / "bf16"
+    arguments = [
+        f"data.train_files={work}/data.json", f"data.cache_dir={work}/cache", f"model.path={work}/model", *COMMON,
+        "fsdp.mixed_precision.param_dtype=bf16", "trainer.total_training_steps=3", "optim.lr=0.1",
+    ]  # fmt: skip
+    runs = {
+        "one": [],
+        "fsdp2": ["fsdp.strategy=fsdp2"],
+        "fsdp": ["fsdp.strategy=fsdp"],
+        "one fsdp": ["fsdp.strategy=fsdp"],
+    }
+    rows = {}
+    for name, extra in runs.items():
+        setup = ("tests.support.fsdp1:enable", {}) if name.endswith("fsdp") else None
+        output = folder / name.replace(" ", "-")
+        end = warm.run(
+            [*arguments, *extra, f"trainer.output_dir={output}"], ranks=1 if "one" in name else 2, setup=setup
+        )
+        assert end.code == 0, end.output
+        rows[name] = [(row["train/loss"], row["train/grad_norm"]) for row in metrics(output)]
+    return rows
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp", "one fsdp"])
+def test_bf16_steps_do_not_depend_on_ranks_and_strategy(in_bf16, name):
+    """The number of supervised tokens is 121, and 1/121 is no number of bf16: it must not be rounded on its way."""
+    for (loss, norm), (expected_loss, expected_norm) in zip(in_bf16[name], in_bf16["one"], strict=True):
+        assert loss == pytest.approx(expected_loss, rel=2e-4)
+        assert norm == pytest.approx(expected_norm, rel=1e-2)

@@ -8,6 +8,7 @@ import pytest
 from sft_recipe.config.compose import load_config
 from sft_recipe.engine.cpu.platform import KERNEL_CACHE_SIZES, PlatformCPU, measured_peak_flops, use_cpu
 from sft_recipe.errors import PreflightError
+from sft_recipe.models.resolve import ResolvedModel
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def verl_config():
 
 def build(verl_config, model_dir, device, *overrides):
     config = load_config([f"model.path={model_dir}", *overrides])
-    return verl_config.build_verl_config(config, model_dir, 100, device)
+    return verl_config.build_verl_config(config, ResolvedModel(model_dir, str(model_dir)), 100, device)
 
 
 def test_verl_uses_the_cpu_platform(verl_config):

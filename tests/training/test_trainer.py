@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sft_recipe.engine.cpu.platform import use_cpu
@@ -52,15 +53,15 @@ def test_graph_of_a_micro_batch_is_freed_before_the_next(work, tmp_path, monkeyp
     use_cpu()
     from sft_recipe.engine.sft_engine import SFTEngine
 
-    real, made, alive = SFTEngine._loss, [], []
+    real, made, alive = SFTEngine.micro_batch_loss, [], []
 
-    def loss(self, *inputs, scale):
+    def loss(self, *inputs, **settings):
         alive.append(sum(one() is not None for one in made))
-        found = real(self, *inputs, scale=scale)
+        found = real(self, *inputs, **settings)
         made.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(SFTEngine, "_loss", loss)
+    monkeypatch.setattr(SFTEngine, "micro_batch_loss", loss)
     assert run_here(*arguments(work, tmp_path, "data.max_length=96")) == 0
     assert len(alive) > 5 and not any(alive)
 
@@ -107,20 +108,57 @@ def test_nonfinite_gradients_are_skipped_and_stop_the_run_with_advice(work, tmp_
     assert rows[-1]["train/skipped_steps"] == 10 and rows[-1]["train/loss"] is None
 
 
-def test_step_with_nonfinite_gradients_leaves_weights_unchanged(work, tmp_path, monkeypatch):
+def no_tokens_in(monkeypatch, is_broken):
+    """The loss of steps for which `is_broken` is divided by zero; steps are counted from 1."""
+    use_cpu()
     from sft_recipe.engine.sft_engine import SFTEngine
 
-    before = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).state_dict()
-    real = SFTEngine._loss
+    real, steps = SFTEngine.forward_backward_batch, []
 
-    def broken(self, *inputs, scale):
-        return real(self, *inputs, scale=scale * float("nan"))
+    def forward_backward_batch(self, *inputs, **settings):
+        steps.append(len(steps) + 1)
+        if is_broken(steps[-1]):
+            loss = self.micro_batch_loss
+            self.micro_batch_loss = lambda batch, tokens, ranks: loss(batch, tokens * 0, ranks)
+        try:
+            return real(self, *inputs, **settings)
+        finally:
+            vars(self).pop("micro_batch_loss", None)
 
-    monkeypatch.setattr(SFTEngine, "_loss", broken)
-    assert run_here(*arguments(work, tmp_path / "bad", "optim.lr=1e-2")) == 0
-    after = AutoModelForCausalLM.from_pretrained(tmp_path / "bad/checkpoints/step_2/huggingface").state_dict()
-    for name, value in before.items():
-        assert value.equal(after[name]), name
+    monkeypatch.setattr(SFTEngine, "forward_backward_batch", forward_backward_batch)
+
+
+def test_step_with_nonfinite_gradients_leaves_weights_unchanged_and_is_counted(work, tmp_path, monkeypatch, capsys):
+    common = [
+        "optim.lr=1e-2",
+        "optim.lr_scheduler_type=constant",
+        "trainer.save_freq=1",
+        "trainer.max_ckpt_to_keep=null",
+    ]
+    no_tokens_in(monkeypatch, lambda step: step == 2)
+    assert run_here(*arguments(work, tmp_path, *common)) == 0
+    first, second = (load_file(tmp_path / f"checkpoints/step_{n}/huggingface/model.safetensors") for n in (1, 2))
+    assert all(value.equal(second[name]) for name, value in first.items())
+    assert "1 of 2 steps changed nothing" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_in_which_no_step_changed_anything_is_an_error(work, tmp_path, monkeypatch, capfd):
+    no_tokens_in(monkeypatch, lambda step: True)
+    assert run_here(*arguments(work, tmp_path)) == 2
+    out, error = capfd.readouterr()
+    assert "not finite" in error and "The model is in" not in out
+
+
+def test_memory_of_a_step_is_the_peak_so_far(work, tmp_path):
+    """A gigabyte that was used before and is free again is in it."""
+    use_cpu()
+    from sft_recipe.engine.cpu.platform import peak_resident_memory
+
+    torch.ones(2**28).sum()
+    before = peak_resident_memory()
+    assert run_here(*arguments(work, tmp_path)) == 0
+    rows = [row["perf/memory_gb"] for row in metrics(tmp_path)]
+    assert rows == sorted(rows) and rows[0] * 2**30 >= before
 
 
 def test_metrics_rows_have_step_rate_loss_and_tokens(work, tmp_path):

@@ -42,7 +42,8 @@ class _NotATensor:
 class PackedDocuments(_NotATensor):
     """The segments of a pack, as the `attention_mask` of a model.
 
-    It has what transformers' mask functions read of a padding mask: two dimensions, (1, rows), and `to`.
+    It has what transformers' mask functions read of a padding mask: two dimensions, (1, rows), `to`, and, to count the
+    padding on the left, `cumsum` and `torch.zeros_like`; there is no padding.
     """
 
     ndim = 2
@@ -53,6 +54,15 @@ class PackedDocuments(_NotATensor):
 
     def to(self, *_args: Any, **_kwargs: Any) -> "PackedDocuments":
         return self
+
+    def cumsum(self, dim: int) -> torch.Tensor:
+        return torch.ones(self.shape, dtype=torch.long).cumsum(dim)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _types: Any, args: tuple = (), _kwargs: dict | None = None) -> Any:
+        if function is not torch.zeros_like:
+            raise MaskUnsupported(f"the model's own code passes its attention mask to {function.__name__!r}")
+        return torch.zeros(args[0].shape, dtype=torch.long)
 
 
 class DocumentMask(_NotATensor):

@@ -65,13 +65,22 @@ def documents_mask(
             return documents
         if not documents.without_shared_prefixes:
             raise MaskUnsupported("one of the model's masks is of an unknown kind, so that prefixes cannot be shared")
-        mask_function = and_masks(mask_function, packed_sequence_mask_function(documents.number[None]))
+        mask_function = and_masks(
+            _at_positions(mask_function, documents), packed_sequence_mask_function(documents.number[None])
+        )
         kwargs["allow_is_causal_skip"] = False
         attention_mask = None
     return sdpa_mask(
         batch_size, q_length, kv_length, mask_function=mask_function, attention_mask=attention_mask,
         local_size=local_size, device=device, **kwargs,
     )  # fmt: skip
+
+
+def _at_positions(mask_function: Callable, documents: DocumentMask) -> Callable:
+    """The mask at the positions that tokens have in their documents: the borders of chunks are counted from there."""
+    begins = torch.tensor([segment.begin for segment in documents.segments], device=documents.device)
+    position = torch.arange(len(documents.number), device=documents.device) - begins[documents.number]
+    return lambda batch, head, row, column: mask_function(batch, head, position[row], position[column])
 
 
 def _is_known_mask(
@@ -91,15 +100,15 @@ def _is_known_mask(
 
 
 def _matches_causal_mask(mask_function: Callable, documents: DocumentMask) -> bool:
-    number, device = documents.number, documents.device
-    rows = torch.linspace(0, len(number) - 1, min(len(number), PROBED_ROWS), device=device).long()[:, None]
-    columns = torch.arange(len(number), device=device)[None]
+    """Compares rows of the mask of one document as long as the longest."""
+    size, device = documents.longest, documents.device
+    rows = torch.linspace(0, size - 1, min(size, PROBED_ROWS), device=device).long()[:, None]
+    columns = torch.arange(size, device=device)[None]
     expected = columns <= rows
     if documents.window is not None:
         expected &= rows - columns < documents.window
     zero = torch.zeros((), dtype=torch.long, device=device)
-    actual = mask_function(zero, zero, rows, columns)
-    return bool(((actual == expected) | (number[rows] != number[columns])).all())
+    return bool((mask_function(zero, zero, rows, columns) == expected).all())
 
 
 def attend(

@@ -6,8 +6,11 @@ Must be registered before verl's engine is imported, and must not import the eng
 import contextlib
 import ctypes
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -59,7 +62,12 @@ class _CpuModule(ModuleType):
     def memory_allocated(self, *_: Any) -> int:
         return psutil.Process().memory_info().rss
 
-    memory_reserved = max_memory_allocated = max_memory_reserved = memory_allocated
+    memory_reserved = memory_allocated
+
+    def max_memory_allocated(self, *_: Any) -> int:
+        return peak_resident_memory()
+
+    max_memory_reserved = max_memory_allocated
 
     def mem_get_info(self, *_: Any) -> tuple[int, int]:
         memory = psutil.virtual_memory()
@@ -129,6 +137,18 @@ class PlatformCPU(PlatformBase):
 
     def cudart(self) -> None:
         return None
+
+
+def peak_resident_memory() -> int:
+    """Return the most resident memory that this process has had, in bytes.
+
+    The kernel's `VmHWM`, where there is one: `ru_maxrss` is inherited from the process that started this one.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def use_cpu() -> None:

@@ -128,7 +128,12 @@ class _Linear(torch.autograd.Function):
         ctx.make, sources = Recomputation.saved_or_recompute(inputs, computed)
         ctx.save_for_backward(weight, *sources)
         ctx.accumulator = _accumulator(weight)
-        return F.linear(computed, weight, bias)
+        if bias is None:
+            return F.linear(computed, weight)
+        # F.linear would return a view, which the loss could not overwrite with its gradient.
+        outputs = computed.new_empty(*computed.shape[:-1], len(weight))
+        torch.addmm(bias, computed.flatten(0, -2), weight.T, out=outputs.view(-1, len(weight)))
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

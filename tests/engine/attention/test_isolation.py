@@ -1,12 +1,14 @@
-"""Models that leak information across packed documents are refused; others share the prefixes of documents."""
+"""What is packed: prefixes are shared where a model can, and documents are apart where it would mix them."""
 
 import json
+from unittest.mock import patch
 
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support import tiny
+from tests.support.plain import plain_loss
 from tests.support.runs import metrics, run_here
 
 SIZES = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -35,9 +37,7 @@ def save(folder, kind, **settings):
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
-LEAKING = {
-    "convolution": ("lfm2", dict(layer_types=["conv", "full_attention"])),
-    "convolution at the end": ("lfm2", dict(layer_types=["full_attention", "conv"])),
+RECURRENT = {
     "state space": ("mamba2", dict(num_heads=8, n_groups=2, state_size=8, chunk_size=16)),
     "linear attention and experts": (
         "qwen3_next",
@@ -46,15 +46,29 @@ LEAKING = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("layers", LEAKING)
-def test_layers_that_leak_across_documents_are_refused(layers, dtype, tmp_path, capfd):
-    kind, settings = LEAKING[layers]
+@pytest.mark.parametrize("layers", RECURRENT)
+def test_recurrent_models_are_refused_before_a_weight_is_read(layers, tmp_path, capfd):
+    kind, settings = RECURRENT[layers]
     save(tmp_path, kind, **settings)
-    code, output = run(tmp_path, "out", f"fsdp.mixed_precision.param_dtype={dtype}")
+    with patch("transformers.PreTrainedModel.from_pretrained", side_effect=AssertionError("weights were read")):
+        code, output = run(tmp_path, "out")
     assert code == 2
-    assert "leaks information across packed documents" in capfd.readouterr().err
-    assert not (output / "checkpoints").exists() or not list((output / "checkpoints").glob("step_*"))
+    assert "is recurrent" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("layers", [["conv", "full_attention"], ["full_attention", "conv"]])
+def test_documents_that_a_model_would_mix_are_computed_one_by_one(layers, tmp_path):
+    save(tmp_path, "lfm2", layer_types=layers)
+    code, output = run(tmp_path, "out")
+    assert code == 0
+    assert metrics(output)[0]["train/loss"] == pytest.approx(plain_loss(tmp_path / "model", RECORDS), rel=1e-6)
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path, capfd):
+    save(tmp_path, "bert", max_position_embeddings=512, is_decoder=False)
+    code, _ = run(tmp_path, "out")
+    assert code == 2
+    assert "predicts tokens from later ones" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gemma3_text"])

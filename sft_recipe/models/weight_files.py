@@ -1,0 +1,55 @@
+"""Checks a folder's weight files by their headers, before anything is built: all there, complete, and real."""
+
+import json
+import struct
+from pathlib import Path
+
+from sft_recipe.errors import ModelError
+
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+LFS_POINTER = b"version https://git-lfs"
+LARGEST_HEADER = 100 * 2**20  # bytes, the limit of the safetensors format
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise ModelError where the folder's weights are missing, pickled, truncated, or pointers of Git LFS."""
+    for path in _weight_files(folder):
+        if not path.is_file():
+            raise ModelError(f"{folder} lacks {path.name}, a part of its weights: get the complete model")
+        _check_file(path)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+            raise ModelError(f"{index} cannot be read: {error}") from None
+        return [folder / name for name in sorted(names)]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        raise ModelError(f"{folder} has neither {WEIGHTS} nor {INDEX}; {', '.join(others[:3])} is not read")
+    hint = " (only pickled weights, which are not loaded)" if any(folder.glob("*.bin")) else ""
+    raise ModelError(f"{folder} has no weights: there is no .safetensors file{hint}")
+
+
+def _check_file(path: Path) -> None:
+    """Compare a safetensors file's size with the one that its header states."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        begin = file.read(8)
+        if LFS_POINTER.startswith(begin) and begin:
+            raise ModelError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` in that folder")
+        length = struct.unpack("<Q", begin)[0] if len(begin) == 8 else LARGEST_HEADER + 1
+        try:
+            header = json.loads(file.read(length)) if length <= LARGEST_HEADER else None
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise ModelError(f"{path} is no safetensors file, or its beginning is damaged") from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ModelError(f"{path} has {size:,} bytes instead of {expected:,}: the download or copy is incomplete")
