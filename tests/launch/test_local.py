@@ -107,6 +107,18 @@ def test_ranks_end_with_their_launcher(launch, model, tmp_path):
     assert psutil.wait_procs(ranks, timeout=PATIENCE)[1] == []
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stop_sent_to_all_processes_saves(launch, model, tmp_path, ranks):
+    """As the end of a SLURM step does it; the launcher sends it to the ranks once more."""
+    endless = [f"trainer.n_gpus_per_node={ranks}", "trainer.total_training_steps=1000000", "trainer.save_freq=-1"]
+    process = launch(*arguments(model, tmp_path, *endless, "data.val_files=null"))
+    wait_for(lambda: len(rows(tmp_path)) >= 1, process)
+    for one in [*psutil.Process(process.pid).children(), psutil.Process(process.pid)]:
+        one.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 75, (tmp_path / "output-0").read_text()
+    assert checkpoints(tmp_path) == [f"step_{rows(tmp_path)[-1]['step']}"]
+
+
 @pytest.mark.parametrize("ends", ["the rank is killed", "the launcher is killed", "a Ctrl-C"])
 def test_single_rank_ends_like_one_of_several(launch, model, tmp_path, ends):
     endless = ["trainer.total_training_steps=1000000", "trainer.save_freq=-1", "data.val_files=null"]
