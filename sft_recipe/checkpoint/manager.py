@@ -41,6 +41,13 @@ def find_checkpoint(spec: str | None, folder: Path, is_restart: bool, say: Calla
     return _named(user_path(spec)) if spec else None
 
 
+def check_free_space(folder: Path, size: int) -> None:
+    """Raise OSError where the disk of `folder` has less than `size` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(f"the disk is too full: about {_gigabytes(size)} are needed and {_gigabytes(free)} are free")
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the step_N folders, oldest step first."""
     matches = [(re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.glob("step_*")]
@@ -128,11 +135,24 @@ class Checkpoints:
             raise CheckpointError(f"step {step} cannot be saved to {self.folder}: {reason}") from None
         return final
 
+    def add(self, checkpoint: Path, write: Callable[[Path], None]) -> None:
+        """Add the folders that `write` creates in an empty folder to a complete checkpoint; on one rank.
+
+        Raises OSError, and what `write` raises.
+        """
+        partial = self.folder / f".{checkpoint.name}.partial"
+        self._make_empty(partial, 0)
+        _write_into(partial, write)
+        _sync_tree(partial)
+        for path in partial.iterdir():
+            shutil.rmtree(checkpoint / path.name, ignore_errors=True)
+            path.rename(checkpoint / path.name)
+        metadata = {key: value for key, value in read_manifest(checkpoint).items() if key != "files"}
+        write_manifest(checkpoint, metadata, fingerprints(checkpoint, list_files(checkpoint)))
+
     def _make_empty(self, partial: Path, size: int) -> None:
         _remove_leftovers(self.folder)
-        free = shutil.disk_usage(self.folder).free
-        if free < size:
-            raise OSError(f"the disk is too full: about {_gigabytes(size)} are needed and {_gigabytes(free)} are free")
+        check_free_space(self.folder, size)
         partial.mkdir()  # not its parents: a folder that has vanished must not come back as an empty one
 
     def _fingerprints(self, partial: Path) -> dict[str, list]:

@@ -63,7 +63,7 @@ def test_repeated_signal_is_one_stop(warm, model, tmp_path):
 
 
 def stop_twice(rank: int) -> None:
-    """A setup: two signals to rank 1 in its first step, of which the second comes late enough to count."""
+    """A setup: two signals to rank 1 in its first step; the second comes late enough to count."""
     signals.REPEAT_S = 0.0
     send_signal_at(rank, "forward", on_rank=1, call=1, sends=signal.SIGTERM, times=2)
 

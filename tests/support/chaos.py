@@ -109,9 +109,10 @@ def _in_shards(die: Callable[[], None]) -> None:
 
 
 def _in_export(die: Callable[[], None]) -> None:
+    """Die when the model is written and its tokenizer is not; the trial before the first step goes elsewhere."""
     from sft_recipe.export.huggingface import ModelSaver
 
-    _wrap(ModelSaver, "_generation_config", before=lambda *_: die())
+    _wrap(ModelSaver, "_save_settings", before=lambda _, target: die() if target.is_relative_to("/proc") else None)
 
 
 def _before_manifest(die: Callable[[], None]) -> None:
@@ -135,7 +136,8 @@ def _is_partial(path: Path) -> bool:
 def _in_retention(die: Callable[[], None]) -> None:
     """Die when one file of a pruned checkpoint is removed."""
 
-    def half(folder: Path, *_: Any) -> None:
+    def half(folder: Any, *_: Any) -> None:
+        folder = Path(folder)
         if folder.name.endswith(".pruned") and folder.is_dir():
             next(folder.rglob("*.safetensors")).unlink()
             die()
