@@ -89,10 +89,11 @@ class AsyncSaver:
         write_state = self.state.stage(copy=self.overlap and self._has_memory_for_copies(size))
         needed = self._sum(size)
 
-        def write(folder: Path) -> None:
-            write_state(folder / STATE)
+        def write(folder: Path) -> set[str]:
+            written = write_state(folder / STATE)
             if dist.get_rank() == 0:
                 self.export_problem = self.export.attempt(folder)
+            return {f"{STATE}/{name}" for name in written}
 
         self._job = _Job(lambda: self.checkpoints.save(step, needed, metadata, write, self.record), began)
         if self.overlap:
