@@ -20,6 +20,7 @@ from sft_recipe.checkpoint.manifest import (
     verify,
     write_manifest,
 )
+from sft_recipe.distributed.consistency import different_keys
 from sft_recipe.errors import CheckpointError
 from sft_recipe.files import sync, user_path
 
@@ -68,9 +69,7 @@ def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     """Check that the checkpoint's run has this run's model, data and batches. Raises CheckpointError: what differs."""
     saved = read_manifest(checkpoint)["identity"]
     differences = [
-        f"  - {key}: {saved.get(key)} in the checkpoint, {value} now"
-        for key, value in identity.items()
-        if saved.get(key) != value
+        f"  - {key}: {saved[key]} in the checkpoint, {identity[key]} now" for key in different_keys(saved, identity)
     ]
     if differences:
         raise CheckpointError(
@@ -98,7 +97,8 @@ def check_run_folder_is_free(folder: Path, resume: Path | None) -> None:
                 f"{folder} holds {existing[-1].name} of another run; write this one elsewhere with --output_dir"
             )
         return
-    newer = [path.name for path in existing if _step(path) > _step(resume)]
+    step = read_manifest(resume)["step"]  # its folder may have any name
+    newer = [path.name for path in existing if _step(path) > step]
     if newer:
         raise CheckpointError(
             f"{folder} holds {', '.join(newer)}, newer than {resume.name}. Continue the newest with --resume_from "
@@ -269,6 +269,8 @@ def _newest_valid(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def _named(path: Path) -> Path:
+    """A link, such as `latest`, is what it points to."""
+    path = path.resolve() if path.is_symlink() else path
     if not path.is_dir():
         siblings = ", ".join(sibling.name for sibling in list_checkpoints(path.parent)) if path.parent.is_dir() else ""
         raise CheckpointError(f"there is no checkpoint {path}" + (f"; its folder holds {siblings}" if siblings else ""))
