@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from uuid import uuid4
 
 BLOCK = 1 << 22  # bytes read at a time
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0)  # before each further try of a read that has failed
@@ -34,7 +35,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     The contents are on the disk before the file has its name. Where the context fails nothing is left, and what stood
     at `path` before stays. Raises OSError.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")  # containers have equal process ids
     try:
         yield partial
         sync(partial)
