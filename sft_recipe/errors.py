@@ -68,6 +68,11 @@ class TrainingError(RecipeError):
     """Training failed in a way that the user can fix, such as a loss that is not finite."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_command(command: Callable[[], int], reports_errors: Callable[[], bool] = lambda: True) -> int:
     """Run a command and return its exit code; a RecipeError becomes one message on stderr and its exit code.
 

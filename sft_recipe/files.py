@@ -1,13 +1,20 @@
-"""Files on disk, for all packages: atomic writes, digests, locks between processes."""
+"""Files on disk, for all packages: atomic writes, digests, repeated reads, locks between processes."""
 
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+from uuid import uuid4
 
 BLOCK = 1 << 22  # bytes read at a time
+RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0)  # before each further try of a read that has failed
+MISSING = (FileNotFoundError, NotADirectoryError)
+LASTING = (*MISSING, IsADirectoryError, PermissionError)  # errors that a further try gives again
+
+T = TypeVar("T")
 
 
 class Digest(Protocol):
@@ -28,7 +35,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     The contents are on the disk before the file has its name. Where the context fails nothing is left, and what stood
     at `path` before stays. Raises OSError.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")  # containers have equal process ids
     try:
         yield partial
         sync(partial)
@@ -60,6 +67,21 @@ def update_digest(digest: Digest, path: Path) -> int:
             digest.update(block)
             size += len(block)
     return size
+
+
+def retried(read: Callable[[], T]) -> T:
+    """Return what `read` returns; repeat it where it fails as network file systems do for a while (ESTALE, EIO).
+
+    Raises the OSError of the last try.
+    """
+    for delay in RETRY_DELAYS_S:
+        try:
+            return read()
+        except LASTING:
+            raise
+        except OSError:
+            time.sleep(delay)
+    return read()
 
 
 @contextmanager

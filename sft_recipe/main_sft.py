@@ -107,6 +107,7 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     from sft_recipe.checkpoint.manager import check_identity
     from sft_recipe.distributed.consistency import check_consistency, share_checkpoint
     from sft_recipe.engine.loss import LOGITS_CHUNK
+    from sft_recipe.export.huggingface import read_generation_config
     from sft_recipe.models.memory_estimate import resolve_activation_checkpointing
     from sft_recipe.models.stats import model_stats
     from sft_recipe.tracking.banner import print_banner
@@ -122,6 +123,7 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     timing.mark("consistency")
 
     watchdog.set_phase("loading the model", limited=False)
+    read_generation_config(inputs.model.folder, notice if is_first else lambda text: None)
     stats = model_stats(config, inputs.model, device)
     longest = int(inputs.train.lengths.max())
     say = notice if is_first else lambda text: None

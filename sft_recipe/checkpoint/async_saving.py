@@ -1,6 +1,7 @@
 """Saving while training continues: the background thread, its retries after a failure, and what each save costs."""
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -12,9 +13,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from sft_recipe.checkpoint.manager import Checkpoints
+from sft_recipe.checkpoint.manager import Checkpoints, check_free_space
 from sft_recipe.checkpoint.state import FsdpState, MegatronState
-from sft_recipe.errors import CheckpointError
+from sft_recipe.errors import CheckpointError, first_line
 
 STATE = "state"  # a checkpoint's folder of weights and optimizer state
 MEMORY_MARGIN = 1.25  # times the size of the copies must be free for them
@@ -22,10 +23,25 @@ MEMORY_MARGIN = 1.25  # times the size of the copies must be free for them
 
 @dataclass(frozen=True)
 class Export:
-    """Writes the model beside the stored state, in a checkpoint's folder, on rank 0; `size` is about its bytes."""
+    """Writes the model of a stored state (first path) into a folder (second path); `size` is about its bytes."""
 
-    write: Callable[[Path], None]
+    write: Callable[[Path, Path], None]
     size: int
+
+    def attempt(self, folder: Path) -> str:
+        """Write the model beside the state in a checkpoint's folder. Returns why that failed, or an empty text.
+
+        Where it failed, whatever the reason, the folder has the state only: that is what training resumes from.
+        """
+        try:
+            check_free_space(folder, self.size)
+            self.write(folder / STATE, folder)
+        except Exception as error:
+            for path in folder.iterdir():
+                if path.name != STATE:
+                    shutil.rmtree(path, ignore_errors=True)
+            return first_line(error)
+        return ""
 
 
 class AsyncSaver:
@@ -37,6 +53,7 @@ class AsyncSaver:
 
     `timings` has two durations in seconds for each complete save: until it was complete, and how long it blocked
     training. `newest` is the checkpoint that a resume would take; `retry_at` the step of the next retry, if any.
+    `export_problem` is, on rank 0, why the newest checkpoint has no exported model; empty where it has one.
     """
 
     def __init__(
@@ -57,6 +74,7 @@ class AsyncSaver:
         self.memory_checked = False
         self.timings: list[tuple[float, float]] = []
         self.problem: CheckpointError | None = None  # of the newest save
+        self.export_problem = ""
         self.newest = checkpoints.resumed
         self.failures = 0  # in a row, up to the newest save
         self.retry_at: int | None = None
@@ -69,12 +87,13 @@ class AsyncSaver:
         began = time.perf_counter()
         size = self.state.size()
         write_state = self.state.stage(copy=self.overlap and self._has_memory_for_copies(size))
-        needed = self._sum(size) + self.export.size
+        needed = self._sum(size)
 
-        def write(folder: Path) -> None:
-            write_state(folder / STATE)
+        def write(folder: Path) -> set[str]:
+            written = write_state(folder / STATE)
             if dist.get_rank() == 0:
-                self.export.write(folder)
+                self.export_problem = self.export.attempt(folder)
+            return {f"{STATE}/{name}" for name in written}
 
         self._job = _Job(lambda: self.checkpoints.save(step, needed, metadata, write, self.record), began)
         if self.overlap:
@@ -107,6 +126,11 @@ class AsyncSaver:
         self.timings.append((job.seconds, job.stall))
         self.newest = path
         self.say(f"saved {path} in {job.seconds:.1f} s (training blocked {job.stall:.1f} s)")
+        if self.export_problem:
+            self.say(
+                f"WARNING: the model of {path.name} cannot be exported: {self.export_problem}. Its state is saved, and "
+                "training can be resumed from it; the next save tries again."
+            )
 
     def close(self, step: int) -> None:
         """Wait for the last save. Raises CheckpointError where it failed, since its state is not on the disk."""
@@ -116,6 +140,13 @@ class AsyncSaver:
                 f"{self.problem}. The run ends without this state; earlier checkpoints are complete: once the problem "
                 "is solved, continue from the newest with --resume_from auto."
             )
+
+    def export_again(self, checkpoint: Path) -> None:
+        """Export the model of a complete checkpoint of this run; on rank 0. Sets `export_problem` where that fails."""
+        try:
+            self.checkpoints.add(checkpoint, lambda folder: self.export.write(checkpoint / STATE, folder))
+        except Exception as error:
+            self.export_problem = first_line(error)
 
     def timings_since(self, count: int) -> dict[str, float]:
         """Return the metrics of all saves except the first `count`; empty where there are none."""

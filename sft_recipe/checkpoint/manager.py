@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -20,10 +20,13 @@ from sft_recipe.checkpoint.manifest import (
     verify,
     write_manifest,
 )
+from sft_recipe.distributed.consistency import different_keys
 from sft_recipe.errors import CheckpointError
 from sft_recipe.files import sync, user_path
 
 AUTO = "auto"
+
+T = TypeVar("T")
 
 
 def find_checkpoint(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None]) -> Path | None:
@@ -31,14 +34,29 @@ def find_checkpoint(spec: str | None, folder: Path, is_restart: bool, say: Calla
 
     Every byte of it has been read and compared with its checksums. `auto` is the newest of `folder`; so is the first
     choice of a run that was restarted after a failure. Raises CheckpointError: no such folder, not a checkpoint, a
-    damaged one, one of a newer version of this program.
+    damaged one, one of a newer version of this program, one that cannot be read now.
     """
+    try:
+        return _find(spec, folder, is_restart, say)
+    except OSError as error:
+        where = error.filename or folder
+        raise CheckpointError(f"{where} cannot be read or renamed: {error.strerror or error}") from None
+
+
+def _find(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None]) -> Path | None:
     if (spec == AUTO or is_restart) and (newest := _newest_valid(folder, say)):
         return newest
     if spec == AUTO:
         say(f"--resume_from auto found no checkpoint in {folder}: training starts from the beginning.")
         return None
     return _named(user_path(spec)) if spec else None
+
+
+def check_free_space(folder: Path, size: int) -> None:
+    """Raise OSError where the disk of `folder` has less than `size` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(f"the disk is too full: about {_gigabytes(size)} are needed and {_gigabytes(free)} are free")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -51,9 +69,7 @@ def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     """Check that the checkpoint's run has this run's model, data and batches. Raises CheckpointError: what differs."""
     saved = read_manifest(checkpoint)["identity"]
     differences = [
-        f"  - {key}: {saved.get(key)} in the checkpoint, {value} now"
-        for key, value in identity.items()
-        if saved.get(key) != value
+        f"  - {key}: {saved[key]} in the checkpoint, {identity[key]} now" for key in different_keys(saved, identity)
     ]
     if differences:
         raise CheckpointError(
@@ -81,7 +97,8 @@ def check_run_folder_is_free(folder: Path, resume: Path | None) -> None:
                 f"{folder} holds {existing[-1].name} of another run; write this one elsewhere with --output_dir"
             )
         return
-    newer = [path.name for path in existing if _step(path) > _step(resume)]
+    step = read_manifest(resume)["step"]  # its folder may have any name
+    newer = [path.name for path in existing if _step(path) > step]
     if newer:
         raise CheckpointError(
             f"{folder} holds {', '.join(newer)}, newer than {resume.name}. Continue the newest with --resume_from "
@@ -106,11 +123,17 @@ class Checkpoints:
             _remove_leftovers(folder)
 
     def save(
-        self, step: int, size: int, metadata: dict[str, Any], write: Callable[[Path], None], record: Callable[[], None]
+        self,
+        step: int,
+        size: int,
+        metadata: dict[str, Any],
+        write: Callable[[Path], set[str]],
+        record: Callable[[], None],
     ) -> Path:
         """Save a checkpoint of about `size` bytes as step_N. Returns its folder.
 
-        `write` is collective and fills the folder that it is given; the folder gets its name when it is complete.
+        `write` is collective and fills the folder that it is given; the folder gets its name when it is complete. It
+        returns the relative names of files that this rank has written, which must be there in the end.
         `metadata` goes into the manifest. `record` writes the run's metrics to the disk first.
         Raises CheckpointError on all ranks where the checkpoint cannot be written, such as on a full disk; earlier
         checkpoints stay.
@@ -118,8 +141,9 @@ class Checkpoints:
         final, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
         try:
             self._run_on_rank0(lambda: self._make_empty(partial, size))
-            self._run_on_all_ranks(lambda: _write_into(partial, write))
-            files = self._fingerprints(partial)
+            written: set[str] = set()
+            self._run_on_all_ranks(lambda: written.update(_write_into(partial, write)))
+            files = self._fingerprints(partial, written)
             self._run_on_rank0(lambda: self._commit(partial, final, metadata, files, record))
         except _SaveFailed as failure:
             if dist.get_rank() == 0:
@@ -128,24 +152,43 @@ class Checkpoints:
             raise CheckpointError(f"step {step} cannot be saved to {self.folder}: {reason}") from None
         return final
 
+    def add(self, checkpoint: Path, write: Callable[[Path], Any]) -> None:
+        """Add the folders that `write` creates in an empty folder to a complete checkpoint; on one rank.
+
+        Raises OSError, and what `write` raises.
+        """
+        partial = self.folder / f".{checkpoint.name}.partial"
+        self._make_empty(partial, 0)
+        _write_into(partial, write)
+        _sync_tree(partial)
+        for path in partial.iterdir():
+            shutil.rmtree(checkpoint / path.name, ignore_errors=True)
+            path.rename(checkpoint / path.name)
+        metadata = {key: value for key, value in read_manifest(checkpoint).items() if key != "files"}
+        write_manifest(checkpoint, metadata, fingerprints(checkpoint, list_files(checkpoint)))
+
     def _make_empty(self, partial: Path, size: int) -> None:
         _remove_leftovers(self.folder)
-        free = shutil.disk_usage(self.folder).free
-        if free < size:
-            raise OSError(f"the disk is too full: about {_gigabytes(size)} are needed and {_gigabytes(free)} are free")
+        check_free_space(self.folder, size)
         partial.mkdir()  # not its parents: a folder that has vanished must not come back as an empty one
 
-    def _fingerprints(self, partial: Path) -> dict[str, list]:
-        """Each rank reads every n-th file back from the file system that all ranks share."""
+    def _fingerprints(self, partial: Path, written: set[str]) -> dict[str, list]:
+        """Each rank reads every n-th file back from the file system that all ranks share.
+
+        The files are those that rank 0 lists and those that any rank has written: on a network file system a listing
+        may be older than the newest files. A file that was written and is not there fails the save.
+        """
+        self._run_on_rank0(lambda: written.update(list_files(partial)))
+        names = sorted(set().union(*self._gather(written)))[dist.get_rank() :: dist.get_world_size()]
         part: dict[str, list] = {}
+        self._run_on_all_ranks(lambda: part.update(fingerprints(partial, names)))
+        return {name: value for part in self._gather(part) for name, value in part.items()}
 
-        def read() -> None:
-            part.update(fingerprints(partial, list_files(partial)[dist.get_rank() :: dist.get_world_size()]))
-
-        self._run_on_all_ranks(read)
-        parts: list[dict[str, list]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(parts, part, group=self.group)
-        return {name: value for part in parts for name, value in part.items()}
+    def _gather(self, value: T) -> list[T]:
+        """The values of all ranks."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def _commit(
         self, partial: Path, final: Path, metadata: dict[str, Any], files: dict[str, list], record: Callable[[], None]
@@ -161,11 +204,11 @@ class Checkpoints:
     def _prune(self, newest: Path) -> None:
         if self.keep is None:
             return
-        checkpoints = list_checkpoints(self.folder)
-        keep = {*checkpoints[-self.keep :], newest, self.resumed, _best(checkpoints)}
-        for path in checkpoints:
-            if path not in keep:
-                with suppress(OSError):  # the next save tries again
+        with suppress(OSError, CheckpointError):  # the next save tries again
+            checkpoints = list_checkpoints(self.folder)
+            keep = {*checkpoints[-self.keep :], newest, self.resumed, _best(checkpoints)}
+            for path in checkpoints:
+                if path not in keep:
                     _remove(path)
 
     def _run_on_rank0(self, act: Callable[[], None]) -> None:
@@ -180,9 +223,7 @@ class Checkpoints:
             problem = str(error) or type(error).__name__
         except CheckpointException as error:
             problem = first_failure(error)
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem, group=self.group)
-        if failed := [text for text in problems if text]:
+        if failed := [text for text in self._gather(problem) if text]:
             raise _SaveFailed(failed[0])
 
 
@@ -193,9 +234,9 @@ class _SaveFailed(Exception):
 PINNED = r"/proc/\d+/fd/\d+"  # a path of `_pinned`
 
 
-def _write_into(folder: Path, write: Callable[[Path], None]) -> None:
+def _write_into(folder: Path, write: Callable[[Path], T]) -> T:
     with _pinned(folder) as path:
-        write(path)
+        return write(path)
 
 
 @contextmanager
@@ -228,6 +269,8 @@ def _newest_valid(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def _named(path: Path) -> Path:
+    """A link, such as `latest`, is what it points to."""
+    path = path.resolve() if path.is_symlink() else path
     if not path.is_dir():
         siblings = ", ".join(sibling.name for sibling in list_checkpoints(path.parent)) if path.parent.is_dir() else ""
         raise CheckpointError(f"there is no checkpoint {path}" + (f"; its folder holds {siblings}" if siblings else ""))

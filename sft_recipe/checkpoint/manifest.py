@@ -10,7 +10,7 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from sft_recipe import FORMAT_VERSION
 from sft_recipe.errors import CheckpointError
-from sft_recipe.files import update_digest, write_text
+from sft_recipe.files import MISSING, retried, update_digest, write_text
 
 MANIFEST = "manifest.json"
 THREADS = 8  # more than one disk or network mount keeps busy; hashing itself is faster than reading
@@ -39,14 +39,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return what `write_manifest` wrote; a manifest without `format_version` is one of version 1.
 
     Raises ValueError where there is none, or where it has changed since; CheckpointError for one that a newer version
-    of this program wrote.
+    of this program wrote, or that cannot be read now.
     """
     try:
-        content = json.loads((checkpoint / MANIFEST).read_bytes())
+        content = json.loads(retried((checkpoint / MANIFEST).read_bytes))
         format_version = int(content.get("format_version", 1))
         checksum = content.pop("checksum")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (*MISSING, ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"it has no readable {MANIFEST}") from None
+    except OSError as error:
+        raise _unreadable(checkpoint, error) from None
     if format_version > FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoint} was saved by a newer version of sft_recipe: its format_version is {format_version}, and "
@@ -60,22 +62,23 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 def verify(checkpoint: Path) -> str:
     """Read every file of a checkpoint. Returns what differs from its manifest, or an empty text where nothing does.
 
-    Raises CheckpointError for a checkpoint that a newer version of this program wrote.
+    A file that cannot be read is no difference. Raises CheckpointError for a checkpoint that a newer version of this
+    program wrote, or that cannot be read now.
     """
     try:
         files = read_manifest(checkpoint)["files"]
     except ValueError as error:
         return str(error)
-    for name, (size, _) in files.items():  # first what shows without reading everything
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
     try:
+        for name, (size, _) in files.items():  # first what shows without reading everything
+            found = retried((checkpoint / name).stat).st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
         actual = fingerprints(checkpoint, files)
+    except MISSING as error:
+        return f"{Path(error.filename).relative_to(checkpoint)} is missing"
     except OSError as error:
-        return f"{error.filename} cannot be read: {error.strerror}"
+        raise _unreadable(checkpoint, error) from None
     return next((f"{name} does not have its checksum" for name in files if actual[name] != files[name]), "")
 
 
@@ -85,6 +88,16 @@ def fingerprint(content: dict[str, Any]) -> str:
 
 
 def _fingerprint(path: Path) -> list:
-    digest = xxh3_128()
-    size = update_digest(digest, path)
-    return [size, digest.hexdigest()]
+    def read() -> list:
+        digest = xxh3_128()
+        size = update_digest(digest, path)
+        return [size, digest.hexdigest()]
+
+    return retried(read)
+
+
+def _unreadable(checkpoint: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{error.filename or checkpoint} cannot be read: {error.strerror or error}. Nothing was changed; start again "
+        f"when the file system answers, or move {checkpoint.name} away to continue from an earlier checkpoint."
+    )

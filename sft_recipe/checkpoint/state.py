@@ -12,12 +12,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 from verl.utils.device import get_torch_device
 from verl.workers.engine import BaseEngine
 
 from sft_recipe.checkpoint.manager import first_failure
+from sft_recipe.checkpoint.manifest import list_files
 from sft_recipe.engine.patches import dtensor_like, without_fsdp1
 from sft_recipe.engine.sft_engine import SFTEngine
 from sft_recipe.errors import CheckpointError
@@ -47,8 +51,8 @@ class FsdpState:
         moments = [value for entry in self.engine.optimizer.state.values() for value in entry.values()]
         return sum(_local(value).nbytes for value in [*weights, *moments] if isinstance(value, torch.Tensor))
 
-    def stage(self, copy: bool) -> Callable[[Path], None]:
-        """Return a collective function that writes the state into a folder.
+    def stage(self, copy: bool) -> Callable[[Path], set[str]]:
+        """Return a collective function that writes the state into a folder, and returns the files of this rank.
 
         With `copy` it writes the state of now, from a copy in host memory; else the state at the time of its call.
         """
@@ -83,15 +87,16 @@ class FsdpState:
             model = {key: value for key, value in model.items() if key in trained}
         return model, optim
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path) -> set[str]:
         """Each rank writes its own shards into `folder`."""
         with self.engine.on_device():
-            self._save(self._to_store(*self._state_dicts()), folder)
+            return self._save(self._to_store(*self._state_dicts()), folder)
 
-    def _save(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-        writer = HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
+    def _save(self, tensors: dict[str, torch.Tensor], folder: Path) -> set[str]:
+        writer = _Writer(str(folder), _files_of(tensors), save_distributed=True)
         with _no_warnings():
             dcp.save(tensors, storage_writer=writer, process_group=self.group)
+        return writer.files
 
     def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         local = _local(tensor)
@@ -110,6 +115,15 @@ class FsdpState:
         """Maps tied weights to the names they are stored under: {"lm_head.weight": "model.embed_tokens.weight"}."""
         inner: Any = without_fsdp1(self.engine.module)
         return getattr(inner, "all_tied_weights_keys", None) or {}
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Remembers the names of the files that this rank writes, in `files`."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = super().write_data(plan, planner)
+        self.files = {result.storage_data.relative_path for result in results.wait()}
+        return results
 
 
 def _files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -168,16 +182,17 @@ class MegatronState:
         """Return 0: the size is not known before it is written."""
         return 0
 
-    def stage(self, copy: bool) -> Callable[[Path], None]:
+    def stage(self, copy: bool) -> Callable[[Path], set[str]]:
         """Return a collective function that writes the state at the time of its call; nothing is copied."""
         return self._write
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path) -> set[str]:
         """Writes verl's layout, and a link to the Hugging Face model where FSDP runs have it."""
         self.engine.save_checkpoint(local_path=str(folder))
         link = folder.parent / "huggingface"
         if torch.distributed.get_rank() == 0 and (folder / "model/huggingface").is_dir():
             link.symlink_to(Path(folder.name) / "model/huggingface")
+        return set(list_files(folder))
 
     def read(self, folder: Path) -> None:
         """Restore a state that the same parallel sizes wrote."""

@@ -1,6 +1,6 @@
 """Checks before anything is loaded: the machine, packages, batch arithmetic, and the output folder."""
 
-import os
+import tempfile
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,9 +38,8 @@ def writable_folder(folder: Path) -> Path:
     """Create the run folder if needed and return it. Raises CheckpointError if it cannot be written."""
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(prefix=".writable-", dir=folder):
+            pass
     except OSError as error:
         raise CheckpointError(f"the output folder {folder} cannot be written: {error.strerror or error}") from None
     return folder

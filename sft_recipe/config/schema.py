@@ -129,7 +129,7 @@ class DataConfig(_Group):
         json_schema_extra=_flag("micro_batch_size"),
     )
     shuffle: bool = Field(True, description="new seeded order in each epoch; false: the order of the files")
-    num_workers: int | None = Field(None, ge=1, description="processes that tokenize; null: one per core")
+    num_workers: int | None = Field(None, ge=1, description="processes that tokenize; null: one per usable core")
     cache_dir: str | None = Field(
         None, description="folder of token stores and converted models; null: ~/.cache/sft_recipe"
     )

@@ -10,7 +10,6 @@ store_writer.StoreWriter   ids and mask                 -> files of the store
 token_store.TokenStore     files of the store           -> examples by index
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from sft_recipe.data.rendering.renderer import Renderer
 from sft_recipe.data.store_writer import StoreWriter, partial_folder, publish
 from sft_recipe.data.token_store import DAMAGE, REJECTED, StoreOptions, StoreReport, TokenStore, store_key
 from sft_recipe.data.tokenize import Chunk, EncodedChunk, encode_chunks
+from sft_recipe.distributed.processes import available_cores
 from sft_recipe.errors import DataError
 
 CHUNK_RECORDS = 512  # records that a worker encodes at a time
@@ -53,7 +53,7 @@ def open_store(
         pass
     try:
         with partial_folder(folder) as partial:
-            build_store(partial, files, renderer, options, workers or os.cpu_count() or 1, show_progress)
+            build_store(partial, files, renderer, options, workers or available_cores(), show_progress)
             publish(partial, folder)
         return TokenStore.open(folder)
     except OSError as error:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from sft_recipe.errors import DataError
 from sft_recipe.files import write_text
 from sft_recipe.models.resolve import ResolvedModel, resolve_model, resolve_tokenizer
 from sft_recipe.models.tokenizer import check_vocabulary, load_tokenizer
+
+SAMPLES, SAMPLE_BYTES = 32, 4096  # of a weight file, in the digest of a model
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,13 @@ class RunInputs:
         return sorted(ends & special)
 
     def identity(self, config: Config) -> dict[str, Any]:
-        """Return what must be equal for a run to be resumed: model, adapters, data, order of batches."""
+        """Return what must be equal for a run to be resumed: model, adapters, data, order of batches.
+
+        A model is its content: its name, in front of the digest, is for messages (see consistency.different_keys).
+        """
         lora = config.lora
         return {
-            "model": f"{self.model.name} ({_model_digest(self.model.folder)})",
+            **self._model_identity,
             "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, on {lora.target_modules}, not on {lora.exclude_modules}"
             if lora.enabled
             else "off",
@@ -67,6 +73,12 @@ class RunInputs:
             "data.shuffle": config.data.shuffle,
             "trainer.seed": config.trainer.seed,
         }
+
+    @cached_property
+    def _model_identity(self) -> dict[str, str]:
+        """Read once: the folder may be gone when a checkpoint is saved."""
+        folder = self.model.folder
+        return {"model": f"{self.model.name} ({_model_digest(folder)})", "model.weights": _weights_digest(folder)}
 
 
 def prepare(config: Config, local_rank: int, say: Callable[[str], None]) -> RunInputs:
@@ -179,8 +191,20 @@ def _hold_out(train: Examples, ratio: float, seed: int) -> tuple[Examples, Examp
     return Examples(train.store, train.numbers[training]), Examples(train.store, validation)
 
 
+def _weights_digest(folder: Path) -> str:
+    """Return a digest of samples from every weight file; reading all of it would take too long."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(size * sample // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
 def _model_digest(folder: Path) -> str:
-    """Return a digest of config.json and the sizes of the weight files; reading all weights would take too long."""
+    """Return a digest of config.json and the sizes of the weight files."""
     sizes = [[path.name, path.stat().st_size] for path in sorted(folder.glob("*.safetensors"))]
     text = (folder / "config.json").read_bytes() + json.dumps(sizes).encode()
     return hashlib.blake2b(text, digest_size=4).hexdigest()

@@ -13,7 +13,7 @@ import numpy as np
 
 from sft_recipe.data.token_store import ARRAYS, DAMAGE, IDS, MASK, REPORT, StoreReport, TokenStore
 from sft_recipe.data.tokenize import EncodedChunk
-from sft_recipe.files import locked, sync
+from sft_recipe.files import locked, retried, sync
 
 
 class StoreWriter:
@@ -71,11 +71,11 @@ def partial_folder(folder: Path) -> Iterator[Path]:
     """Give a new folder beside `folder` to build a store in; it is removed at the end of the context.
 
     The builder holds a lock on a file in the partial folder, which ends with the process, so that the next build can
-    remove what killed builds have left. The folder gets its name when the lock is held, so that no other process
+    remove what killed builds have left. The folder has a hidden name until the lock is held, so that no other process
     takes it for such a remainder. Raises OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for other in folder.parent.glob("*.partial-*"):
+    for other in folder.parent.glob("[!.]*.partial-*"):  # `*` alone matches hidden names
         with suppress(OSError), locked(other / "lock", wait=False):
             shutil.rmtree(other)
     name = f"{folder.name}.partial-{uuid4().hex[:12]}"
@@ -96,7 +96,11 @@ def publish(partial: Path, folder: Path) -> None:
         partial.rename(folder)
     except OSError:
         try:
-            TokenStore.open(folder)
+            retried(lambda: TokenStore.open(folder))
         except DAMAGE:
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            damaged = folder.with_name(f".{partial.name}.damaged")
+            with suppress(FileNotFoundError):  # another process was faster
+                folder.rename(damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
+            with suppress(OSError):  # the same
+                partial.rename(folder)

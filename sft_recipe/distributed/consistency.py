@@ -1,5 +1,6 @@
 """Checks that the ranks of all machines, which have separate command lines, are one run; before weights are read."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,6 +26,18 @@ NODE_LOCAL_KEYS = {
 }
 
 
+def different_keys(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
+    """Return the keys of both whose values differ: an older version did not record all of them.
+
+    Of a model, `NAME (DIGEST)`, only the digest counts: the same model may be at different places.
+    """
+
+    def content(key: str, value: Any) -> Any:
+        return value.rpartition(" (")[2] if key == "model" else value
+
+    return [key for key in actual if key in expected and content(key, expected[key]) != content(key, actual[key])]
+
+
 def check_consistency(config: Config, identity: dict[str, Any], output_dir: Path) -> None:
     """Compare configuration, identity and output folder of all ranks; collective.
 
@@ -44,9 +57,7 @@ def check_consistency(config: Config, identity: dict[str, Any], output_dir: Path
     first = gathered[0]
     for rank, other in enumerate(gathered):
         differences = [
-            f"  - {key}: {first[key]} on rank 0, {other[key]} on rank {rank}"
-            for key in first
-            if first[key] != other[key]
+            f"  - {key}: {first[key]} on rank 0, {other[key]} on rank {rank}" for key in different_keys(first, other)
         ]
         if differences:
             title = "the machines of this run were started with different settings:"

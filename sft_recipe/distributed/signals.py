@@ -8,19 +8,22 @@ from typing import Any
 from sft_recipe.distributed.rendezvous import start_ticks
 
 EXIT_PREEMPTED = 75  # exit code of a run that was requested to stop, and saved (EX_TEMPFAIL: try again)
+REPEAT_S = 5.0  # seconds within which a stop sent to all processes of a job may reach a rank several times
 
 
 class SignalHandler:
     """SIGTERM, SIGINT and the end of `max_time` (seconds since the launch) request a stop; SIGUSR1 requests a save.
 
-    A second SIGTERM or SIGINT ends the process at once with exit code 128 plus its number, unless `is_over` is set.
+    A SIGTERM or SIGINT more than REPEAT_S after the first ends the process at once with exit code 128 plus its number,
+    unless `is_over` is set. Earlier ones are the same request: a stop that is sent to all processes of a job arrives
+    here directly, and again from the launcher.
     """
 
     def __init__(self, max_time: float | None):
         self.max_time = max_time
         self.is_over = False
         self.wants_save = False
-        self._signal = 0
+        self._stop_requested_at: float | None = None
 
     def listen(self) -> None:
         """Install the handlers; in the main thread only."""
@@ -31,12 +34,15 @@ class SignalHandler:
     @property
     def wants_stop(self) -> bool:
         """Return whether this process was requested to stop; other ranks may not have been."""
-        return bool(self._signal) or (self.max_time is not None and seconds_since_launch() > self.max_time)
+        is_requested = self._stop_requested_at is not None
+        return is_requested or (self.max_time is not None and seconds_since_launch() > self.max_time)
 
     def _remember_stop(self, number: int, _frame: Any) -> None:
-        if self._signal and not self.is_over:  # when it is over, torchrun sends one to the ranks of a stopped run
-            os._exit(128 + number)
-        self._signal = number
+        now = time.monotonic()
+        if self._stop_requested_at is None:
+            self._stop_requested_at = now
+        elif now - self._stop_requested_at > REPEAT_S and not self.is_over:
+            os._exit(128 + number)  # when it is over, torchrun sends one to the ranks of a stopped run
 
     def _remember_save(self, _number: int, _frame: Any) -> None:
         self.wants_save = True

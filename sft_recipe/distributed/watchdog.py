@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from sft_recipe.distributed.rendezvous import is_error_reporter
-from sft_recipe.errors import RecipeError, is_debugging
+from sft_recipe.errors import RecipeError, first_line, is_debugging
 
 HEARTBEAT_INTERVAL_S = 2.0
 HEARTBEAT_TIMEOUT_S = 40.0  # since the last heartbeat of a rank, until it counts as dead
@@ -68,7 +68,7 @@ class Watchdog:
         except Exception as error:
             if self.world_size > 1 and _is_lost_connection(error) and not is_debugging():
                 self._exit_after_peer(error)
-            self._publish_failure(f"{type(error).__name__}: {_first_line(error)}", EXIT_PEER_LOST)
+            self._publish_failure(f"{type(error).__name__}: {first_line(error)}", EXIT_PEER_LOST)
             raise
         finally:
             self._stopped.set()  # nothing is published any more
@@ -87,7 +87,7 @@ class Watchdog:
         with suppress(RuntimeError):
             if failure := self._read(FAILURE_KEY):
                 self._exit_as_told(failure)
-        _abort(f"rank {self.rank} aborts: a peer rank exited ({_first_line(error)})", EXIT_PEER_LOST)
+        _abort(f"rank {self.rank} aborts: a peer rank exited ({first_line(error)})", EXIT_PEER_LOST)
 
     def _run(self) -> None:
         """The first heartbeat comes at once: a rank without one counts as starting up."""
@@ -96,7 +96,7 @@ class Watchdog:
                 self._exchange_heartbeats()
             except RuntimeError as error:  # the store is gone, and with it the machine of rank 0
                 if not self._stopped.wait(HEARTBEAT_INTERVAL_S):
-                    _abort(f"the machine of rank 0 cannot be reached ({_first_line(error)})", EXIT_PEER_LOST)
+                    _abort(f"the machine of rank 0 cannot be reached ({first_line(error)})", EXIT_PEER_LOST)
             self._stopped.wait(HEARTBEAT_INTERVAL_S)
 
     def _exchange_heartbeats(self) -> None:
@@ -211,7 +211,3 @@ def _is_lost_connection(error: Exception) -> bool:
     """Returns whether a collective failed because the process of another rank has ended."""
     signs = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "NCCL", "Socket Timeout")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

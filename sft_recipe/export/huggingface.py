@@ -1,25 +1,26 @@
 """Export to Hugging Face: a model folder or a PEFT adapter, with tokenizer, chat template and generation config."""
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from sft_recipe.checkpoint.state import read_weights
 from sft_recipe.config.schema import Config
 from sft_recipe.data.run_inputs import RunInputs
 from sft_recipe.engine.patches import without_fsdp1
-from sft_recipe.errors import ModelError
+from sft_recipe.errors import ModelError, first_line
+from sft_recipe.export.merge import merge_adapters, probe_logits, require_same_logits
 from sft_recipe.models.hf_config import load_hf_config
 from sft_recipe.models.loading import build_model, load_model
 
-PROBE_TOKENS = 16
-LOGITS_TOLERANCE = 1e-3  # relative to the largest logit
 ADAPTER = "lora_adapter"
 MODEL = "huggingface"
 
@@ -37,19 +38,37 @@ class ModelSaver:
         self.model = prepared.model
         self.tokenizer = prepared.tokenizer
         self.stop_token_ids = prepared.stop_token_ids()
-        self.trust_remote_code = config.model.trust_remote_code
+        self.trusts_code = config.model.trust_remote_code
         self.hf_config = load_hf_config(config.model, prepared.model)
         self.dtype = max(self.hf_config.dtype or torch.float32, computed_in, key=lambda dtype: dtype.itemsize)
         self.module = module
         with torch.device("meta"):  # not in `save`: building changes torch's default dtype for a while
-            self.shell = build_model(self.hf_config, self.trust_remote_code)
+            self.shell = build_model(self.hf_config, self.trusts_code)
+        self.generation_config = self._generation_config()
+
+    def check(self) -> None:
+        """Export everything but the weights into a temporary folder, as a trial; on one rank.
+
+        Raises ModelError where that fails: at the first save it would be too late.
+        """
+        with tempfile.TemporaryDirectory(prefix="sft_recipe-") as folder:
+            try:
+                if self.lora.enabled:
+                    self._save_adapter({}, Path(folder) / ADAPTER)
+                if not self.lora.enabled or self.lora.merge:
+                    self._save_full({}, Path(folder) / MODEL)
+                self._save_settings(Path(folder) / MODEL)
+            except Exception as error:  # of transformers or of the model's own code
+                raise ModelError(
+                    f"{self.model.name} cannot be exported, so training would end without a model: "
+                    f"{first_line(error).rstrip('.')}. Correct the model's folder, or model.override_config."
+                ) from error
 
     def save(self, state: Path, folder: Path) -> None:
         """Export the stored state `state` into `folder`; on one rank.
 
         Runs in a thread during training, and so leaves torch's global state unchanged. Raises OSError.
         """
-        disable_progress_bar()
         weights, target = read_weights(state), folder / MODEL
         if self.lora.enabled:
             adapter = folder / ADAPTER if self.lora.merge else target
@@ -58,8 +77,7 @@ class ModelSaver:
                 self._save_merged(adapter, target)
         else:
             self._save_full(weights, target)
-        self.tokenizer.save_pretrained(target)
-        self._generation_config().save_pretrained(target)
+        self._save_settings(target)
 
     def size(self) -> int:
         """Return about how many bytes `save` writes."""
@@ -68,8 +86,21 @@ class ModelSaver:
         return sum(parameter.numel() for parameter in self.shell.parameters()) * self.dtype.itemsize
 
     def _save_full(self, weights: dict[str, torch.Tensor], target: Path) -> None:
-        self.shell.save_pretrained(target, state_dict={name: value.to(self.dtype) for name, value in weights.items()})
-        self._set_dtype(target)
+        self._save_model(self.shell, target, {name: value.to(self.dtype) for name, value in weights.items()})
+
+    def _save_model(self, model: Any, target: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        disable_progress_bar()
+        model.generation_config = GenerationConfig()  # the model's own may be one that transformers refuses to save
+        model.save_pretrained(target, state_dict=weights)
+        path = target / "config.json"
+        settings = json.loads(path.read_text())
+        settings["dtype"] = str(self.dtype).removeprefix("torch.")
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+    def _save_settings(self, target: Path) -> None:
+        self.tokenizer.save_pretrained(target)
+        text = json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n"
+        (target / GENERATION_CONFIG_NAME).write_text(text)
 
     def _save_adapter(self, state: dict[str, torch.Tensor], target: Path) -> None:
         from peft import get_peft_model_state_dict
@@ -91,74 +122,51 @@ class ModelSaver:
         (target / "adapter_config.json").write_text(text)
 
     def _save_merged(self, adapter: Path, target: Path) -> None:
-        """Computes W + alpha / rank * B A, in fp32, from the weights that training began with.
-
-        The adapters are loaded without initial values, which would draw random numbers. Raises ModelError where the
-        merged model, or the saved one, computes other logits than the model with adapters.
-        """
-        from peft import PeftModel
-
-        base: Any = load_model(self.model.folder, self.hf_config, torch.float32, self.trust_remote_code)
-        untie_where_adapted(base, load_file(adapter / "adapter_model.safetensors"))
-        adapted: Any = PeftModel.from_pretrained(base, str(adapter), low_cpu_mem_usage=True).eval()
-        expected = probe_logits(adapted)
-        merged = adapted.merge_and_unload()
-        require_same_logits(expected, probe_logits(merged), "merging the adapters")
-        merged.to(self.dtype).save_pretrained(target)
-        self._set_dtype(target)
+        """Raises ModelError where the merged model, or the saved one, computes other logits than with adapters."""
+        merged = merge_adapters(load_model(self.model.folder, self.hf_config, torch.float32, self.trusts_code), adapter)
+        self._save_model(merged.to(self.dtype), target)
         expected = probe_logits(merged.float())
-        del base, adapted, merged  # one copy of the model in memory at a time
-        config = AutoConfig.from_pretrained(target, trust_remote_code=self.trust_remote_code)
-        saved = load_model(target, config, torch.float32, self.trust_remote_code).eval()
+        del merged  # one copy of the model in memory at a time
+        config = AutoConfig.from_pretrained(target, trust_remote_code=self.trusts_code)
+        saved = load_model(target, config, torch.float32, self.trusts_code).eval()
         require_same_logits(expected, probe_logits(saved), f"saving the merged model in {target}")
 
-    def _generation_config(self) -> GenerationConfig:
-        """The model's generation config, with the tokens that end a turn in the data added to its end tokens."""
-        if (self.model.folder / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(self.model.folder)
-        else:
-            generation = GenerationConfig.from_model_config(self.hf_config)
-        known = generation.eos_token_id
-        ends = [known] if isinstance(known, int) else list(known or [])
-        ends += [token for token in self.stop_token_ids if token not in ends]
-        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
-        return generation
+    def _generation_config(self) -> dict[str, Any]:
+        """The model's generation config, with the tokens that end a turn in the data added to its end tokens.
 
-    def _set_dtype(self, target: Path) -> None:
-        path = target / "config.json"
-        settings = json.loads(path.read_text())
-        settings["dtype"] = str(self.dtype).removeprefix("torch.")
-        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        It is a copy: transformers refuses to save some that it loads, such as a temperature without do_sample.
+        """
+        generation = read_generation_config(self.model.folder)
+        if generation is None:
+            generation = json.loads(GenerationConfig.from_model_config(self.hf_config).to_json_string())
+        known = generation.get("eos_token_id")
+        ends = known if isinstance(known, list) else [known] if known is not None else []
+        ends = [*ends, *(token for token in self.stop_token_ids if token not in ends)]
+        return generation | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
 
 
-def untie_where_adapted(model: Any, adapter: Mapping[str, torch.Tensor]) -> None:
-    """Give the head separate weights where it shares them with the embeddings and one of the two has adapters.
+def read_generation_config(model: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Any] | None:
+    """Return the content of a model folder's generation_config.json, or None where there is none.
 
-    Merged into the shared weights, the adapters of one would change the other.
+    One that is not JSON, which transformers ignores, is as none; `say` gets a message. Raises ModelError for one that
+    transformers refuses to load.
     """
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embeddings.weight:
-        return
-    names = [name for name, module in model.named_modules() if module is head or module is embeddings]
-    if any(f".{name}.lora_" in key for name in names for key in adapter):
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        for config in (model.config, model.config.get_text_config()):
-            config.tie_word_embeddings = False
+    path = model / GENERATION_CONFIG_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        say(f"{path} is not JSON ({error}). The exported model gets one that is made from config.json.")
+        return None
+    except (OSError, RecursionError) as error:
+        raise _unusable(path, error) from None
+    try:
+        GenerationConfig.from_pretrained(model)
+    except Exception as error:  # of many types, depending on the value
+        raise _unusable(path, error) from None
+    return content
 
 
-def probe_logits(model: Any) -> torch.Tensor:
-    """Return the model's logits for PROBE_TOKENS tokens of its vocabulary, (tokens, vocabulary)."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(PROBE_TOKENS) * (vocabulary // PROBE_TOKENS)
-    with torch.no_grad():
-        return model(input_ids=ids[None], use_cache=False).logits[0].float()
-
-
-def require_same_logits(expected: torch.Tensor, found: torch.Tensor, action: str) -> None:
-    """Raise ModelError where logits in fp32 differ by more than rounding; `action` is what was done between them."""
-    difference = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-6))
-    if not difference <= LOGITS_TOLERANCE:
-        raise ModelError(
-            f"{action} changed the model's logits by {100 * difference:.2g}%, so the result is not the trained model; "
-            "the adapter and the resumable state are saved"
-        )
+def _unusable(path: Path, error: Exception) -> ModelError:
+    return ModelError(f"{path} cannot be used: {first_line(error).rstrip('.')}. Correct it, or remove it.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_recipe import timing
+from sft_recipe.distributed.processes import available_cores
 from sft_recipe.errors import PreflightError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _fork(config: Config) -> int:
 
 def _set_threads(ranks: int) -> None:
     """Share all cores among the ranks: torchrun would give each of several ranks one thread."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
 
 
 def _torchrun(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sft_recipe.config.schema import ModelConfig
-from sft_recipe.errors import ConfigError, ModelError
+from sft_recipe.errors import ConfigError, ModelError, first_line
 from sft_recipe.models.resolve import ResolvedModel
 
 OTHER_TASKS = ("Classification", "QuestionAnswering", "MaskedLM", "RewardModel", "ForScore")
@@ -35,7 +35,7 @@ def _read(model: ResolvedModel, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the configuration is the user's; its classes raise anything
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         if "does not recognize this architecture" in reason:
             reason = (
                 f"transformers {transformers_version} does not know its architecture. A newer one may, but verl, which "

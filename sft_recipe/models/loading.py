@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from sft_recipe.errors import ModelError
+from sft_recipe.errors import ModelError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # reported here, with all others
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ModelError(f"the weights of {folder} cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"the weights of {folder} cannot be loaded: {first_line(error)}") from None
     check_weights(folder, report)
     _check_tied(folder, model)
     return model
@@ -113,7 +113,3 @@ def _names(names: list[str]) -> str:
 
 def _and_more(count: int) -> str:
     return f", and {count} more" if count > 0 else ""
-
-
-def _first_line(error: object) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

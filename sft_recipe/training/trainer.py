@@ -21,7 +21,7 @@ from sft_recipe.config.schema import Config
 from sft_recipe.data.run_inputs import RunInputs
 from sft_recipe.distributed.signals import EXIT_PREEMPTED, SignalHandler
 from sft_recipe.distributed.watchdog import COLLECTIVE_TIMEOUT, Watchdog
-from sft_recipe.errors import TrainingError
+from sft_recipe.errors import CheckpointError, TrainingError
 from sft_recipe.evaluation.validation import evaluate
 from sft_recipe.export.huggingface import MODEL, ModelSaver
 from sft_recipe.models.stats import ModelStats
@@ -133,10 +133,12 @@ class SFTTrainer:
         if self.worker.is_sft_engine:
             saver = ModelSaver(config, self.inputs, engine.module, dtype)
             self.state: FsdpState | MegatronState = FsdpState(engine, config.lora.enabled, group)
-            self.export = Export(lambda folder: saver.save(folder / STATE, folder), saver.size())
+            if dist.get_rank() == 0:
+                saver.check()
+            self.export = Export(saver.save, saver.size())
         else:
             self.state = MegatronState(engine)
-            self.export = Export(lambda folder: None, 0)
+            self.export = Export(lambda state, folder: None, 0)
 
     def _verify_first_step(self) -> float | None:
         """Return the difference from the loss that plain transformers computes; None where it is not compared."""
@@ -180,8 +182,8 @@ class SFTTrainer:
             self.checkpoints, self.state, self.export, self.log.record, self.log.say, self.config.trainer.async_save
         )
         self.first_step, self.logged_saves, self.nonfinite_steps = steps.start, 0, 0
-        if not steps:
-            self.log.say(f"Nothing is left to train: {self.resume} is at step {steps.start - 1} of {total}.")
+        if self.resume and not steps:
+            self._finish_again(self.resume, steps.start - 1)
         self.log.start()
 
     def _log_step(self, step: int, row: dict[str, Any]) -> None:
@@ -242,12 +244,28 @@ class SFTTrainer:
             | {name: version(name) for name in ("torch", "verl", "transformers")},
         }
 
+    def _finish_again(self, checkpoint: Path, step: int) -> None:
+        """Raises CheckpointError where the export failed once more."""
+        self.log.say(f"Nothing is left to train: {checkpoint} is at step {step} of {self.schedule.total_steps}.")
+        is_own = checkpoint.parent.resolve() == self.checkpoints.folder.resolve()
+        if dist.get_rank() == 0 and is_own and self.worker.is_sft_engine and not (checkpoint / MODEL).exists():
+            self.saver.export_again(checkpoint)
+            self._check_exported(checkpoint)
+            self.log.say(f"The model is in {checkpoint / MODEL}")
+
+    def _check_exported(self, checkpoint: Path) -> None:
+        if problem := self.saver.export_problem:
+            raise CheckpointError(
+                f"the model of {checkpoint} cannot be exported: {problem}. Its state is saved: once the problem is "
+                "solved, --resume_from auto exports the model."
+            )
+
     def _finish(self, step: int, started: float) -> None:
         self.saver.close(step)
         assert self.saver.newest is not None
-        self.log.conclude(
-            self.saver.newest / MODEL, self.saver.timings, time.perf_counter() - started, self.metrics.skipped_steps
-        )
+        self._check_exported(self.saver.newest)
+        seconds = time.perf_counter() - started
+        self.log.conclude(self.saver.newest / MODEL, self.saver.timings, seconds, self.metrics.skipped_steps)
 
     def _stop(self, step: int) -> int:
         self.saver.close(step)

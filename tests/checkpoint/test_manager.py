@@ -1,16 +1,20 @@
 """What a checkpoint promises: damage is found and named, the one before is used, and what counts is never removed."""
 
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from sft_recipe import files
 from sft_recipe.checkpoint.manifest import read_manifest, verify
 from tests.support import tiny
-from tests.support.chaos import states
+from tests.support.chaos import states, wrap
 from tests.support.runs import metrics, run_here
 from tests.support.small_run import STEPS, arguments, checkpoints
 
@@ -76,11 +80,82 @@ def test_damaged_newest_checkpoint_is_quarantined_and_the_previous_one_used(
     assert [row["step"] for row in metrics(folder / "out")] == [1, 2, 3, 4]
 
 
+def fail_reads(monkeypatch, call, name, number, times):
+    """Let the first `times` calls of Path.open or Path.stat of a file of step_4 fail."""
+    real, left = getattr(Path, call), [times]
+
+    def failing(self, *args, **kwargs):
+        if self.match(f"step_4/{name}") and left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), str(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(files, "RETRY_DELAYS_S", (0.0,) * 4)
+    monkeypatch.setattr(Path, call, failing)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize(
+    ("call", "name"), [("open", "manifest.json"), ("open", "state/*.safetensors"), ("stat", "state/*.safetensors")]
+)
+def test_read_error_is_retried_and_is_no_damage(model, saved, tmp_path, capfd, monkeypatch, call, name, number):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    run = arguments(model, folder, "trainer.total_training_steps=4", "trainer.resume_from=auto")
+    with monkeypatch.context() as patch:
+        fail_reads(patch, call, name, number, times=10**6)
+        assert run_here(*run) == 2
+    error = capfd.readouterr().err
+    assert f"cannot be read: {os.strerror(number)}" in error and "step_4" in error and "Traceback" not in error
+    assert checkpoints(folder) == ["step_2", "step_4"]
+    fail_reads(monkeypatch, call, name, number, times=4)
+    assert run_here(*run) == 0
+    assert checkpoints(folder) == ["step_2", "step_4"]
+    assert "step_4 is at step 4 of 4" in capfd.readouterr().out
+
+
+def list_own_files_only(rank: int) -> None:
+    """A setup: rank 0 does not list yet what rank 1 has written, and rank 1 lists nothing."""
+    from sft_recipe.checkpoint import manager
+
+    real = manager.list_files
+    manager.list_files = lambda folder: [] if rank else [name for name in real(folder) if "shard-00002" not in name]
+
+
+def lose_file(rank: int) -> None:
+    """A setup: what rank 1 writes in its second save is not there afterwards."""
+    from sft_recipe.checkpoint import state
+
+    def lose(writer, *_):
+        if ".step_4" in os.path.realpath(writer.path):
+            next(Path(writer.path).glob("shard-00002*")).unlink()
+
+    if rank == 1:
+        wrap(state.HuggingFaceStorageWriter, "write_data", after=lose)
+
+
+def test_manifest_has_all_files_whatever_a_rank_lists(warm, model, tmp_path):
+    run = arguments(model, tmp_path, "trainer.total_training_steps=2")
+    end = warm.run(run, ranks=2, setup=(f"{__name__}:list_own_files_only", {}))
+    assert end.code == 0, end.output
+    newest = tmp_path / "out/checkpoints/step_2"
+    there = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
+    assert sum("shard-00002" in name for name in there) == 1
+    assert there == {*read_manifest(newest)["files"], "manifest.json"}
+
+
+def test_checkpoint_that_lacks_a_written_file_is_not_complete(warm, model, tmp_path):
+    run = arguments(model, tmp_path, "trainer.total_training_steps=4")
+    end = warm.run(run, ranks=2, setup=(f"{__name__}:lose_file", {}))
+    assert end.code == 2 and "step 4 cannot be saved" in end.output and "shard-00002" in end.output, end.output
+    assert checkpoints(tmp_path) == ["step_2"]
+
+
 def test_manifest_describes_the_checkpoint(saved):
     newest = saved / "out/checkpoints/step_4"
     manifest = read_manifest(newest)
-    files = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
-    assert files == {*manifest["files"], "manifest.json"}
+    there = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
+    assert there == {*manifest["files"], "manifest.json"}
     assert manifest["step"] == 4 and manifest["world_size"] == 1
     assert manifest["versions"]["torch"] == torch.__version__
     assert {"config", "identity", "validation_loss"} <= manifest.keys()

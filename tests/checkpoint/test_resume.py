@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from sft_recipe.checkpoint.manifest import read_manifest, write_manifest
 from tests.support import tiny
 from tests.support.chaos import differences
 from tests.support.runs import metrics, run_here
@@ -118,6 +119,68 @@ def test_resume_with_other_settings_names_the_differences(work, change, named, t
     cut_back(whole, stopped, 3)
     assert run_here(*arguments(work, stopped, *change, f"trainer.resume_from={stopped}/checkpoints/step_3")) == 2
     assert named in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def saved(work):
+    """A run with one checkpoint, after step 2; copy it before changing it."""
+    assert run_here(*arguments(work, work / "saved", "trainer.total_training_steps=2")) == 0
+    return work / "saved"
+
+
+def resume(work, output, *extra, total=3):
+    return [*arguments(work, output, f"trainer.total_training_steps={total}"), *extra]
+
+
+@pytest.mark.parametrize("place", ["model/", "../work/model", "a copy"])
+def test_model_at_another_place_is_the_same_model(work, saved, place, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "out")
+    shutil.copytree(work / "model", tmp_path / "copy")
+    monkeypatch.chdir(work)
+    path = {"model/": "model/", "../work/model": f"../{work.name}/model", "a copy": tmp_path / "copy"}[place]
+    again = resume(work, tmp_path / "out", f"model.path={path}", "trainer.resume_from=auto")
+    assert run_here(*again) == 0
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3]
+
+
+def test_model_with_other_weights_is_another_model(work, saved, tmp_path, capfd):
+    """Its configuration and its size are the same."""
+    shutil.copytree(saved, tmp_path / "out")
+    other = tiny.build_model(tmp_path / "other", seed=1, attention_dropout=0.1)
+    assert run_here(*resume(work, tmp_path / "out", f"model.path={other}", "trainer.resume_from=auto")) == 2
+    assert "model.weights: " in capfd.readouterr().err
+
+
+def test_machines_may_have_the_model_at_different_places(warm, work, tmp_path):
+    for rank in (0, 1):
+        shutil.copytree(work / "model", tmp_path / f"model-{rank}")
+    run = resume(work, tmp_path / "out", f"model.path={tmp_path}/model-${{oc.env:RANK}}", total=1)
+    end = warm.run(run, ranks=2)
+    assert end.code == 0, end.output
+
+
+def test_checkpoint_of_an_older_version_has_no_digest_of_the_weights(work, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "out")
+    checkpoint = tmp_path / "out/checkpoints/step_2"
+    manifest = read_manifest(checkpoint)
+    del manifest["identity"]["model.weights"]
+    write_manifest(checkpoint, {key: value for key, value in manifest.items() if key != "files"}, manifest["files"])
+    assert run_here(*resume(work, tmp_path / "out", "trainer.resume_from=auto")) == 0
+
+
+@pytest.mark.parametrize("name", ["latest", "latest/", "renamed"])
+def test_checkpoint_may_have_another_name(work, saved, name, tmp_path):
+    shutil.copytree(saved, tmp_path / "out")
+    folder = tmp_path / "out/checkpoints"
+    if name == "renamed":
+        (folder / "step_2").rename(folder / "renamed")
+    else:
+        (folder / "latest").symlink_to("step_2")
+    keep = "trainer.max_ckpt_to_keep=1"
+    assert run_here(*resume(work, tmp_path / "out", f"trainer.resume_from={folder}/{name}", keep)) == 0
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3]
+    first = {"latest", "step_2"} if name != "renamed" else {"renamed"}  # what the run was resumed from is kept
+    assert {path.name for path in folder.iterdir()} == first | {"step_3"}
 
 
 def test_damaged_checkpoints_are_not_resumed_from(work, tmp_path, capfd):

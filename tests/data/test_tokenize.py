@@ -104,6 +104,43 @@ def test_running_build_is_not_removed(data, tokenizer, cache_dir, tmp_path, monk
     assert len(store_names(cache_dir)) == 2
 
 
+def test_build_that_holds_no_lock_yet_is_not_removed(data, tokenizer, cache_dir, tmp_path, monkeypatch):
+    """Another store is built between the creation of the folder and its lock."""
+    other, real = write(tmp_path / "b.json", RECORDS[:2]), store_writer.locked
+
+    def locked_after_another_build(path, wait=True):
+        monkeypatch.setattr(store_writer, "locked", real)
+        build(other, tokenizer, cache_dir)
+        return real(path, wait)
+
+    monkeypatch.setattr(store_writer, "locked", locked_after_another_build)
+    assert examples(build(data, tokenizer, cache_dir)) == encoded(tokenizer, data)
+    assert len(store_names(cache_dir)) == 2
+
+
+def test_store_that_another_build_has_replaced_is_kept(data, tokenizer, cache_dir, monkeypatch):
+    """Two builds find the same damaged store, and one replaces it before the other does."""
+    folder, real = build(data, tokenizer, cache_dir).folder, store_writer.shutil.rmtree
+    (folder / "store.json").unlink()
+
+    def removed_after_another_build(path, *args, **kwargs):
+        if path.name.endswith(".damaged"):
+            monkeypatch.setattr(store_writer.shutil, "rmtree", real)
+            build(data, tokenizer, cache_dir)
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(store_writer.shutil, "rmtree", removed_after_another_build)
+    assert examples(build(data, tokenizer, cache_dir)) == encoded(tokenizer, data)
+    assert store_names(cache_dir) == [folder.name]
+
+
+def test_workers_are_as_many_as_the_cores_that_this_process_may_use(many, tokenizer, cache_dir, pools, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5})
+    build(many, tokenizer, cache_dir, workers=None)
+    assert pools == [2]
+
+
 def test_killed_worker_is_a_data_error(many, tokenizer, cache_dir, pools, monkeypatch):
     monkeypatch.setattr(tokenize, "_admit", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match="a tokenizing process was killed.*data.num_workers=1"):

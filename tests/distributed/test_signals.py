@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from sft_recipe.distributed import signals
 from tests.support import tiny
 from tests.support.chaos import differences, send_signal_at
 from tests.support.runs import metrics
@@ -56,8 +57,19 @@ def test_sigusr1_saves_and_training_continues(warm, model, tmp_path):
     assert end.code == 0 and checkpoints(tmp_path) == [f"step_{STEPS}", "step_3"], end.output
 
 
-def test_second_signal_exits_at_once(warm, model, tmp_path):
+def test_repeated_signal_is_one_stop(warm, model, tmp_path):
     end = warm.run(arguments(model, tmp_path), ranks=2, setup=at("forward", sends=signal.SIGTERM, times=2))
+    assert end.codes == [75, 75] and checkpoints(tmp_path) == ["step_1"], end.output
+
+
+def stop_twice(rank: int) -> None:
+    """A setup: two signals to rank 1 in its first step; the second comes late enough to count."""
+    signals.REPEAT_S = 0.0
+    send_signal_at(rank, "forward", on_rank=1, call=1, sends=signal.SIGTERM, times=2)
+
+
+def test_second_signal_exits_at_once(warm, model, tmp_path):
+    end = warm.run(arguments(model, tmp_path), ranks=2, setup=(f"{__name__}:stop_twice", {}))
     assert end.codes == [1, 143] and checkpoints(tmp_path) == []
     assert "a peer rank exited" in end.output and "Traceback" not in end.output
 

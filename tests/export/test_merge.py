@@ -46,7 +46,7 @@ def test_merged_model_has_the_validation_loss_of_the_trained_one(tmp_path, targe
 @pytest.mark.parametrize("wrong", [1.01, torch.nan])
 def test_other_logits_after_a_merge_are_an_error(wrong):
     use_cpu()
-    from sft_recipe.export.huggingface import require_same_logits
+    from sft_recipe.export.merge import require_same_logits
 
     require_same_logits(torch.ones(4, 8), torch.ones(4, 8) + 1e-6, "merging")
     with pytest.raises(ModelError, match="changed the model's logits"):

@@ -68,26 +68,33 @@ def ranks_of(launcher):
 
 
 def test_failed_rank_is_restarted_and_signals_reach_all_ranks(launch, model, tmp_path):
-    """Checkpoints are saved on request only, so that nothing depends on how fast steps are."""
+    """Checkpoints are saved on request only, so that nothing depends on how fast steps are.
+
+    The run folder is named after the time, which all ranks and a restart have in common.
+    """
     endless = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=1000000", "trainer.save_freq=-1"]
-    process = launch("--auto_restart", "2", *arguments(model, tmp_path, *endless, "data.val_files=null"))
+    named = f"trainer.output_dir={tmp_path}/runs/${{now:%H-%M-%S-%f}}/out"
+    process = launch("--auto_restart", "2", *arguments(model, tmp_path, *endless, "data.val_files=null", named))
     output = tmp_path / "output-0"
-    wait_for(lambda: len(rows(tmp_path)) >= 2, process)
+    wait_for(lambda: any(tmp_path.glob("runs/*")), process)
+    (folder,) = (tmp_path / "runs").iterdir()
+    wait_for(lambda: len(rows(folder)) >= 2, process)
     process.send_signal(signal.SIGUSR1)
     wait_for(lambda: saves(output) == 1, process)
     first, second = ranks_of(process)
     second.kill()
     first.wait(PATIENCE)
     wait_for(lambda: "resumed" in output.read_text(), process)
-    reached = len(rows(tmp_path))
-    wait_for(lambda: len(rows(tmp_path)) > reached, process)
+    reached = len(rows(folder))
+    wait_for(lambda: len(rows(folder)) > reached, process)
     process.send_signal(signal.SIGUSR1)
     wait_for(lambda: saves(output) == 2, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 75, output.read_text()
-    steps = [row["step"] for row in rows(tmp_path)]
+    assert [*(tmp_path / "runs").iterdir()] == [folder]
+    steps = [row["step"] for row in rows(folder)]
     assert steps == list(range(1, len(steps) + 1))
-    assert f"step_{steps[-1]}" in checkpoints(tmp_path)
+    assert f"step_{steps[-1]}" in checkpoints(folder)
     assert "rank 0 aborts: a peer rank exited" in output.read_text() and "Traceback" not in output.read_text()
 
 
@@ -105,6 +112,18 @@ def test_ranks_end_with_their_launcher(launch, model, tmp_path):
     assert len(ranks) == 2
     process.kill()
     assert psutil.wait_procs(ranks, timeout=PATIENCE)[1] == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stop_sent_to_all_processes_saves(launch, model, tmp_path, ranks):
+    """As the end of a SLURM step does it; the launcher sends it to the ranks once more."""
+    endless = [f"trainer.n_gpus_per_node={ranks}", "trainer.total_training_steps=1000000", "trainer.save_freq=-1"]
+    process = launch(*arguments(model, tmp_path, *endless, "data.val_files=null"))
+    wait_for(lambda: len(rows(tmp_path)) >= 1, process)
+    for one in [*psutil.Process(process.pid).children(), psutil.Process(process.pid)]:
+        one.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 75, (tmp_path / "output-0").read_text()
+    assert checkpoints(tmp_path) == [f"step_{rows(tmp_path)[-1]['step']}"]
 
 
 @pytest.mark.parametrize("ends", ["the rank is killed", "the launcher is killed", "a Ctrl-C"])

@@ -33,7 +33,7 @@ def send_signal_at(rank: int, phase: str, on_rank: int, call: int, sends: int = 
         PHASES[phase](act)
 
 
-def _wrap(owner: Any, name: str, before: Callable[..., None] = lambda *_: None, after: Any = lambda *_: None) -> None:
+def wrap(owner: Any, name: str, before: Callable[..., None] = lambda *_: None, after: Any = lambda *_: None) -> None:
     """Call `before` and `after` around a function, with its arguments."""
     real = getattr(owner, name)
 
@@ -53,29 +53,29 @@ def _in_data_build(die: Callable[[], None]) -> None:
         if "/tokens/" in os.readlink(f"/proc/self/fd/{file}"):
             die()
 
-    _wrap(os, "fsync", before=dying)
+    wrap(os, "fsync", before=dying)
 
 
 def _in_resuming(die: Callable[[], None]) -> None:
     from sft_recipe.checkpoint import state
 
-    _wrap(state, "restore_tied", before=lambda *_: die())
+    wrap(state, "restore_tied", before=lambda *_: die())
 
 
 def _in_dropping_rows(die: Callable[[], None]) -> None:
-    _wrap(Path, "replace", before=lambda path, _: die() if path.name.startswith(".metrics.jsonl.") else None)
+    wrap(Path, "replace", before=lambda path, _: die() if path.name.startswith(".metrics.jsonl.") else None)
 
 
 def _in_forward(die: Callable[[], None]) -> None:
     from sft_recipe.engine.sft_engine import SFTEngine
 
-    _wrap(SFTEngine, "_loss", after=lambda *_: die())
+    wrap(SFTEngine, "_loss", after=lambda *_: die())
 
 
 def _in_optimizer_step(die: Callable[[], None]) -> None:
     from sft_recipe.engine.sft_engine import SFTEngine
 
-    _wrap(SFTEngine, "optimizer_step", after=lambda *_: die())
+    wrap(SFTEngine, "optimizer_step", after=lambda *_: die())
 
 
 def _in_row(die: Callable[[], None]) -> None:
@@ -87,7 +87,7 @@ def _in_row(die: Callable[[], None]) -> None:
             raw.write(file.waiting[: len(file.waiting) // 2])
         die()
 
-    _wrap(MetricsFile, "flush", before=half)
+    wrap(MetricsFile, "flush", before=half)
 
 
 def _in_validation(die: Callable[[], None]) -> None:
@@ -105,27 +105,28 @@ def _in_validation(die: Callable[[], None]) -> None:
 def _in_shards(die: Callable[[], None]) -> None:
     from sft_recipe.checkpoint.state import HuggingFaceStorageWriter
 
-    _wrap(HuggingFaceStorageWriter, "write_data", after=lambda *_: die())
+    wrap(HuggingFaceStorageWriter, "write_data", after=lambda *_: die())
 
 
 def _in_export(die: Callable[[], None]) -> None:
+    """Die when the model is written and its tokenizer is not; the trial before the first step goes elsewhere."""
     from sft_recipe.export.huggingface import ModelSaver
 
-    _wrap(ModelSaver, "_generation_config", before=lambda *_: die())
+    wrap(ModelSaver, "_save_settings", before=lambda _, target: die() if target.is_relative_to("/proc") else None)
 
 
 def _before_manifest(die: Callable[[], None]) -> None:
     from sft_recipe.checkpoint import manager as checkpoint
 
-    _wrap(checkpoint, "write_manifest", before=lambda *_: die())
+    wrap(checkpoint, "write_manifest", before=lambda *_: die())
 
 
 def _before_rename(die: Callable[[], None]) -> None:
-    _wrap(Path, "rename", before=lambda path, _: die() if _is_partial(path) else None)
+    wrap(Path, "rename", before=lambda path, _: die() if _is_partial(path) else None)
 
 
 def _after_rename(die: Callable[[], None]) -> None:
-    _wrap(Path, "rename", after=lambda path, _: die() if _is_partial(path) else None)
+    wrap(Path, "rename", after=lambda path, _: die() if _is_partial(path) else None)
 
 
 def _is_partial(path: Path) -> bool:
@@ -135,12 +136,13 @@ def _is_partial(path: Path) -> bool:
 def _in_retention(die: Callable[[], None]) -> None:
     """Die when one file of a pruned checkpoint is removed."""
 
-    def half(folder: Path, *_: Any) -> None:
+    def half(folder: Any, *_: Any) -> None:
+        folder = Path(folder)
         if folder.name.endswith(".pruned") and folder.is_dir():
             next(folder.rglob("*.safetensors")).unlink()
             die()
 
-    _wrap(shutil, "rmtree", before=half)
+    wrap(shutil, "rmtree", before=half)
 
 
 # In an order in which a run that dies once in each phase reaches all of them.

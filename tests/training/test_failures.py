@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from sft_recipe.checkpoint import manager as checkpoint
 from sft_recipe.checkpoint import run_lock as lock
 from sft_recipe.checkpoint.run_lock import FolderLock
+from sft_recipe.config.preflight import writable_folder
 from sft_recipe.errors import CheckpointError
 from tests.support import tiny
 from tests.support.chaos import differences
@@ -218,6 +220,13 @@ def test_run_on_another_machine_is_recognized_by_its_heartbeats(tmp_path, monkey
         FolderLock(tmp_path)
     monkeypatch.setattr(lock.time, "sleep", lambda _: None)  # it died: no beat comes
     FolderLock(tmp_path).release()
+
+
+def test_runs_may_check_a_folder_at_the_same_time(tmp_path):
+    """Their process ids may be equal, as in two containers."""
+    with ThreadPoolExecutor(8) as threads:
+        assert {*threads.map(lambda _: writable_folder(tmp_path), range(400))} == {tmp_path}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_run_folder_that_cannot_be_written_is_refused(model, tmp_path, capfd):

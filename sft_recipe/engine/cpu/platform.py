@@ -20,6 +20,8 @@ from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
+from sft_recipe.distributed.processes import available_cores
+
 # For how many shapes oneDNN, and PyTorch before it, cache the code of matrix products. The default is 1,024; since each
 # entry is allocated in the middle of a step, many small entries fragment the heap.
 KERNEL_CACHE_SIZES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "32"}
@@ -39,7 +41,7 @@ class _CpuModule(ModuleType):
         return True
 
     def device_count(self) -> int:
-        return os.cpu_count() or 1
+        return available_cores()
 
     def current_device(self) -> torch.device:
         return torch.device("cpu")
@@ -88,7 +90,7 @@ class PlatformCPU(PlatformBase):
         return torch.device("cpu")
 
     def device_count(self) -> int:
-        return os.cpu_count() or 1
+        return available_cores()
 
     def set_device(self, device_index: int) -> None:
         pass
