@@ -68,7 +68,7 @@ def to_conversation(record: Any, source: str, formats: Mapping[str, Format] | No
         raise data_error(source, "functions is not read; write the schemas as tools", "tools")
     system = _optional_text(record, "system", source)
     if system.strip():
-        turns.insert(0, ("system", Message("system", system)))
+        turns = _join([("system", Message("system", system))], turns)
     messages = tuple(message for _, message in turns)
     return Conversation(messages, source, _tools(record, source), fields=[field for field, _ in turns])
 
@@ -104,34 +104,43 @@ def _spelling_hint(missing: Iterable[str], fields: Iterable[str]) -> str:
 
 def _pair(prompt: str, response: str, record: Record, source: str) -> list[Turn]:
     """Return two texts, or turns in place of either, after the turns of `history`."""
-    return [
-        *_history(record, source),
-        *turns_of(record[prompt], "user", prompt, source),
-        *turns_of(record[response], "assistant", response, source),
-    ]
+    context = [*_history(record, source), *turns_of(record[prompt], "user", prompt, source)]
+    return _join(context, turns_of(record[response], "assistant", response, source))
 
 
 def _alpaca(record: Record, source: str, response: str = "output") -> list[Turn]:
     instruction = check_text(record["instruction"], "instruction", source)
     parts = [instruction, _optional_text(record, "input", source)]
     prompt = "\n\n".join(part for part in parts if part.strip())
-    user = ("instruction", Message("user", prompt))
-    return [*_history(record, source), user, *turns_of(record[response], "assistant", response, source)]
+    context = [*_history(record, source), ("instruction", Message("user", prompt))]
+    return _join(context, turns_of(record[response], "assistant", response, source))
 
 
 def _preference(record: Record, source: str) -> list[Turn]:
     """Return the chosen answer after its prompt; `chosen` may be a list of turns that repeats the prompt."""
     context = next((field for field in ("messages", "conversations") if record.get(field)), None)
     if context:
-        return [*turn_list(context, record, source), *turns_of(record["chosen"], "assistant", "chosen", source)]
+        chosen = turns_of(record["chosen"], "assistant", "chosen", source)
+        return _join(turn_list(context, record, source), chosen)
     if record.get("instruction"):
         return _alpaca(record, source, "chosen")
     chosen = turns_of(record["chosen"], "assistant", "chosen", source)
     prompt = turns_of(record["prompt"], "user", "prompt", source) if record.get("prompt") else []
     if not prompt and not isinstance(record["chosen"], list):
         raise data_error(source, "chosen has no prompt; expected prompt, messages or instruction beside it")
-    repeats_prompt = [turn for _, turn in chosen[: len(prompt)]] == [turn for _, turn in prompt]
-    return [*_history(record, source), *([] if repeats_prompt else prompt), *chosen]
+    return _join([*_history(record, source), *prompt], chosen)
+
+
+def _join(before: list[Turn], after: list[Turn]) -> list[Turn]:
+    """Return the turns of two fields without repeating those that both contain.
+
+    [system, user] + [user, assistant]            `after` begins with the last turns of `before`, or with all of them
+    [user, assistant, user, assistant] + [user, assistant]                   or `before` begins with all of `after`
+    """
+    first, second = ([message for _, message in turns] for turns in (before, after))
+    shared = next(n for n in range(min(len(first), len(second)), -1, -1) if first[len(first) - n :] == second[:n])
+    contains_all = not shared and first[: len(second)] == second
+    return before if contains_all else before + after[shared:]
 
 
 def _history(record: Record, source: str) -> list[Turn]:

@@ -33,6 +33,9 @@ OPENAI = [
     {"role": "tool", "content": RESULT.content, "tool_call_id": "c1"},
     {"role": "assistant", "content": A.content, "reasoning_content": "Easy."},
 ]
+SYSTEM = {"role": "system", "content": "Be brief."}
+PAIR = [OPENAI[0], {"role": "assistant", "content": "4"}]
+PAIR2 = [{"role": "user", "content": Q2.content}, {"role": "assistant", "content": "6"}]
 PARTS = [
     {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "value": "2 + 2?"}]},
     {"role": "assistant", "content": [{"type": "tool_call", "value": CALL["function"]}]},
@@ -70,6 +73,18 @@ CALLED = (
         ({"chosen": [OPENAI[0], {"role": "assistant", "content": "4"}], "rejected": "5"}, (Q, A)),
         ({"conversations": SHAREGPT[:1], "chosen": SHAREGPT[3], "rejected": SHAREGPT[3]}, (Q, A)),
         ({"instruction": Q.content, "input": "", "chosen": "4", "rejected": "5"}, (Q, A)),
+        ({"prompt": Q.content, "messages": PAIR, "chosen": PAIR, "rejected": PAIR}, (Q, A)),
+        ({"messages": PAIR, "chosen": "4", "rejected": "5"}, (Q, A)),
+        ({"messages": [*PAIR, *PAIR2], "chosen": PAIR, "rejected": []}, (Q, A, Q2, A2)),
+        ({"messages": [*PAIR, PAIR[0]], "chosen": PAIR, "rejected": []}, (Q, A, Q, A)),
+        ({"messages": [SYSTEM, PAIR[0]], "chosen": PAIR, "rejected": []}, (Message("system", "Be brief."), Q, A)),
+        ({"instruction": Q.content, "chosen": PAIR, "rejected": []}, (Q, A)),
+        ({"instruction": Q2.content, "history": [[Q.content, "4"]], "output": [*PAIR, *PAIR2]}, (Q, A, Q2, A2)),
+        ({"query": Q2.content, "history": [[Q.content, "4"]], "response": PAIR2}, (Q, A, Q2, A2)),
+        ({"query": Q.content, "history": [[Q.content, "4"]], "response": "4"}, (Q, A, Q, A)),
+        ({"prompt": PAIR[:1], "completion": PAIR}, (Q, A)),
+        ({"prompt": [*PAIR, PAIR2[0]], "completion": [*PAIR, *PAIR2]}, (Q, A, Q2, A2)),
+        ({"messages": [SYSTEM, *PAIR], "system": "Be brief."}, (Message("system", "Be brief."), Q, A)),
         (
             {"messages": [OPENAI[0], {"role": "assistant", "content": "", "function_call": CALL["function"]}]},
             (Q, CALLING),
