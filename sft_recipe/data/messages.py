@@ -67,10 +67,10 @@ class Conversation:
         fields = fields or [f"messages[{index}].content" for index in range(len(self.messages))]
         roles = [message.role for message in self.messages]
         for index, (message, name) in enumerate(zip(self.messages, fields, strict=True)):
-            turn = name.removesuffix("content").removesuffix("value")
+            turn = name[: name.rfind(".") + 1]
             _check_role(roles, index, turn + "role", self.source)
             _check_content(message, name, self.source)
-            _check_extras(message, turn, self.source)
+            _check_extras(message, name, turn, self.source)
         if self.tools:
             _check_json(self.tools, "tools", self.source)
         if "assistant" not in roles:
@@ -136,10 +136,10 @@ def _check_content(message: Message, name: str, source: str) -> None:
         raise data_error(source, f"{name} is an empty {what}; fill it in or remove the record", "empty")
 
 
-def _check_extras(message: Message, turn: str, source: str) -> None:
-    for name, value in (("name", message.name), ("tool_call_id", message.tool_call_id)):
+def _check_extras(message: Message, name: str, turn: str, source: str) -> None:
+    for key, value in (("name", message.name), ("tool_call_id", message.tool_call_id)):
         if value:
-            check_text(value, turn + name, source)
+            check_text(value, turn + key, source)
     if not message.reasoning and not message.tool_calls:
         return
     if message.role != "assistant":
@@ -148,7 +148,7 @@ def _check_extras(message: Message, turn: str, source: str) -> None:
         raise data_error(source, problem, "roles")
     check_text(message.reasoning, f"{turn}reasoning_content", source)
     if message.reasoning and THOUGHT.match(message.content):
-        problem = f"{turn}content begins with a <think> although there is {turn}reasoning_content; keep one"
+        problem = f"{name} begins with a <think> although there is {turn}reasoning_content; keep one"
         raise data_error(source, problem)
     if message.tool_calls:
         _check_json(message.tool_calls, f"{turn}tool_calls", source)

@@ -43,6 +43,13 @@ PARTS = [
     {"role": "assistant", "content": [{"type": "reasoning", "text": "Easy."}, {"type": "text", "text": "4"}]},
 ]
 THOUGHT = Message("assistant", "4", reasoning="Easy.")
+TEXT = {"type": "text", "text": "4"}
+BY_PARTS = {"role": "assistant", "content": [TEXT]}
+PARTS_RESULT = {**OPENAI[2], "content": [TEXT], "name": "add"}
+HASTY_CALL = {"role": "tool_call", "content": CALL["function"], "reasoning": "Easy."}
+LLAMA_CALL = {"name": "add", "parameters": ARGUMENTS}
+ADDING = Message("assistant", "4", reasoning="Easy.", tool_calls=(CALL,))
+HASTY = Message("assistant", "", reasoning="Easy.", tool_calls=(CALL,))
 CALLED = (
     Q,
     Message("assistant", "", tool_calls=({"id": "c1", **CALL},)),
@@ -89,6 +96,26 @@ CALLED = (
             {"messages": [OPENAI[0], {"role": "assistant", "content": "", "function_call": CALL["function"]}]},
             (Q, CALLING),
         ),
+        ({"messages": [OPENAI[0], {**BY_PARTS, "tool_calls": [CALL], "thinking": "Easy."}]}, (Q, ADDING)),
+        (
+            {"messages": [OPENAI[0], {"role": "tool_call", "content": CALL["function"], "reasoning": "Easy."}]},
+            (Q, HASTY),
+        ),
+        (
+            {
+                "messages": [
+                    OPENAI[0],
+                    {**OPENAI[1], "content": []},
+                    {**OPENAI[2], "content": [TEXT], "name": "add"},
+                    PAIR[1],
+                ]
+            },
+            (Q, CALLED[1], Message("tool", "4", name="add", tool_call_id="c1"), A),
+        ),
+        ({"messages": [OPENAI[0], {"role": "assistant", "tool_calls": [LLAMA_CALL]}]}, (Q, CALLING)),
+        ({"prompt": Q.content, "response": "4", "reasoning_content": "Easy."}, (Q, THOUGHT)),
+        ({"instruction": Q.content, "output": "4", "thinking": "Easy.", "reasoning": ""}, (Q, THOUGHT)),
+        ({"prompt": Q.content, "response": "4", "system_prompt": "Be brief."}, (Message("system", "Be brief."), Q, A)),
         (
             {"messages": [{"role": "developer", "content": "Be brief."}, OPENAI[0], {"role": "model", "content": "4"}]},
             (Message("system", "Be brief."), Q, A),
@@ -109,6 +136,57 @@ CALLED = (
 )
 def test_records_become_messages(record, messages):
     assert to_conversation(record, "").messages == messages
+
+
+@pytest.mark.parametrize("key", ["train", "weight", "loss", "trainable", "loss_mask", "mask"])
+@pytest.mark.parametrize(("value", "is_trained"), [(True, True), (1, True), (1.0, True), (False, False), (0, False)])
+def test_loss_switches_mean_the_same(key, value, is_trained):
+    record = {"messages": [OPENAI[0], {"role": "assistant", "content": "4", key: value}]}
+    assert to_conversation(record, "").messages == (Q, Message("assistant", "4", train=is_trained))
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])
+@pytest.mark.parametrize("tools", [[SCHEMA], json.dumps([BARE_SCHEMA])])
+def test_tools_in_the_system_turn_are_tools_of_the_conversation(key, tools):
+    record = {"messages": [{**SYSTEM, key: tools}, *PAIR]}
+    assert json.dumps(to_conversation(record, "").tools) == json.dumps([SCHEMA])
+    assert to_conversation({**record, "tools": [SCHEMA]}, "") == to_conversation(record, "")
+    assert to_conversation({"messages": [SYSTEM, *PAIR], key: tools}, "") == to_conversation(record, "")
+    without_content = to_conversation({"messages": [{"role": "system", key: tools}, *PAIR]}, "")
+    assert without_content.messages == (Message("system", ""), Q, A) and without_content.tools == (SCHEMA,)
+
+
+EMPTY = [None, float("nan"), [], {}, ""]
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("field", ["messages", "chosen", "history", "system", "tools", "images", "reasoning", "input"])
+def test_empty_fields_of_a_record_are_as_good_as_missing(field, empty):
+    alpaca = {"instruction": Q.content, "output": "4"}
+    assert to_conversation({**alpaca, field: empty}, "").messages == (Q, A)
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("keys", [["tool_calls", "name", "tool_call_id", "thinking", "tools"], ["from", "value"]])
+def test_empty_keys_of_a_turn_are_as_good_as_missing(keys, empty):
+    turns = [{**dict.fromkeys(keys, empty), **turn} for turn in [SYSTEM, *PAIR]]
+    assert to_conversation({"messages": turns}, "").messages == (Message("system", "Be brief."), Q, A)
+
+
+@pytest.mark.parametrize("null", [None, float("nan")])
+def test_null_pair_beside_a_filled_one(null):
+    turns = [{"role": null, "content": null, **turn} for turn in (SHAREGPT[0], SHAREGPT[3])]
+    assert to_conversation({"conversations": turns}, "").messages == (Q, A)
+
+
+@pytest.mark.parametrize("null", [None, float("nan")])
+def test_null_switches_content_and_arguments(null):
+    call = {"name": "add", "arguments": null, "id": null}
+    turn = {"role": "assistant", "content": null, "tool_calls": [call], "train": null, "weight": null}
+    (message,) = to_conversation({"messages": [turn]}, "").messages
+    assert message == Message(
+        "assistant", "", tool_calls=({"type": "function", "function": {"name": "add", "arguments": {}}},)
+    )
 
 
 @pytest.mark.parametrize("arguments", [ARGUMENTS, json.dumps(ARGUMENTS), "", None, "{}"])
