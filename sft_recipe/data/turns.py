@@ -63,7 +63,31 @@ def turn_list(field: str, record: Record, source: str) -> list[Turn]:
     if not isinstance(turns, list) or not turns:
         actual = "an empty list" if turns == [] else json_type(turns)
         raise data_error(source, f"{field} is {actual}; expected a list of turns with role and content", "type")
-    return [turn for index, item in enumerate(turns) for turn in _turns(item, f"{field}[{index}]", source)]
+    result: list[Turn] = []
+    for index, item in enumerate(turns):
+        name = f"{field}[{index}]"
+        converted = _turns(item, name, source)
+        is_call = item.get(filled_key(item, ("role", "from"))) in CALL_ROLES
+        if is_call and result and result[-1].message.role == "assistant":
+            converted = [_with_call(result.pop(), converted[0].message, name, source)]
+        result += converted
+    return result
+
+
+def _with_call(turn: Turn, call: Message, name: str, source: str) -> Turn:
+    """Return an assistant turn together with the call that follows in an item without text: the model makes both in one
+    turn, and a turn that ended before the call would teach it to stop there.
+    """
+    message = turn.message
+    if call.train != message.train:
+        problem = f"{name} continues the assistant's turn before it, but only one of them is trained on"
+        raise data_error(source, f"{problem}; set both to true or both to false")
+    if call.reasoning:
+        problem = (
+            f"{name} has reasoning after the text of the same turn; put it in the item before, which begins the turn"
+        )
+        raise data_error(source, problem)
+    return turn._replace(message=replace(message, tool_calls=message.tool_calls + call.tool_calls))
 
 
 def _turns(turn: Any, name: str, source: str) -> list[Turn]:

@@ -1,6 +1,8 @@
 """Records of every format become the expected messages; tools and calls stay unchanged."""
 
 import json
+import re
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -136,6 +138,54 @@ CALLED = (
 )
 def test_records_become_messages(record, messages):
     assert to_conversation(record, "").messages == messages
+
+
+def sharegpt(*turns):
+    return {"conversations": [{"from": role, "value": value} for role, value in turns]}
+
+
+CALL_TEXT, OTHER = json.dumps(CALL["function"]), {"type": "function", "function": {"name": "sub", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("turns", "messages"),
+    [
+        (
+            [("gpt", "Let me add."), ("function_call", CALL_TEXT)],
+            [Message("assistant", "Let me add.", tool_calls=(CALL,))],
+        ),
+        ([("gpt", ""), ("function_call", CALL_TEXT)], [CALLING]),
+        (
+            [("function_call", CALL_TEXT), ("function_call", '{"name": "sub"}')],
+            [replace(CALLING, tool_calls=(CALL, OTHER))],
+        ),
+        (
+            [("function_call", CALL_TEXT), ("observation", RESULT.content), ("function_call", CALL_TEXT)],
+            [CALLING, RESULT, CALLING],
+        ),
+        ([("function_call", CALL_TEXT), ("gpt", "4")], [CALLING, A]),
+    ],
+)
+def test_call_after_the_assistants_text_is_in_the_same_turn(turns, messages):
+    assert to_conversation(sharegpt(("human", Q.content), *turns), "").messages == (Q, *messages)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (
+            "train",
+            False,
+            "conversations[1] continues the assistant's turn before it, but only one of them is trained on",
+        ),
+        ("reasoning", "hm", "conversations[1] has reasoning after the text of the same turn"),
+    ],
+)
+def test_call_that_cannot_continue_the_turn_is_an_error(key, value, expected):
+    record = sharegpt(("gpt", "Let me add."), ("function_call", CALL_TEXT))
+    record["conversations"][1][key] = value
+    with pytest.raises(DataError, match=re.escape(expected)):
+        to_conversation(record, "")
 
 
 @pytest.mark.parametrize("key", ["train", "weight", "loss", "trainable", "loss_mask", "mask"])
