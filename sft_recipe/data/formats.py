@@ -28,6 +28,7 @@ from sft_recipe.data.turns import (
     turn_list,
     turns_of,
 )
+from sft_recipe.data.unread import unread_keys
 from sft_recipe.errors import DataError
 
 SYSTEM_KEYS = ("system", "system_prompt")
@@ -37,11 +38,12 @@ SYSTEM_KEYS = ("system", "system_prompt")
 class Format:
     """A Format applies to records that have all `fields`; `turns(record, source)` returns their turns.
 
-    Roles and contents are checked later, by Conversation.
+    Roles and contents are checked later, by Conversation. `ignored` are fields that are not trained on by design.
     """
 
     fields: tuple[str, ...]
     turns: Callable[[Record, str], list[Turn]]
+    ignored: tuple[str, ...] = ()
 
 
 def read_conversations(path: str | Path, format: str = "auto") -> Iterator[Conversation]:
@@ -78,7 +80,9 @@ def to_conversation(record: Any, source: str, formats: Mapping[str, Format] | No
     if not isinstance(record, dict):
         raise data_error(source, f"the record is {json_type(record)}; expected an object with named fields", "type")
     check_media(record, "", source)
-    turns = _detect_format(record, source, FORMATS if formats is None else formats).turns(record, source)
+    format = _detect_format(record, source, FORMATS if formats is None else formats)
+    turns = format.turns(record, source)
+    unread = _unread(record, format, turns)
     if not is_empty(record.get("history")) and not any(turn.field.startswith("history") for turn in turns):
         raise data_error(source, "history is given beside a complete list of turns; put its turns in that list")
     turns = _with_reasoning(turns, record, source)
@@ -86,7 +90,19 @@ def to_conversation(record: Any, source: str, formats: Mapping[str, Format] | No
     if system.strip():
         turns = _join([Turn(key, Message("system", system))], turns)
     messages = tuple(turn.message for turn in turns)
-    return Conversation(messages, source, _tools(record, turns, source), fields=[turn.field for turn in turns])
+    fields = [turn.field for turn in turns]
+    return Conversation(messages, source, _tools(record, turns, source), unread, fields)
+
+
+def _unread(record: Record, format: Format, turns: list[Turn]) -> tuple[str, ...]:
+    """Return the keys that are not read; `turns` are those that the format has found."""
+    turn_fields = dict.fromkeys([*format.fields, *(turn.field.partition("[")[0] for turn in turns)])
+    read = {*turn_fields, *format.ignored, *SYSTEM_KEYS, *TOOL_KEYS}
+    if "instruction" in turn_fields:
+        read.add("input")
+    if isinstance(record.get(key := filled_key(record, REASONING_KEYS)), str):
+        read.add(key)
+    return unread_keys(record, read, turn_fields)
 
 
 def _detect_format(record: Record, source: str, formats: Mapping[str, Format]) -> Format:
@@ -231,7 +247,7 @@ def _optional_text(record: Record, field: str, source: str) -> str:
 
 # The first format that fits is used: a list of turns contains more than a prompt beside it.
 FORMATS = {
-    "preference": Format(("chosen",), _preference),
+    "preference": Format(("chosen",), _preference, ignored=("rejected",)),
     "messages": Format(("messages",), partial(turn_list, "messages")),
     "conversations": Format(("conversations",), partial(turn_list, "conversations")),
     "prompt_response": Format(("prompt", "response"), partial(_pair, "prompt", "response")),

@@ -51,8 +51,8 @@ class Conversation:
     """A Conversation has been checked and can be trained on. `source` is where it was read (`a.json, record 12`).
 
     `tools` are the schemas of the functions that may be called, unchanged. `fields` has the name of the record's field
-    that held each turn's content, for error messages: `prompt`, `conversations[3].content`. Two conversations
-    are equal when their messages and tools are equal.
+    that held each turn's content, for error messages: `prompt`, `conversations[3].content`. `unread` are keys of the
+    record that are not read. Two conversations are equal when their messages and tools are equal.
 
     Raises DataError for an unknown role, content that is not text, an empty prompt or response, reasoning or tool
     calls outside an assistant turn, reasoning given twice, a system turn that is not first, and no assistant turn.
@@ -61,6 +61,7 @@ class Conversation:
     messages: tuple[Message, ...]
     source: str = field(default="", compare=False)
     tools: tuple[dict[str, Any], ...] = ()
+    unread: tuple[str, ...] = field(default=(), compare=False)
     fields: InitVar[Sequence[str]] = ()
 
     def __post_init__(self, fields: Sequence[str]) -> None:
@@ -130,7 +131,7 @@ def _check_role(roles: Sequence[str], index: int, name: str, source: str) -> Non
 
 def _check_content(message: Message, name: str, source: str) -> None:
     content = check_text(message.content, name, source)
-    may_be_empty = message.role in ("system", "tool") or message.tool_calls
+    may_be_empty = message.role in ("system", "tool") or message.tool_calls or message.reasoning
     if not may_be_empty and not content.strip():
         what = "response" if message.role == "assistant" else "prompt"
         raise data_error(source, f"{name} is an empty {what}; fill it in or remove the record", "empty")
