@@ -140,7 +140,7 @@ def _parts(parts: list[Any], turn: Message, field: str, source: str) -> list[Mes
         value = one_of(part, ("text", "value"), f"{name}.", source)
         if kind == "tool_result":
             messages.append(_tool_result(part, value, turn, name, source))
-        elif kind not in contents:
+        elif not isinstance(kind, str) or kind not in contents:
             raise data_error(source, f"{name}.type is {kind!r}; expected {', '.join(contents)} or tool_result", "type")
         elif any(later and contents[later] for later in list(contents)[list(contents).index(kind) + 1 :]):
             problem = f"{name} is a {kind} part after a part of a later type; expected {', '.join(contents)} in order"

@@ -40,14 +40,14 @@ def _of_turn(turn: Record) -> Iterator[str]:
     """Yield what `_turns` in turns.py does not read of a turn."""
     role_key = filled_key(turn, ("role", "from"))
     content_key = "content" if role_key == "role" else "value"
-    role = role_of(turn.get(role_key))
+    role = str(role_of(turn.get(role_key)))
     yield from _others(turn, {role_key, content_key} | TURN_KEYS | KEYS_OF_ROLE.get(role, set()))
     content, calls_key = turn.get(content_key), filled_key(turn, CALL_KEYS)
     if turn.get(role_key) in CALL_ROLES:
         yield from (f"{content_key}[].{key}" for call in _objects(content) for key in _of_call(call))
     elif isinstance(content, list):
         for part in _objects(content):
-            kind = part.get("type")
+            kind = str(part.get("type"))
             yield from (f"{content_key}[].{key}" for key in _others(part, PART_KEYS | KEYS_OF_PART.get(kind, set())))
             if kind == "tool_call":
                 calls = _objects(part.get(filled_key(part, ("value", "text"))))

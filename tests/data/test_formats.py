@@ -191,6 +191,8 @@ def test_formats_may_be_mixed_in_a_file(tmp_path, suffix):
             "messages[0].content[1] is a reasoning part after a part of a later type",
         ),
         ({"messages": [{"role": "assistant", "content": [{"type": "text", "text": 3}]}]}, "content[0].text is a num"),
+        ({"messages": [{"role": "user", "content": [{"type": ["text"], "text": "a"}]}]}, "content[0].type is ['text']"),
+        ({"messages": [{"role": ["user"], "content": "a"}, DICTS[2]]}, "messages[0].role is a list; expected system"),
         ({"messages": DICTS, "tools": "search"}, "tools is text; expected a list of function schemas"),
         ({"messages": DICTS, "tools": ["search"]}, "tools[0] is text; expected a function schema"),
         (
