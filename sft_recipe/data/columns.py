@@ -9,8 +9,9 @@ from sft_recipe.errors import ConfigError, DataError
 
 # Fields that data.columns may rename: those of records, and those of the turns in them.
 COLUMNS = ["messages", "conversations", "prompt", "response", "completion", "query", "instruction", "input", "output"]
-COLUMNS += ["chosen", "system", "tools", "history"]
+COLUMNS += ["chosen", "system", "tools", "history", "chat_template_kwargs"]
 COLUMNS += ["role", "content", "from", "value", "reasoning_content", "tool_calls", "weight", "train"]
+TURN_FIELDS = ("messages", "conversations", "prompt", "response", "completion", "query", "output", "chosen")
 
 
 class Columns:
@@ -36,7 +37,7 @@ class Columns:
                 self.unused.discard(field)
                 renamed.pop(column, None)
                 renamed[field] = record[column]
-        for field in ("messages", "conversations", "prompt", "chosen"):
+        for field in TURN_FIELDS:
             turns = parse_json(renamed.get(field))
             if isinstance(turns, list):
                 renamed[field] = [self.rename(turn) for turn in turns]

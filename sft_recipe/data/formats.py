@@ -32,6 +32,9 @@ from sft_recipe.data.unread import unread_keys
 from sft_recipe.errors import DataError
 
 SYSTEM_KEYS = ("system", "system_prompt")
+TEMPLATE_KEY = "chat_template_kwargs"
+# What the chat template gets from the conversation or from training.
+NOT_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,14 @@ def to_conversation(record: Any, source: str, formats: Mapping[str, Format] | No
         turns = _join([Turn(key, Message("system", system))], turns)
     messages = tuple(turn.message for turn in turns)
     fields = [turn.field for turn in turns]
-    return Conversation(messages, source, _tools(record, turns, source), unread, fields)
+    tools, variables = _tools(record, turns, source), _template_variables(record, source)
+    return Conversation(messages, source, tools, unread, variables, fields)
 
 
 def _unread(record: Record, format: Format, turns: list[Turn]) -> tuple[str, ...]:
     """Return the keys that are not read; `turns` are those that the format has found."""
     turn_fields = dict.fromkeys([*format.fields, *(turn.field.partition("[")[0] for turn in turns)])
-    read = {*turn_fields, *format.ignored, *SYSTEM_KEYS, *TOOL_KEYS}
+    read = {*turn_fields, *format.ignored, *SYSTEM_KEYS, *TOOL_KEYS, TEMPLATE_KEY}
     if "instruction" in turn_fields:
         read.add("input")
     if isinstance(record.get(key := filled_key(record, REASONING_KEYS)), str):
@@ -238,6 +242,21 @@ def _schemas(tools: Any, name: str, source: str) -> tuple[Record, ...]:
     return tuple(
         {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in tools
     )
+
+
+def _template_variables(record: Record, source: str) -> Record:
+    """Return the variables that a record gives to the chat template."""
+    variables = parse_json(record.get(TEMPLATE_KEY))
+    if is_empty(variables):
+        return {}
+    if not isinstance(variables, dict):
+        raise data_error(
+            source, f"{TEMPLATE_KEY} is {json_type(variables)}; expected an object: {{name: value}}", "type"
+        )
+    if taken := next((name for name in NOT_VARIABLES if variables.get(name)), None):
+        hint = "write tools beside the turns" if taken == "tools" else "remove it"
+        raise data_error(source, f"{TEMPLATE_KEY}.{taken} is not a variable that a record can set; {hint}")
+    return {name: value for name, value in variables.items() if name not in NOT_VARIABLES and not is_null(value)}
 
 
 def _optional_text(record: Record, field: str, source: str) -> str:

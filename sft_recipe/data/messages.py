@@ -52,7 +52,8 @@ class Conversation:
 
     `tools` are the schemas of the functions that may be called, unchanged. `fields` has the name of the record's field
     that held each turn's content, for error messages: `prompt`, `conversations[3].content`. `unread` are keys of the
-    record that are not read. Two conversations are equal when their messages and tools are equal.
+    record that are not read. `chat_template_kwargs` are variables for the chat template. Two conversations are equal
+    when their messages, tools and variables are equal.
 
     Raises DataError for an unknown role, content that is not text, an empty prompt or response, reasoning or tool
     calls outside an assistant turn, reasoning given twice, a system turn that is not first, and no assistant turn.
@@ -62,6 +63,7 @@ class Conversation:
     source: str = field(default="", compare=False)
     tools: tuple[dict[str, Any], ...] = ()
     unread: tuple[str, ...] = field(default=(), compare=False)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     fields: InitVar[Sequence[str]] = ()
 
     def __post_init__(self, fields: Sequence[str]) -> None:
@@ -72,8 +74,8 @@ class Conversation:
             _check_role(roles, index, turn + "role", self.source)
             _check_content(message, name, self.source)
             _check_extras(message, name, turn, self.source)
-        if self.tools:
-            _check_json(self.tools, "tools", self.source)
+        _check_json(self.tools, "tools", self.source)
+        _check_json(self.chat_template_kwargs, "chat_template_kwargs", self.source)
         if "assistant" not in roles:
             name = fields[-1].partition("[")[0] if fields else "messages"
             problem = f"{name} has no assistant turn, so there is nothing to train on; add one"
@@ -87,7 +89,8 @@ class Conversation:
         """Return the conversation as a record of the format `messages`."""
         flags = [{} if message.train else {"train": False} for message in self.messages]
         turns = [turn | flag for turn, flag in zip(self.as_dicts(), flags, strict=True)]
-        return {"messages": turns, "tools": list(self.tools)} if self.tools else {"messages": turns}
+        others = {"tools": list(self.tools), "chat_template_kwargs": self.chat_template_kwargs}
+        return {"messages": turns, **{key: value for key, value in others.items() if value}}
 
 
 def data_error(source: str, problem: str, kind: str = "fields") -> DataError:
@@ -115,7 +118,8 @@ def check_text(value: object, name: str, source: str) -> str:
 
 
 def _check_json(value: object, name: str, source: str) -> None:
-    check_text(json.dumps(value, ensure_ascii=False), name, source)
+    if value:
+        check_text(json.dumps(value, ensure_ascii=False), name, source)
 
 
 def _check_role(roles: Sequence[str], index: int, name: str, source: str) -> None:
