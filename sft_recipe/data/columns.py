@@ -27,8 +27,11 @@ class Columns:
             if field not in COLUMNS:
                 raise ConfigError(f"data.columns names {field!r}, which no format has.{nearest(field, COLUMNS)}")
 
-    def rename(self, record: Any) -> Any:
-        """Return the record with the fields of our formats, also in its lists of turns."""
+    def rename(self, record: Any, source: str) -> Any:
+        """Return the record with the fields of our formats, also in its lists of turns.
+
+        Raises DataError for JSON in a field that cannot be used.
+        """
         if not self.columns or not isinstance(record, dict):
             return record
         renamed = dict(record)
@@ -38,9 +41,9 @@ class Columns:
                 renamed.pop(column, None)
                 renamed[field] = record[column]
         for field in TURN_FIELDS:
-            turns = parse_json(renamed.get(field))
+            turns = parse_json(renamed.get(field), field, source)
             if isinstance(turns, list):
-                renamed[field] = [self.rename(turn) for turn in turns]
+                renamed[field] = [self.rename(turn, source) for turn in turns]
         return renamed
 
     def check_all_found(self) -> None:

@@ -182,7 +182,7 @@ def _join(before: list[Turn], after: list[Turn]) -> list[Turn]:
 
 def _history(record: Record, source: str) -> list[Turn]:
     turns: list[Turn] = []
-    history = parse_json(record.get("history"))
+    history = parse_json(record.get("history"), "history", source)
     if is_empty(history):
         return turns
     if not isinstance(history, list):
@@ -229,7 +229,7 @@ def _tools(record: Record, turns: Iterable[Turn], source: str) -> tuple[Record, 
 
 def _schemas(tools: Any, name: str, source: str) -> tuple[Record, ...]:
     """Return the schemas as {"type": "function", "function": {...}}; the schemas themselves are not changed."""
-    tools = parse_json(tools)
+    tools = parse_json(tools, name, source)
     if is_empty(tools):
         return ()
     if not isinstance(tools, list):
@@ -246,7 +246,7 @@ def _schemas(tools: Any, name: str, source: str) -> tuple[Record, ...]:
 
 def _template_variables(record: Record, source: str) -> Record:
     """Return the variables that a record gives to the chat template."""
-    variables = parse_json(record.get(TEMPLATE_KEY))
+    variables = parse_json(record.get(TEMPLATE_KEY), TEMPLATE_KEY, source)
     if is_empty(variables):
         return {}
     if not isinstance(variables, dict):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,14 +14,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
 
+from sft_recipe.data.json_text import JsonProblem, decode, loads, skip
 from sft_recipe.data.messages import data_error, json_type
 from sft_recipe.errors import DataError
 
 BLOCK = 1 << 20  # bytes of a .json array read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-PARSER = json.JSONDecoder()
-TOO_DEEP = "Arrays or objects nested too deeply"
 
 
 @dataclass(frozen=True)
@@ -139,19 +139,25 @@ def _read_json(path: Path) -> Records:
     if first == "{" and _is_jsonl(path):
         yield from _read_jsonl(path)
     elif first and first != "[":
-        actual = json_type(array.value())
+        actual = json_type(array.value()[0])
         raise data_error(str(path), f"the file contains {actual}; expected an array of records: [...]", "malformed")
     elif first:
-        yield from ((f"record {number}", record) for number, record in enumerate(array.items(), 1))
+        for number, (record, problem) in enumerate(array.items(), 1):
+            position = f"record {number}"
+            error = data_error(f"{path}, {position}", problem, "malformed") if problem else None
+            yield position, BadRecord(error, record) if error else record
 
 
 def _is_jsonl(path: Path) -> bool:
     """Return whether the first line is a complete object and more lines follow."""
     lines = (line for line in _text_lines(path) if line.strip())
     first, second = next(lines, ""), next(lines, "")
-    with suppress(ValueError):
+    try:
         return bool(second) and isinstance(_loads(first.strip()), dict)
-    return False
+    except JsonProblem:
+        return bool(second)
+    except json.JSONDecodeError:
+        return False
 
 
 class _JsonArray:
@@ -163,8 +169,8 @@ class _JsonArray:
         self.text, self.at = "", 0  # the text that has been read, and the position up to which it is parsed
         self.line, self.column = 1, 0  # the line in which `text` begins, and the characters before it in that line
 
-    def items(self) -> Iterator[Any]:
-        """Yield the items of the array; a comma after the last item is accepted."""
+    def items(self) -> Iterator[tuple[Any, str]]:
+        """Yield what `value` returns for each item of the array; a comma after the last item is accepted."""
         self.at += 1
         separator = ","
         while self.peek() != "]":
@@ -186,15 +192,17 @@ class _JsonArray:
             if not self.read_more():
                 return ""
 
-    def value(self) -> Any:
-        """Parse and return the next value. Raises DataError for malformed JSON."""
+    def value(self) -> tuple[Any, str]:
+        """Return the next value and "", or its text and its JsonProblem. Raises DataError for malformed JSON."""
         self.peek()
+        parse: Callable[[str, int], tuple[Any, int]] = decode
+        problem = ""
         while True:
             try:
-                value, self.at = PARSER.raw_decode(self.text, self.at)
-                return value
-            except RecursionError as error:
-                raise self.malformed(TOO_DEEP, self.at) from error
+                value, self.at = parse(self.text, self.at)
+                return value, problem
+            except JsonProblem as error:
+                parse, problem = skip, str(error)
             except json.JSONDecodeError as error:
                 # The value is incomplete or malformed. The parser reports the position of a wrong character, and the
                 # beginning of a string without an end.
@@ -252,6 +260,8 @@ def _read_jsonl(path: Path) -> Records:
             continue
         try:
             yield position, _loads(text)
+        except JsonProblem as error:
+            yield position, BadRecord(data_error(f"{path}, {position}", str(error), "malformed"), text)
         except json.JSONDecodeError as error:
             indent = len(line) - len(line.lstrip())
             yield position, BadRecord(_malformed(error, path, number, indent), text)
@@ -260,13 +270,11 @@ def _read_jsonl(path: Path) -> Records:
 def _loads(text: str) -> Any:
     """Parse a line; a comma after the value is accepted, as in lines cut from an array."""
     try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise json.JSONDecodeError(TOO_DEEP, text, 0) from error
+        return loads(text)
     except json.JSONDecodeError:
         if text.endswith(","):
             with suppress(json.JSONDecodeError):
-                return json.loads(text[:-1])
+                return loads(text[:-1])
         raise
 
 
@@ -286,11 +294,18 @@ def _read_csv(path: Path) -> Records:
             return
         if not header:
             header = row
+            _check_columns(header, f"{path}, {position}")
         elif row and len(row) != len(header):
             problem = f"{len(row)} cells where the header has {len(header)}; quote cells that contain commas"
             yield position, BadRecord(data_error(f"{path}, {position}", problem, "malformed"), row)
         elif row:
             yield position, dict(zip(header, row, strict=True))
+
+
+def _check_columns(names: list[str], source: str) -> None:
+    """Raises DataError for two columns with one name, since a record can have only one of them."""
+    if twice := next((name for name, count in Counter(names).items() if name.strip() and count > 1), None):
+        raise data_error(source, f"two columns are named {twice[:40]!r}; rename or remove one of them", "malformed")
 
 
 def _read_parquet(path: Path) -> Records:
@@ -300,6 +315,7 @@ def _read_parquet(path: Path) -> Records:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1

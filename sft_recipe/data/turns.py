@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from sft_recipe.data.json_text import JsonProblem, loads
 from sft_recipe.data.messages import Message, check_text, data_error, json_type
 
 Record = dict[str, Any]
@@ -59,7 +60,7 @@ def turns_of(value: Any, role: str, field: str, source: str) -> list[Turn]:
 
 def turn_list(field: str, record: Record, source: str) -> list[Turn]:
     """Return the turns in a record's list, which may be given as JSON (in a CSV cell). Raises DataError."""
-    turns = parse_json(record[field])
+    turns = parse_json(record[field], field, source)
     if not isinstance(turns, list) or not turns:
         actual = "an empty list" if turns == [] else json_type(turns)
         raise data_error(source, f"{field} is {actual}; expected a list of turns with role and content", "type")
@@ -186,7 +187,7 @@ def _is_trained(turn: Record, role: Any, name: str, source: str) -> bool:
 
 def _tool_calls(value: Any, name: str, source: str) -> tuple[Record, ...]:
     """Convert one call, a list of calls, or either as JSON, to the form that chat templates expect."""
-    value = parse_json(value)
+    value = parse_json(value, name, source)
     calls = value if isinstance(value, list) else [value]
     return tuple(_tool_call(call, f"{name}[{index}]", source) for index, call in enumerate(calls))
 
@@ -195,7 +196,7 @@ def _tool_call(call: Any, name: str, source: str) -> Record:
     function = call.get("function") or call if isinstance(call, dict) else call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise data_error(source, f"{name} is not a tool call; expected an object with name and arguments", "tools")
-    arguments = parse_json(one_of(function, ARGUMENT_KEYS, f"{name}.", source))
+    arguments = parse_json(one_of(function, ARGUMENT_KEYS, f"{name}.", source), f"{name}.arguments", source)
     if is_empty(arguments) or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
     if not isinstance(arguments, dict):
@@ -247,11 +248,16 @@ def filled_key(fields: Record, keys: Sequence[str]) -> str:
     return next((key for key in keys if not is_empty(fields.get(key))), keys[0])
 
 
-def parse_json(value: Any) -> Any:
-    """Return what a text contains as JSON (lists in CSV cells, ShareGPT's tools, OpenAI's arguments), else `value`."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+def parse_json(value: Any, name: str, source: str) -> Any:
+    """Return what a text contains as JSON (lists in CSV cells, ShareGPT's tools, OpenAI's arguments), else `value`.
+
+    Raises DataError for valid JSON that cannot be used (see json_text), with `name` in the message.
+    """
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return loads(value.lstrip())
+    except JsonProblem as problem:
+        raise data_error(source, f"{name}: {problem}", "malformed") from problem
+    except json.JSONDecodeError:
+        return value

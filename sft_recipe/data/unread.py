@@ -70,5 +70,5 @@ def _others(fields: Record, read: Collection[str]) -> list[str]:
 
 def _objects(value: Any) -> Iterator[Record]:
     """Yield the objects of a list, or the only one, either of them also as JSON."""
-    value = parse_json(value)
+    value = parse_json(value, "", "")
     yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict))
