@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,10 @@ from sft_recipe.errors import DataError
 BLOCK = 1 << 20  # bytes of a .json array read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+UNREADABLE = (".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br", ".rar", ".z")  # other compressed files
+# How the content of compressed files begins.
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of CSV, in the order of the attempts
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,25 @@ def check_file(path: Path) -> None:
     if suffix_of(path) == ".txt":
         problem = "plain text has no fields for prompt and response"
         raise data_error(str(path), f"{problem}; write records with prompt and response as .jsonl")
-    if suffix_of(path) not in READERS or (suffix_of(path) == ".parquet" and path.suffix.lower() in COMPRESSED):
+    _check_compression(path)
+    if suffix_of(path) not in READERS:
         raise data_error(str(path), f"unknown file type; expected one of {FILE_TYPES}")
     if not os.access(path, os.R_OK):
         raise data_error(str(path), "no permission to read this file; change its mode or its owner")
     if path.stat().st_size == 0:
         raise data_error(str(path), "the file is empty; give one with at least one record", "empty")
+    if path.suffix.lower() not in COMPRESSED:
+        with path.open("rb") as file:
+            start = file.read(8)
+        if codec := next((name for magic, name in MAGIC.items() if start.startswith(magic)), None):
+            raise data_error(str(path), f"the content is compressed ({codec}), but not the name; {ADVICE}")
+
+
+def _check_compression(path: Path) -> None:
+    if path.suffix.lower() in UNREADABLE:
+        raise data_error(str(path), f"{path.suffix} files are not read; {ADVICE}")
+    if suffix_of(path) == ".parquet" and path.suffix.lower() in COMPRESSED:
+        raise data_error(str(path), "Parquet is compressed inside and not read in another compression; decompress it")
 
 
 def _similar_files(path: Path) -> str:
@@ -105,9 +123,14 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | BadRecord]]:
-    """Yield numbered lines with their ends; split at \\n only, since text may contain other line separators."""
+    """Yield numbered lines with their ends; split at \\n only, since text may contain other line separators.
+
+    A file without \\n is split at \\r, as older programs on the Macintosh end lines.
+    """
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        first = file.readline()
+        lines = chain([first], file) if first.endswith(b"\n") else first.splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -281,7 +304,10 @@ def _loads(text: str) -> Any:
 def _read_csv(path: Path) -> Records:
     csv.field_size_limit(2**31 - 1)
     # strict: an open quote would otherwise swallow the rest of the file as one field.
-    rows = csv.reader(_text_lines(path), strict=True)
+    lines = _text_lines(path)
+    start = list(islice(lines, 1))
+    delimiter = _delimiter("".join(start))
+    rows = csv.reader(chain(start, lines), strict=True, delimiter=delimiter)
     header: list[str] = []
     while True:
         position = f"line {rows.line_num + 1}"
@@ -296,10 +322,17 @@ def _read_csv(path: Path) -> Records:
             header = row
             _check_columns(header, f"{path}, {position}")
         elif row and len(row) != len(header):
-            problem = f"{len(row)} cells where the header has {len(header)}; quote cells that contain commas"
+            separators = DELIMITERS[delimiter]
+            problem = f"{len(row)} cells where the header has {len(header)}; quote cells that contain {separators}"
             yield position, BadRecord(data_error(f"{path}, {position}", problem, "malformed"), row)
         elif row:
             yield position, dict(zip(header, row, strict=True))
+
+
+def _delimiter(header: str) -> str:
+    """Return what separates the cells: a comma, unless the header has cells only with another one."""
+    cells = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in DELIMITERS}
+    return next((delimiter for delimiter, count in cells.items() if count > 1), ",")
 
 
 def _check_columns(names: list[str], source: str) -> None:
@@ -338,4 +371,5 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }
+ADVICE = f"decompress it, or name and compress it as one of {', '.join(COMPRESSED)}"
 FILE_TYPES = ", ".join(READERS) + f" (the first two and .csv also with {' or '.join(COMPRESSED)})"
