@@ -82,7 +82,10 @@ def _print_summary(scan: ScanResult, written: dict[Path, int]) -> None:
             table.add_row(f"{count:,}", f"dropped: {what}")
     for path, count in written.items():
         table.add_row(f"{count:,}", str(path))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    for sentence in scan.remarks.sentences():
+        console.print(sentence, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

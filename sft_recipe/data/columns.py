@@ -9,8 +9,9 @@ from sft_recipe.errors import ConfigError, DataError
 
 # Fields that data.columns may rename: those of records, and those of the turns in them.
 COLUMNS = ["messages", "conversations", "prompt", "response", "completion", "query", "instruction", "input", "output"]
-COLUMNS += ["chosen", "system", "tools", "history"]
+COLUMNS += ["chosen", "system", "tools", "history", "chat_template_kwargs"]
 COLUMNS += ["role", "content", "from", "value", "reasoning_content", "tool_calls", "weight", "train"]
+TURN_FIELDS = ("messages", "conversations", "prompt", "response", "completion", "query", "output", "chosen")
 
 
 class Columns:
@@ -26,8 +27,11 @@ class Columns:
             if field not in COLUMNS:
                 raise ConfigError(f"data.columns names {field!r}, which no format has.{nearest(field, COLUMNS)}")
 
-    def rename(self, record: Any) -> Any:
-        """Return the record with the fields of our formats, also in its lists of turns."""
+    def rename(self, record: Any, source: str) -> Any:
+        """Return the record with the fields of our formats, also in its lists of turns.
+
+        Raises DataError for JSON in a field that cannot be used.
+        """
         if not self.columns or not isinstance(record, dict):
             return record
         renamed = dict(record)
@@ -36,10 +40,10 @@ class Columns:
                 self.unused.discard(field)
                 renamed.pop(column, None)
                 renamed[field] = record[column]
-        for field in ("messages", "conversations", "prompt", "chosen"):
-            turns = parse_json(renamed.get(field))
+        for field in TURN_FIELDS:
+            turns = parse_json(renamed.get(field), field, source)
             if isinstance(turns, list):
-                renamed[field] = [self.rename(turn) for turn in turns]
+                renamed[field] = [self.rename(turn, source) for turn in turns]
         return renamed
 
     def check_all_found(self) -> None:

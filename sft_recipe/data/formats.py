@@ -5,7 +5,7 @@ To add a format, write a function that returns the turns of a record, and add a 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
@@ -13,19 +13,40 @@ from typing import Any
 
 from sft_recipe.data.messages import Conversation, Message, check_text, data_error, json_type
 from sft_recipe.data.readers import BadRecord, read_records
-from sft_recipe.data.turns import Record, Turn, key_names, parse_json, turn_list, turns_of
+from sft_recipe.data.turns import (
+    REASONING_KEYS,
+    TOOL_KEYS,
+    Record,
+    Turn,
+    check_media,
+    filled_key,
+    is_empty,
+    is_null,
+    key_names,
+    one_of,
+    parse_json,
+    turn_list,
+    turns_of,
+)
+from sft_recipe.data.unread import unread_keys
 from sft_recipe.errors import DataError
+
+SYSTEM_KEYS = ("system", "system_prompt")
+TEMPLATE_KEY = "chat_template_kwargs"
+# What the chat template gets from the conversation or from training.
+NOT_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
 
 
 @dataclass(frozen=True)
 class Format:
     """A Format applies to records that have all `fields`; `turns(record, source)` returns their turns.
 
-    Roles and contents are checked later, by Conversation.
+    Roles and contents are checked later, by Conversation. `ignored` are fields that are not trained on by design.
     """
 
     fields: tuple[str, ...]
     turns: Callable[[Record, str], list[Turn]]
+    ignored: tuple[str, ...] = ()
 
 
 def read_conversations(path: str | Path, format: str = "auto") -> Iterator[Conversation]:
@@ -61,22 +82,38 @@ def to_conversation(record: Any, source: str, formats: Mapping[str, Format] | No
     """
     if not isinstance(record, dict):
         raise data_error(source, f"the record is {json_type(record)}; expected an object with named fields", "type")
-    turns = _detect_format(record, source, FORMATS if formats is None else formats).turns(record, source)
-    if record.get("history") and not any(field.startswith("history") for field, _ in turns):
+    check_media(record, "", source)
+    format = _detect_format(record, source, FORMATS if formats is None else formats)
+    turns = format.turns(record, source)
+    unread = _unread(record, format, turns)
+    if not is_empty(record.get("history")) and not any(turn.field.startswith("history") for turn in turns):
         raise data_error(source, "history is given beside a complete list of turns; put its turns in that list")
-    if record.get("functions"):
-        raise data_error(source, "functions is not read; write the schemas as tools", "tools")
-    system = _optional_text(record, "system", source)
+    turns = _with_reasoning(turns, record, source)
+    key, system = _system(record, source)
     if system.strip():
-        turns.insert(0, ("system", Message("system", system)))
-    messages = tuple(message for _, message in turns)
-    return Conversation(messages, source, _tools(record, source), fields=[field for field, _ in turns])
+        turns = _join([Turn(key, Message("system", system))], turns)
+    messages = tuple(turn.message for turn in turns)
+    fields = [turn.field for turn in turns]
+    tools, variables = _tools(record, turns, source), _template_variables(record, source)
+    return Conversation(messages, source, tools, unread, variables, fields)
+
+
+def _unread(record: Record, format: Format, turns: list[Turn]) -> tuple[str, ...]:
+    """Return the keys that are not read; `turns` are those that the format has found."""
+    turn_fields = dict.fromkeys([*format.fields, *(turn.field.partition("[")[0] for turn in turns)])
+    read = {*turn_fields, *format.ignored, *SYSTEM_KEYS, *TOOL_KEYS, TEMPLATE_KEY}
+    if "instruction" in turn_fields:
+        read.add("input")
+    if isinstance(record.get(key := filled_key(record, REASONING_KEYS)), str):
+        read.add(key)
+    return unread_keys(record, read, turn_fields)
 
 
 def _detect_format(record: Record, source: str, formats: Mapping[str, Format]) -> Format:
     """Filled fields count first: in a table of mixed formats, a row has null in the columns of the others."""
-    filled = {key for key, value in record.items() if value is not None}
-    for keys in (filled, record.keys()):
+    filled = {key for key, value in record.items() if not is_empty(value)}
+    given = {key for key, value in record.items() if not is_null(value)}
+    for keys in (filled, given, record.keys()):
         for format in formats.values():
             if keys >= set(format.fields):
                 return format
@@ -104,70 +141,132 @@ def _spelling_hint(missing: Iterable[str], fields: Iterable[str]) -> str:
 
 def _pair(prompt: str, response: str, record: Record, source: str) -> list[Turn]:
     """Return two texts, or turns in place of either, after the turns of `history`."""
-    return [
-        *_history(record, source),
-        *turns_of(record[prompt], "user", prompt, source),
-        *turns_of(record[response], "assistant", response, source),
-    ]
+    context = [*_history(record, source), *turns_of(record[prompt], "user", prompt, source)]
+    return _join(context, turns_of(record[response], "assistant", response, source))
 
 
 def _alpaca(record: Record, source: str, response: str = "output") -> list[Turn]:
     instruction = check_text(record["instruction"], "instruction", source)
     parts = [instruction, _optional_text(record, "input", source)]
     prompt = "\n\n".join(part for part in parts if part.strip())
-    user = ("instruction", Message("user", prompt))
-    return [*_history(record, source), user, *turns_of(record[response], "assistant", response, source)]
+    context = [*_history(record, source), Turn("instruction", Message("user", prompt))]
+    return _join(context, turns_of(record[response], "assistant", response, source))
 
 
 def _preference(record: Record, source: str) -> list[Turn]:
     """Return the chosen answer after its prompt; `chosen` may be a list of turns that repeats the prompt."""
-    context = next((field for field in ("messages", "conversations") if record.get(field)), None)
+    context = next((field for field in ("messages", "conversations") if not is_empty(record.get(field))), None)
     if context:
-        return [*turn_list(context, record, source), *turns_of(record["chosen"], "assistant", "chosen", source)]
-    if record.get("instruction"):
+        chosen = turns_of(record["chosen"], "assistant", "chosen", source)
+        return _join(turn_list(context, record, source), chosen)
+    if not is_empty(record.get("instruction")):
         return _alpaca(record, source, "chosen")
     chosen = turns_of(record["chosen"], "assistant", "chosen", source)
-    prompt = turns_of(record["prompt"], "user", "prompt", source) if record.get("prompt") else []
+    prompt = [] if is_empty(record.get("prompt")) else turns_of(record["prompt"], "user", "prompt", source)
     if not prompt and not isinstance(record["chosen"], list):
         raise data_error(source, "chosen has no prompt; expected prompt, messages or instruction beside it")
-    repeats_prompt = [turn for _, turn in chosen[: len(prompt)]] == [turn for _, turn in prompt]
-    return [*_history(record, source), *([] if repeats_prompt else prompt), *chosen]
+    return _join([*_history(record, source), *prompt], chosen)
+
+
+def _join(before: list[Turn], after: list[Turn]) -> list[Turn]:
+    """Return the turns of two fields without repeating those that both contain.
+
+    [system, user] + [user, assistant]            `after` begins with the last turns of `before`, or with all of them
+    [user, assistant, user, assistant] + [user, assistant]                   or `before` begins with all of `after`
+    """
+    first, second = ([turn.message for turn in turns] for turns in (before, after))
+    shared = next(n for n in range(min(len(first), len(second)), -1, -1) if first[len(first) - n :] == second[:n])
+    contains_all = not shared and first[: len(second)] == second
+    return before if contains_all else before + after[shared:]
 
 
 def _history(record: Record, source: str) -> list[Turn]:
     turns: list[Turn] = []
-    history = parse_json(record.get("history"))
-    if history not in (None, "") and not isinstance(history, list):
+    history = parse_json(record.get("history"), "history", source)
+    if is_empty(history):
+        return turns
+    if not isinstance(history, list):
         raise data_error(source, f"history is {json_type(history)}; expected a list of pairs of texts", "type")
-    for index, pair in enumerate(history or []):
+    for index, pair in enumerate(history):
         name = f"history[{index}]"
         if not isinstance(pair, list) or len(pair) != 2:
             raise data_error(source, f"{name} is not a pair of texts: [prompt, response]", "type")
-        turns += (f"{name}[0]", Message("user", pair[0])), (f"{name}[1]", Message("assistant", pair[1]))
+        turns.append(Turn(f"{name}[0]", Message("user", pair[0])))
+        turns.append(Turn(f"{name}[1]", Message("assistant", pair[1])))
     return turns
 
 
-def _tools(record: Record, source: str) -> tuple[Record, ...]:
+def _with_reasoning(turns: list[Turn], record: Record, source: str) -> list[Turn]:
+    """Return the turns, with reasoning that is given beside an answer in the turn of that answer."""
+    reasoning = one_of(record, REASONING_KEYS, "", source)
+    if not isinstance(reasoning, str):
+        return turns
+    key = filled_key(record, REASONING_KEYS)
+    *before, answer = turns
+    if "[" in answer.field or answer.message.role != "assistant":
+        raise data_error(source, f"{key} is given beside a list of turns; put it in the turn that it belongs to")
+    message = replace(answer.message, reasoning=check_text(reasoning, key, source))
+    return [*before, answer._replace(message=message)]
+
+
+def _system(record: Record, source: str) -> tuple[str, str]:
+    """Return the key and the text of the system prompt, which may be "" or white space."""
+    key, text = filled_key(record, SYSTEM_KEYS), one_of(record, SYSTEM_KEYS, "", source)
+    return key, "" if text is None else check_text(text, key, source)
+
+
+def _tools(record: Record, turns: Iterable[Turn], source: str) -> tuple[Record, ...]:
+    """Return the schemas, which are given beside the turns or in the system turn."""
+    found = _schemas(one_of(record, TOOL_KEYS, "", source), "tools", source)
+    for turn in turns:
+        name = f"{turn.field.rpartition('.')[0]}.tools"
+        tools = _schemas(turn.tools, name, source)
+        if tools and found and tools != found:
+            raise data_error(source, f"tools and {name} contradict each other; keep one of them", "tools")
+        found = found or tools
+    return found
+
+
+def _schemas(tools: Any, name: str, source: str) -> tuple[Record, ...]:
     """Return the schemas as {"type": "function", "function": {...}}; the schemas themselves are not changed."""
-    tools = parse_json(record.get("tools"))
-    if tools in (None, "", [], {}):
+    tools = parse_json(tools, name, source)
+    if is_empty(tools):
         return ()
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        problem = f"tools is {json_type(tools)}; expected a list of function schemas, or that list as JSON"
+    if not isinstance(tools, list):
+        problem = f"{name} is {json_type(tools)}; expected a list of function schemas, or that list as JSON"
         raise data_error(source, problem, "tools")
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            problem = f"{name}[{index}] is {json_type(tool)}; expected a function schema: an object with a name"
+            raise data_error(source, problem, "tools")
     return tuple(
         {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in tools
     )
 
 
+def _template_variables(record: Record, source: str) -> Record:
+    """Return the variables that a record gives to the chat template."""
+    variables = parse_json(record.get(TEMPLATE_KEY), TEMPLATE_KEY, source)
+    if is_empty(variables):
+        return {}
+    if not isinstance(variables, dict):
+        raise data_error(
+            source, f"{TEMPLATE_KEY} is {json_type(variables)}; expected an object: {{name: value}}", "type"
+        )
+    if taken := next((name for name in NOT_VARIABLES if variables.get(name)), None):
+        hint = "write tools beside the turns" if taken == "tools" else "remove it"
+        raise data_error(source, f"{TEMPLATE_KEY}.{taken} is not a variable that a record can set; {hint}")
+    return {name: value for name, value in variables.items() if name not in NOT_VARIABLES and not is_null(value)}
+
+
 def _optional_text(record: Record, field: str, source: str) -> str:
     value = record.get(field)
-    return "" if value is None else check_text(value, field, source)
+    return "" if is_empty(value) else check_text(value, field, source)
 
 
 # The first format that fits is used: a list of turns contains more than a prompt beside it.
 FORMATS = {
-    "preference": Format(("chosen",), _preference),
+    "preference": Format(("chosen",), _preference, ignored=("rejected",)),
     "messages": Format(("messages",), partial(turn_list, "messages")),
     "conversations": Format(("conversations",), partial(turn_list, "conversations")),
     "prompt_response": Format(("prompt", "response"), partial(_pair, "prompt", "response")),

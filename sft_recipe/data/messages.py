@@ -51,8 +51,9 @@ class Conversation:
     """A Conversation has been checked and can be trained on. `source` is where it was read (`a.json, record 12`).
 
     `tools` are the schemas of the functions that may be called, unchanged. `fields` has the name of the record's field
-    that held each turn's content, for error messages: `prompt`, `conversations[3].content`. Two conversations
-    are equal when their messages and tools are equal.
+    that held each turn's content, for error messages: `prompt`, `conversations[3].content`. `unread` are keys of the
+    record that are not read. `chat_template_kwargs` are variables for the chat template. Two conversations are equal
+    when their messages, tools and variables are equal.
 
     Raises DataError for an unknown role, content that is not text, an empty prompt or response, reasoning or tool
     calls outside an assistant turn, reasoning given twice, a system turn that is not first, and no assistant turn.
@@ -61,18 +62,20 @@ class Conversation:
     messages: tuple[Message, ...]
     source: str = field(default="", compare=False)
     tools: tuple[dict[str, Any], ...] = ()
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     fields: InitVar[Sequence[str]] = ()
 
     def __post_init__(self, fields: Sequence[str]) -> None:
         fields = fields or [f"messages[{index}].content" for index in range(len(self.messages))]
         roles = [message.role for message in self.messages]
         for index, (message, name) in enumerate(zip(self.messages, fields, strict=True)):
-            turn = name.removesuffix("content").removesuffix("value")
+            turn = name[: name.rfind(".") + 1]
             _check_role(roles, index, turn + "role", self.source)
             _check_content(message, name, self.source)
-            _check_extras(message, turn, self.source)
-        if self.tools:
-            _check_json(self.tools, "tools", self.source)
+            _check_extras(message, name, turn, self.source)
+        _check_json(self.tools, "tools", self.source)
+        _check_json(self.chat_template_kwargs, "chat_template_kwargs", self.source)
         if "assistant" not in roles:
             name = fields[-1].partition("[")[0] if fields else "messages"
             problem = f"{name} has no assistant turn, so there is nothing to train on; add one"
@@ -86,7 +89,8 @@ class Conversation:
         """Return the conversation as a record of the format `messages`."""
         flags = [{} if message.train else {"train": False} for message in self.messages]
         turns = [turn | flag for turn, flag in zip(self.as_dicts(), flags, strict=True)]
-        return {"messages": turns, "tools": list(self.tools)} if self.tools else {"messages": turns}
+        others = {"tools": list(self.tools), "chat_template_kwargs": self.chat_template_kwargs}
+        return {"messages": turns, **{key: value for key, value in others.items() if value}}
 
 
 def data_error(source: str, problem: str, kind: str = "fields") -> DataError:
@@ -114,7 +118,8 @@ def check_text(value: object, name: str, source: str) -> str:
 
 
 def _check_json(value: object, name: str, source: str) -> None:
-    check_text(json.dumps(value, ensure_ascii=False), name, source)
+    if value:
+        check_text(json.dumps(value, ensure_ascii=False), name, source)
 
 
 def _check_role(roles: Sequence[str], index: int, name: str, source: str) -> None:
@@ -130,16 +135,16 @@ def _check_role(roles: Sequence[str], index: int, name: str, source: str) -> Non
 
 def _check_content(message: Message, name: str, source: str) -> None:
     content = check_text(message.content, name, source)
-    may_be_empty = message.role in ("system", "tool") or message.tool_calls
+    may_be_empty = message.role in ("system", "tool") or message.tool_calls or message.reasoning
     if not may_be_empty and not content.strip():
         what = "response" if message.role == "assistant" else "prompt"
         raise data_error(source, f"{name} is an empty {what}; fill it in or remove the record", "empty")
 
 
-def _check_extras(message: Message, turn: str, source: str) -> None:
-    for name, value in (("name", message.name), ("tool_call_id", message.tool_call_id)):
+def _check_extras(message: Message, name: str, turn: str, source: str) -> None:
+    for key, value in (("name", message.name), ("tool_call_id", message.tool_call_id)):
         if value:
-            check_text(value, turn + name, source)
+            check_text(value, turn + key, source)
     if not message.reasoning and not message.tool_calls:
         return
     if message.role != "assistant":
@@ -148,7 +153,7 @@ def _check_extras(message: Message, turn: str, source: str) -> None:
         raise data_error(source, problem, "roles")
     check_text(message.reasoning, f"{turn}reasoning_content", source)
     if message.reasoning and THOUGHT.match(message.content):
-        problem = f"{turn}content begins with a <think> although there is {turn}reasoning_content; keep one"
+        problem = f"{name} begins with a <think> although there is {turn}reasoning_content; keep one"
         raise data_error(source, problem)
     if message.tool_calls:
         _check_json(message.tool_calls, f"{turn}tool_calls", source)

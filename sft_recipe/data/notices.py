@@ -42,4 +42,5 @@ def data_notices(report: StoreReport, part: str, data: DataConfig, rejected: Pat
             f"{report.dropped_reasoning:,} of {records}, so the model is not trained on it; "
             "set model.chat_template to a template that keeps it."
         )
+    notices += [f"{part}: {sentence}." for sentence in report.remarks.sentences()]
     return notices

@@ -20,12 +20,14 @@ from sft_recipe.data.columns import Columns
 from sft_recipe.data.messages import Conversation
 from sft_recipe.data.pipeline import read_data
 from sft_recipe.data.readers import BadRecord
+from sft_recipe.data.remarks import Remarks
 from sft_recipe.errors import DataError
 from sft_recipe.files import atomic_write
 from sft_recipe.progress import progress_bar
 
 ROW_GROUP = 10_000  # rows
 REJECTED = "rejected.jsonl"
+JSON_KEYS = ("tools", "chat_template_kwargs")  # as JSON text: Arrow would give all records the same keys
 TURN_KEYS = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id", "train")
 
 
@@ -46,7 +48,7 @@ class ScanResult:
 
     `is_used` has an entry for each record. `digests` (uint64) are those of the used records, in order. `dropped` counts
     the other records by reason. `keys` are the keys that occur in any record or turn. `is_single_turn`: all used
-    records consist of one prompt and one response.
+    records consist of one prompt and one response. `remarks` are about all records that could be used.
     """
 
     is_used: list[bool] = field(default_factory=list)
@@ -55,15 +57,16 @@ class ScanResult:
     rejected: list[BadRecord] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
     is_single_turn: bool = True
+    remarks: Remarks = field(default_factory=Remarks)
 
     @property
     def schema(self) -> pa.Schema:
-        """Return the columns that the records need: prompt and response, or messages and tools."""
+        """Return the columns that the records need: prompt and response, or messages, tools and variables."""
         if self.is_single_turn:
             return pa.schema([("prompt", pa.string()), ("response", pa.string())])
         keys = [(key, pa.bool_() if key == "train" else pa.string()) for key in TURN_KEYS if key in self.keys]
-        tools = [("tools", pa.string())] if "tools" in self.keys else []
-        return pa.schema([("messages", pa.list_(pa.struct(keys))), *tools])
+        others = [(key, pa.string()) for key in JSON_KEYS if key in self.keys]
+        return pa.schema([("messages", pa.list_(pa.struct(keys))), *others])
 
 
 def write_parquet(
@@ -99,6 +102,7 @@ def _scan(files: Sequence[Path], options: ParquetOptions, columns: Columns) -> S
             scan.rejected.append(item)
             scan.is_used.append(False)
             continue
+        scan.remarks.add(item)
         record = item.as_record()
         text = json.dumps(record, sort_keys=True)
         digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -129,7 +133,7 @@ def _read(
 def _is_single_turn(record: dict[str, Any]) -> bool:
     """Whether the columns prompt and response can represent the record."""
     turns = record["messages"]
-    is_plain = all(turn.keys() == {"role", "content"} for turn in turns) and "tools" not in record
+    is_plain = all(turn.keys() == {"role", "content"} for turn in turns) and record.keys() == {"messages"}
     return is_plain and [turn["role"] for turn in turns] == ["user", "assistant"]
 
 
@@ -200,9 +204,7 @@ def _row(conversation: Conversation, is_single_turn: bool) -> dict[str, Any]:
     turns = record["messages"]
     if is_single_turn:
         return {"prompt": turns[0]["content"], "response": turns[1]["content"]}
-    # As JSON text: Arrow would give the calls and schemas of all records the same keys.
     for turn in turns:
         if "tool_calls" in turn:
             turn["tool_calls"] = json.dumps(turn["tool_calls"], ensure_ascii=False)
-    tools = json.dumps(record["tools"], ensure_ascii=False) if "tools" in record else None
-    return {"messages": turns, "tools": tools}
+    return record | {key: json.dumps(record[key], ensure_ascii=False) for key in JSON_KEYS if key in record}

@@ -97,7 +97,7 @@ def read_data(path: Path, format: str = "auto", columns: Columns | None = None) 
             yield record
             continue
         try:
-            yield to_conversation(columns.rename(record), location, formats)
+            yield to_conversation(columns.rename(record, location), location, formats)
         except DataError as error:
             yield BadRecord(error, record)
 

@@ -6,21 +6,26 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
+from sft_recipe.data.json_text import JsonProblem, decode, loads, skip
 from sft_recipe.data.messages import data_error, json_type
 from sft_recipe.errors import DataError
 
 BLOCK = 1 << 20  # bytes of a .json array read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-PARSER = json.JSONDecoder()
-TOO_DEEP = "Arrays or objects nested too deeply"
+UNREADABLE = (".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br", ".rar", ".z")  # other compressed files
+# How the content of compressed files begins.
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of CSV, in the order of the attempts
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,25 @@ def check_file(path: Path) -> None:
     if suffix_of(path) == ".txt":
         problem = "plain text has no fields for prompt and response"
         raise data_error(str(path), f"{problem}; write records with prompt and response as .jsonl")
-    if suffix_of(path) not in READERS or (suffix_of(path) == ".parquet" and path.suffix.lower() in COMPRESSED):
+    _check_compression(path)
+    if suffix_of(path) not in READERS:
         raise data_error(str(path), f"unknown file type; expected one of {FILE_TYPES}")
     if not os.access(path, os.R_OK):
         raise data_error(str(path), "no permission to read this file; change its mode or its owner")
     if path.stat().st_size == 0:
         raise data_error(str(path), "the file is empty; give one with at least one record", "empty")
+    if path.suffix.lower() not in COMPRESSED:
+        with path.open("rb") as file:
+            start = file.read(8)
+        if codec := next((name for magic, name in MAGIC.items() if start.startswith(magic)), None):
+            raise data_error(str(path), f"the content is compressed ({codec}), but not the name; {ADVICE}")
+
+
+def _check_compression(path: Path) -> None:
+    if path.suffix.lower() in UNREADABLE:
+        raise data_error(str(path), f"{path.suffix} files are not read; {ADVICE}")
+    if suffix_of(path) == ".parquet" and path.suffix.lower() in COMPRESSED:
+        raise data_error(str(path), "Parquet is compressed inside and not read in another compression; decompress it")
 
 
 def _similar_files(path: Path) -> str:
@@ -105,9 +123,14 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | BadRecord]]:
-    """Yield numbered lines with their ends; split at \\n only, since text may contain other line separators."""
+    """Yield numbered lines with their ends; split at \\n only, since text may contain other line separators.
+
+    A file without \\n is split at \\r, as older programs on the Macintosh end lines.
+    """
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        first = file.readline()
+        lines = chain([first], file) if first.endswith(b"\n") else first.splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -139,19 +162,25 @@ def _read_json(path: Path) -> Records:
     if first == "{" and _is_jsonl(path):
         yield from _read_jsonl(path)
     elif first and first != "[":
-        actual = json_type(array.value())
+        actual = json_type(array.value()[0])
         raise data_error(str(path), f"the file contains {actual}; expected an array of records: [...]", "malformed")
     elif first:
-        yield from ((f"record {number}", record) for number, record in enumerate(array.items(), 1))
+        for number, (record, problem) in enumerate(array.items(), 1):
+            position = f"record {number}"
+            error = data_error(f"{path}, {position}", problem, "malformed") if problem else None
+            yield position, BadRecord(error, record) if error else record
 
 
 def _is_jsonl(path: Path) -> bool:
     """Return whether the first line is a complete object and more lines follow."""
     lines = (line for line in _text_lines(path) if line.strip())
     first, second = next(lines, ""), next(lines, "")
-    with suppress(ValueError):
+    try:
         return bool(second) and isinstance(_loads(first.strip()), dict)
-    return False
+    except JsonProblem:
+        return bool(second)
+    except json.JSONDecodeError:
+        return False
 
 
 class _JsonArray:
@@ -163,8 +192,8 @@ class _JsonArray:
         self.text, self.at = "", 0  # the text that has been read, and the position up to which it is parsed
         self.line, self.column = 1, 0  # the line in which `text` begins, and the characters before it in that line
 
-    def items(self) -> Iterator[Any]:
-        """Yield the items of the array; a comma after the last item is accepted."""
+    def items(self) -> Iterator[tuple[Any, str]]:
+        """Yield what `value` returns for each item of the array; a comma after the last item is accepted."""
         self.at += 1
         separator = ","
         while self.peek() != "]":
@@ -186,15 +215,17 @@ class _JsonArray:
             if not self.read_more():
                 return ""
 
-    def value(self) -> Any:
-        """Parse and return the next value. Raises DataError for malformed JSON."""
+    def value(self) -> tuple[Any, str]:
+        """Return the next value and "", or its text and its JsonProblem. Raises DataError for malformed JSON."""
         self.peek()
+        parse: Callable[[str, int], tuple[Any, int]] = decode
+        problem = ""
         while True:
             try:
-                value, self.at = PARSER.raw_decode(self.text, self.at)
-                return value
-            except RecursionError as error:
-                raise self.malformed(TOO_DEEP, self.at) from error
+                value, self.at = parse(self.text, self.at)
+                return value, problem
+            except JsonProblem as error:
+                parse, problem = skip, str(error)
             except json.JSONDecodeError as error:
                 # The value is incomplete or malformed. The parser reports the position of a wrong character, and the
                 # beginning of a string without an end.
@@ -252,6 +283,8 @@ def _read_jsonl(path: Path) -> Records:
             continue
         try:
             yield position, _loads(text)
+        except JsonProblem as error:
+            yield position, BadRecord(data_error(f"{path}, {position}", str(error), "malformed"), text)
         except json.JSONDecodeError as error:
             indent = len(line) - len(line.lstrip())
             yield position, BadRecord(_malformed(error, path, number, indent), text)
@@ -260,20 +293,21 @@ def _read_jsonl(path: Path) -> Records:
 def _loads(text: str) -> Any:
     """Parse a line; a comma after the value is accepted, as in lines cut from an array."""
     try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise json.JSONDecodeError(TOO_DEEP, text, 0) from error
+        return loads(text)
     except json.JSONDecodeError:
         if text.endswith(","):
             with suppress(json.JSONDecodeError):
-                return json.loads(text[:-1])
+                return loads(text[:-1])
         raise
 
 
 def _read_csv(path: Path) -> Records:
     csv.field_size_limit(2**31 - 1)
     # strict: an open quote would otherwise swallow the rest of the file as one field.
-    rows = csv.reader(_text_lines(path), strict=True)
+    lines = _text_lines(path)
+    start = list(islice(lines, 1))
+    delimiter = _delimiter("".join(start))
+    rows = csv.reader(chain(start, lines), strict=True, delimiter=delimiter)
     header: list[str] = []
     while True:
         position = f"line {rows.line_num + 1}"
@@ -286,11 +320,25 @@ def _read_csv(path: Path) -> Records:
             return
         if not header:
             header = row
+            _check_columns(header, f"{path}, {position}")
         elif row and len(row) != len(header):
-            problem = f"{len(row)} cells where the header has {len(header)}; quote cells that contain commas"
+            separators = DELIMITERS[delimiter]
+            problem = f"{len(row)} cells where the header has {len(header)}; quote cells that contain {separators}"
             yield position, BadRecord(data_error(f"{path}, {position}", problem, "malformed"), row)
         elif row:
             yield position, dict(zip(header, row, strict=True))
+
+
+def _delimiter(header: str) -> str:
+    """Return what separates the cells: a comma, unless the header has cells only with another one."""
+    cells = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in DELIMITERS}
+    return next((delimiter for delimiter, count in cells.items() if count > 1), ",")
+
+
+def _check_columns(names: list[str], source: str) -> None:
+    """Raises DataError for two columns with one name, since a record can have only one of them."""
+    if twice := next((name for name, count in Counter(names).items() if name.strip() and count > 1), None):
+        raise data_error(source, f"two columns are named {twice[:40]!r}; rename or remove one of them", "malformed")
 
 
 def _read_parquet(path: Path) -> Records:
@@ -300,6 +348,7 @@ def _read_parquet(path: Path) -> Records:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
@@ -322,4 +371,5 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }
+ADVICE = f"decompress it, or name and compress it as one of {', '.join(COMPRESSED)}"
 FILE_TYPES = ", ".join(READERS) + f" (the first two and .csv also with {' or '.join(COMPRESSED)})"

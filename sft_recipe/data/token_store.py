@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from sft_recipe.data.readers import suffix_of
+from sft_recipe.data.remarks import Remarks
 from sft_recipe.data.rendering.renderer import RenderOptions
 from sft_recipe.files import update_digest
 
@@ -19,7 +20,7 @@ REPORT = "store.json"
 IDS, MASK = "input_ids.bin", "loss_mask.bin"
 ARRAYS = ("offsets", "supervised", "digests")
 REJECTED = "rejected.jsonl"
-DAMAGE = (OSError, ValueError, TypeError, EOFError)  # raised on opening an incomplete or damaged store
+DAMAGE = (OSError, ValueError, TypeError, LookupError, EOFError)  # raised on opening an incomplete or damaged store
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class StoreReport:
     rejected: dict[str, int] = field(default_factory=dict)
     examples_of_files: list[int] = field(default_factory=list)
     digest: str = ""
+    remarks: Remarks = field(default_factory=Remarks)
 
     def add(self, other: "StoreReport") -> None:
         """Add the counts of another part of the records."""
@@ -62,6 +64,7 @@ class StoreReport:
         self.longest = max(self.longest, other.longest)
         for kind, count in other.rejected.items():
             self.rejected[kind] = self.rejected.get(kind, 0) + count
+        self.remarks.merge(other.remarks)
 
     @property
     def rejected_kinds(self) -> str:
@@ -88,7 +91,8 @@ class TokenStore:
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
         """Map a complete store into memory. Raises one of DAMAGE where the folder does not have one."""
-        report = StoreReport(**json.loads((folder / REPORT).read_text()))
+        values = json.loads((folder / REPORT).read_text())
+        report = StoreReport(**values | {"remarks": Remarks.from_dict(values["remarks"])})
         offsets, supervised, digests = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
         ids = np.memmap(folder / IDS, dtype=np.int32, mode="r")
         mask = np.memmap(folder / MASK, dtype=np.uint8, mode="r")

@@ -85,9 +85,11 @@ def _encode(chunk: Chunk, renderer: Renderer, options: StoreOptions) -> EncodedC
         if isinstance(outcome, DataError):
             rejected.append(item if isinstance(item, BadRecord) else BadRecord(outcome, item.as_record()))
             report.rejected[outcome.kind] = report.rejected.get(outcome.kind, 0) + 1
-        elif example := _admit(item.source, outcome, options, report):  # type: ignore[union-attr]  # a conversation
-            ids.append(np.asarray(example.input_ids, dtype=np.int32))
-            mask.append(np.frombuffer(bytes(example.loss_mask), dtype=np.uint8))
+        elif isinstance(item, Conversation):
+            report.remarks.add(item)
+            if example := _admit(item.source, outcome, options, report):
+                ids.append(np.asarray(example.input_ids, dtype=np.int32))
+                mask.append(np.frombuffer(bytes(example.loss_mask), dtype=np.uint8))
     lengths = np.asarray([len(values) for values in ids], dtype=np.int64)
     supervised = np.asarray([values.sum() for values in mask], dtype=np.int64)
     digests = np.asarray([digest_of(*example) for example in zip(ids, mask, strict=True)], dtype=np.uint64)

@@ -54,6 +54,17 @@ def test_split_is_seeded_and_small_is_a_subset_of_train(tmp_path):
     assert all(conversation in train for conversation in small)
 
 
+def test_template_variables_are_written_and_lost_keys_are_named(tmp_path, capsys):
+    records = [
+        record | {"chat_template_kwargs": {"style": n % 2 or None}, "id": n} for n, record in enumerate(pairs(4))
+    ]
+    source = write(tmp_path / "a.json", records)
+    assert prepare_data.main(["--in", source, "--out", str(tmp_path / "out"), "--val_ratio", "0"]) == 0
+    found = [c.chat_template_kwargs for c in conversations(tmp_path / "out", "train")]
+    assert found == [{}, {"style": 1}, {}, {"style": 1}]
+    assert "keys that are not read: id (4 records)" in capsys.readouterr().out
+
+
 def test_every_part_of_a_conversation_is_preserved(tmp_path):
     """Files of several formats; a key that a record lacks is no null; nothing in calls and schemas changes."""
     records = [

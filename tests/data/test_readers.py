@@ -1,5 +1,7 @@
 """Readers handle every file type, compressed or not, and report damage with its position."""
 
+import bz2
+import csv
 import gzip
 import json
 
@@ -177,6 +179,63 @@ def test_compressed_files(tmp_path, suffix, codec):
     path.write_bytes(complete)
     with pytest.raises(DataError, match="cannot be read"):
         list(read_conversations(path))
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_csv_with_any_delimiter(tmp_path, delimiter):
+    path = tmp_path / "a.csv"
+    record = {"prompt": "a, b; c\td|e\nf", "response": "g,h"}
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, delimiter=delimiter)
+        rows.writerows([record.keys(), record.values(), ["x", "y", "z"]])
+    (_, found), (_, bad) = readers.read_records(path)
+    assert found == record
+    name = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}[delimiter]
+    assert f"line 4: 3 cells where the header has 2; quote cells that contain {name}" in str(bad.error)
+
+
+def test_header_of_one_cell_or_with_commas_is_as_it_was(tmp_path):
+    assert list(readers.read_records(raw(tmp_path / "a.csv", "prompt\na;b\n")))[0][1] == {"prompt": "a;b"}
+    record = {"prompt;x": "a", "response": "b;c"}
+    assert list(readers.read_records(raw(tmp_path / "b.csv", "prompt;x,response\na,b;c\n")))[0][1] == record
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"prompt": "a", "response": "b"}\r\r{"prompt": "c", "response": "d"}\r'),
+        ("a.json", '{"prompt": "a", "response": "b"}\r{"prompt": "c", "response": "d"}'),
+        ("a.json", '[\r{"prompt": "a", "response": "b"},\r{"prompt": "c", "response": "d"}\r]'),
+        ("a.csv", "prompt,response\ra,b\rc,d\r"),
+        ("a.csv", 'prompt,response\ra,"b"\r"c","d"'),
+    ],
+)
+def test_lines_that_end_with_a_carriage_return_alone(tmp_path, name, text):
+    assert [[content for _, content in turns] for turns in turns_of(raw(tmp_path / name, text))] == [
+        ["a", "b"],
+        ["c", "d"],
+    ]
+
+
+def test_carriage_return_inside_a_cell_is_text(tmp_path):
+    path = raw(tmp_path / "a.csv", 'prompt,response\n"a\rb","c\r\nd"')
+    assert [record for _, record in readers.read_records(path)] == [{"prompt": "a\rb", "response": "c\r\nd"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.parquet.gz", b"x", "Parquet is compressed inside and not read in another compression; decompress it"),
+        ("a.jsonl.bz2", b"x", ".bz2 files are not read; decompress it, or name and compress it as one of .gz, .zst"),
+        ("a.ZIP", b"x", ".ZIP files are not read; decompress it"),
+        ("a.jsonl", gzip.compress(b"{}"), "the content is compressed (gzip), but not the name; decompress it"),
+        ("a.csv", pa.compress(b"a,b", "zstd", asbytes=True), "the content is compressed (zstd), but not the name"),
+        ("a.csv", bz2.compress(b"a,b"), "the content is compressed (bzip2), but not the name"),
+    ],
+)
+def test_other_compression_is_named(tmp_path, name, data, expected):
+    path = raw(tmp_path / name, data)
+    assert error_of(path).startswith(f"{path}: {expected}")
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])

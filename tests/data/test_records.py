@@ -1,6 +1,8 @@
 """Records of every format become the expected messages; tools and calls stay unchanged."""
 
 import json
+import re
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +35,9 @@ OPENAI = [
     {"role": "tool", "content": RESULT.content, "tool_call_id": "c1"},
     {"role": "assistant", "content": A.content, "reasoning_content": "Easy."},
 ]
+SYSTEM = {"role": "system", "content": "Be brief."}
+PAIR = [OPENAI[0], {"role": "assistant", "content": "4"}]
+PAIR2 = [{"role": "user", "content": Q2.content}, {"role": "assistant", "content": "6"}]
 PARTS = [
     {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "value": "2 + 2?"}]},
     {"role": "assistant", "content": [{"type": "tool_call", "value": CALL["function"]}]},
@@ -40,6 +45,13 @@ PARTS = [
     {"role": "assistant", "content": [{"type": "reasoning", "text": "Easy."}, {"type": "text", "text": "4"}]},
 ]
 THOUGHT = Message("assistant", "4", reasoning="Easy.")
+TEXT = {"type": "text", "text": "4"}
+BY_PARTS = {"role": "assistant", "content": [TEXT]}
+PARTS_RESULT = {**OPENAI[2], "content": [TEXT], "name": "add"}
+HASTY_CALL = {"role": "tool_call", "content": CALL["function"], "reasoning": "Easy."}
+LLAMA_CALL = {"name": "add", "parameters": ARGUMENTS}
+ADDING = Message("assistant", "4", reasoning="Easy.", tool_calls=(CALL,))
+HASTY = Message("assistant", "", reasoning="Easy.", tool_calls=(CALL,))
 CALLED = (
     Q,
     Message("assistant", "", tool_calls=({"id": "c1", **CALL},)),
@@ -70,10 +82,42 @@ CALLED = (
         ({"chosen": [OPENAI[0], {"role": "assistant", "content": "4"}], "rejected": "5"}, (Q, A)),
         ({"conversations": SHAREGPT[:1], "chosen": SHAREGPT[3], "rejected": SHAREGPT[3]}, (Q, A)),
         ({"instruction": Q.content, "input": "", "chosen": "4", "rejected": "5"}, (Q, A)),
+        ({"prompt": Q.content, "messages": PAIR, "chosen": PAIR, "rejected": PAIR}, (Q, A)),
+        ({"messages": PAIR, "chosen": "4", "rejected": "5"}, (Q, A)),
+        ({"messages": [*PAIR, *PAIR2], "chosen": PAIR, "rejected": []}, (Q, A, Q2, A2)),
+        ({"messages": [*PAIR, PAIR[0]], "chosen": PAIR, "rejected": []}, (Q, A, Q, A)),
+        ({"messages": [SYSTEM, PAIR[0]], "chosen": PAIR, "rejected": []}, (Message("system", "Be brief."), Q, A)),
+        ({"instruction": Q.content, "chosen": PAIR, "rejected": []}, (Q, A)),
+        ({"instruction": Q2.content, "history": [[Q.content, "4"]], "output": [*PAIR, *PAIR2]}, (Q, A, Q2, A2)),
+        ({"query": Q2.content, "history": [[Q.content, "4"]], "response": PAIR2}, (Q, A, Q2, A2)),
+        ({"query": Q.content, "history": [[Q.content, "4"]], "response": "4"}, (Q, A, Q, A)),
+        ({"prompt": PAIR[:1], "completion": PAIR}, (Q, A)),
+        ({"prompt": [*PAIR, PAIR2[0]], "completion": [*PAIR, *PAIR2]}, (Q, A, Q2, A2)),
+        ({"messages": [SYSTEM, *PAIR], "system": "Be brief."}, (Message("system", "Be brief."), Q, A)),
         (
             {"messages": [OPENAI[0], {"role": "assistant", "content": "", "function_call": CALL["function"]}]},
             (Q, CALLING),
         ),
+        ({"messages": [OPENAI[0], {**BY_PARTS, "tool_calls": [CALL], "thinking": "Easy."}]}, (Q, ADDING)),
+        (
+            {"messages": [OPENAI[0], {"role": "tool_call", "content": CALL["function"], "reasoning": "Easy."}]},
+            (Q, HASTY),
+        ),
+        (
+            {
+                "messages": [
+                    OPENAI[0],
+                    {**OPENAI[1], "content": []},
+                    {**OPENAI[2], "content": [TEXT], "name": "add"},
+                    PAIR[1],
+                ]
+            },
+            (Q, CALLED[1], Message("tool", "4", name="add", tool_call_id="c1"), A),
+        ),
+        ({"messages": [OPENAI[0], {"role": "assistant", "tool_calls": [LLAMA_CALL]}]}, (Q, CALLING)),
+        ({"prompt": Q.content, "response": "4", "reasoning_content": "Easy."}, (Q, THOUGHT)),
+        ({"instruction": Q.content, "output": "4", "thinking": "Easy.", "reasoning": ""}, (Q, THOUGHT)),
+        ({"prompt": Q.content, "response": "4", "system_prompt": "Be brief."}, (Message("system", "Be brief."), Q, A)),
         (
             {"messages": [{"role": "developer", "content": "Be brief."}, OPENAI[0], {"role": "model", "content": "4"}]},
             (Message("system", "Be brief."), Q, A),
@@ -94,6 +138,105 @@ CALLED = (
 )
 def test_records_become_messages(record, messages):
     assert to_conversation(record, "").messages == messages
+
+
+def sharegpt(*turns):
+    return {"conversations": [{"from": role, "value": value} for role, value in turns]}
+
+
+CALL_TEXT, OTHER = json.dumps(CALL["function"]), {"type": "function", "function": {"name": "sub", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("turns", "messages"),
+    [
+        (
+            [("gpt", "Let me add."), ("function_call", CALL_TEXT)],
+            [Message("assistant", "Let me add.", tool_calls=(CALL,))],
+        ),
+        ([("gpt", ""), ("function_call", CALL_TEXT)], [CALLING]),
+        (
+            [("function_call", CALL_TEXT), ("function_call", '{"name": "sub"}')],
+            [replace(CALLING, tool_calls=(CALL, OTHER))],
+        ),
+        (
+            [("function_call", CALL_TEXT), ("observation", RESULT.content), ("function_call", CALL_TEXT)],
+            [CALLING, RESULT, CALLING],
+        ),
+        ([("function_call", CALL_TEXT), ("gpt", "4")], [CALLING, A]),
+    ],
+)
+def test_call_after_the_assistants_text_is_in_the_same_turn(turns, messages):
+    assert to_conversation(sharegpt(("human", Q.content), *turns), "").messages == (Q, *messages)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (
+            "train",
+            False,
+            "conversations[1] continues the assistant's turn before it, but only one of them is trained on",
+        ),
+        ("reasoning", "hm", "conversations[1] has reasoning after the text of the same turn"),
+    ],
+)
+def test_call_that_cannot_continue_the_turn_is_an_error(key, value, expected):
+    record = sharegpt(("gpt", "Let me add."), ("function_call", CALL_TEXT))
+    record["conversations"][1][key] = value
+    with pytest.raises(DataError, match=re.escape(expected)):
+        to_conversation(record, "")
+
+
+@pytest.mark.parametrize("key", ["train", "weight", "loss", "trainable", "loss_mask", "mask"])
+@pytest.mark.parametrize(("value", "is_trained"), [(True, True), (1, True), (1.0, True), (False, False), (0, False)])
+def test_loss_switches_mean_the_same(key, value, is_trained):
+    record = {"messages": [OPENAI[0], {"role": "assistant", "content": "4", key: value}]}
+    assert to_conversation(record, "").messages == (Q, Message("assistant", "4", train=is_trained))
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])
+@pytest.mark.parametrize("tools", [[SCHEMA], json.dumps([BARE_SCHEMA])])
+def test_tools_in_the_system_turn_are_tools_of_the_conversation(key, tools):
+    record = {"messages": [{**SYSTEM, key: tools}, *PAIR]}
+    assert json.dumps(to_conversation(record, "").tools) == json.dumps([SCHEMA])
+    assert to_conversation({**record, "tools": [SCHEMA]}, "") == to_conversation(record, "")
+    assert to_conversation({"messages": [SYSTEM, *PAIR], key: tools}, "") == to_conversation(record, "")
+    without_content = to_conversation({"messages": [{"role": "system", key: tools}, *PAIR]}, "")
+    assert without_content.messages == (Message("system", ""), Q, A) and without_content.tools == (SCHEMA,)
+
+
+EMPTY = [None, float("nan"), [], {}, ""]
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("field", ["messages", "chosen", "history", "system", "tools", "images", "reasoning", "input"])
+def test_empty_fields_of_a_record_are_as_good_as_missing(field, empty):
+    alpaca = {"instruction": Q.content, "output": "4"}
+    assert to_conversation({**alpaca, field: empty}, "").messages == (Q, A)
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("keys", [["tool_calls", "name", "tool_call_id", "thinking", "tools"], ["from", "value"]])
+def test_empty_keys_of_a_turn_are_as_good_as_missing(keys, empty):
+    turns = [{**dict.fromkeys(keys, empty), **turn} for turn in [SYSTEM, *PAIR]]
+    assert to_conversation({"messages": turns}, "").messages == (Message("system", "Be brief."), Q, A)
+
+
+@pytest.mark.parametrize("null", [None, float("nan")])
+def test_null_pair_beside_a_filled_one(null):
+    turns = [{"role": null, "content": null, **turn} for turn in (SHAREGPT[0], SHAREGPT[3])]
+    assert to_conversation({"conversations": turns}, "").messages == (Q, A)
+
+
+@pytest.mark.parametrize("null", [None, float("nan")])
+def test_null_switches_content_and_arguments(null):
+    call = {"name": "add", "arguments": null, "id": null}
+    turn = {"role": "assistant", "content": null, "tool_calls": [call], "train": null, "weight": null}
+    (message,) = to_conversation({"messages": [turn]}, "").messages
+    assert message == Message(
+        "assistant", "", tool_calls=({"type": "function", "function": {"name": "add", "arguments": {}}},)
+    )
 
 
 @pytest.mark.parametrize("arguments", [ARGUMENTS, json.dumps(ARGUMENTS), "", None, "{}"])

@@ -13,6 +13,7 @@ import numpy as np
 
 from sft_recipe.data.batching import batch_indices, plan_micro_batches, sample_mixture, steps_per_epoch
 from sft_recipe.data.messages import Conversation
+from sft_recipe.data.remarks import Remarks
 from sft_recipe.data.rendering.renderer import Encoded, Renderer
 from sft_recipe.data.sources import SourceCounts
 from sft_recipe.data.tokenize import digest_of
@@ -118,6 +119,7 @@ class DatasetStats:
         self._sources: list[tuple[str, int, Callable[[int], int]]] = []
         self.patterns: Counter[tuple[str, ...]] = Counter()
         self.special_text = self.dropped_reasoning = 0
+        self.remarks = Remarks()
         self.error_kinds: Counter[str] = Counter()
         self.reasons: list[str] = []
 
@@ -160,6 +162,7 @@ class DatasetStats:
         self._record_sources.append(conversation.source)
         self.special_text += encoded.has_special_text
         self.dropped_reasoning += encoded.drops_reasoning
+        self.remarks.add(conversation)
         self.patterns[tuple(message.role for message in conversation.messages)] += 1
         # A random key per record: the sample is uniform and seeded, and that of -n 10 contains that of -n 5.
         self._sample.offer(self._random.random(), example)

@@ -167,6 +167,7 @@ def _warnings(stats: DatasetStats) -> Iterator[str]:
     if stats.dropped_reasoning:
         records = plural(stats.dropped_reasoning, "record")
         yield f"{records} with reasoning in the last turn that the chat template drops; it is not trained on"
+    yield from map(printable, stats.remarks.sentences())
     if stats.rejected:
         effect = {"error": "training stops", "skip": "left out"}[stats.settings.on_bad_record]
         yield f"{plural(stats.rejected, 'record')} rejected ({rejected_kinds(stats)}): {effect}; first error:"

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any, cast
 
 import jinja2
@@ -72,6 +73,25 @@ class ChatTemplate:
                 "switch; leave data.enable_thinking out, or use a template that has it (model.chat_template)."
             )
         return {} if enable is None else dict.fromkeys(switches, enable)
+
+    def with_variables(self, variables: Mapping[str, Any]) -> "ChatTemplate":
+        """Return this template with other values for some of its variables.
+
+        Raises TemplateError for a variable that the template does not have, unless its value is as good as none.
+        """
+        known = {
+            name: value
+            for name, value in variables.items()
+            if re.search(rf"(?<![.\w'\"]){re.escape(name)}(?![\w'\"])", self.source)
+        }
+        if missing := next((name for name, value in variables.items() if value and name not in known), None):
+            raise TemplateError(
+                f"has no variable {missing} (chat_template_kwargs); remove it from the data, or use a template that "
+                "has it (model.chat_template)"
+            )
+        template = copy(self)
+        template.variables = {**self.variables, **known}
+        return template
 
     def render(self, messages: Messages, tools: Messages = (), *, prompt: bool = False) -> tuple[str, list[Span]]:
         """Render a conversation.

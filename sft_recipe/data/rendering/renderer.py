@@ -1,5 +1,6 @@
 """Encodes conversations as token ids and a loss mask."""
 
+import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from sft_recipe.errors import DataError, ModelError
 
 # Characters that tokenizers add or cannot decode: sentencepiece's space, the replacement character, the escape.
 NOT_IN_TEXT = dict.fromkeys([0x2581, 0xFFFD, ord(ESCAPE)])
+MAX_ANNOTATORS = 64
 
 T = TypeVar("T")
 
@@ -64,7 +66,7 @@ class Renderer:
         self.core = tokenizer.backend_tokenizer
         self.tokenize = TextTokenizer(self.core)
         self.escaper = SpecialTokenEscaper(self.core, self.template.special_pattern, self.template.special_tokens)
-        self.annotator = Annotator(self.template, options, self.core, self.escaper)
+        self.annotators: dict[str, Annotator] = {}  # by the variables that a record gives to the template
         self.special_ids = {self.core.token_to_id(token) for token in self.template.special_tokens}
 
     def encode(self, conversation: Conversation) -> Encoded:
@@ -83,14 +85,27 @@ class Renderer:
 
         conversation -> text with the spans to train on -> tokens -> ids and mask
         """
-        annotated = [
-            self._attempt(conversation, self.annotator.annotate, conversation) for conversation in conversations
-        ]
+        annotated = [self._attempt(conversation, self._annotate, conversation) for conversation in conversations]
         tokens = iter(self._tokenize([item for item in annotated if isinstance(item, AnnotatedText)]))
         return [
             self._attempt(conversation, self._mask, item, next(tokens)) if isinstance(item, AnnotatedText) else item
             for conversation, item in zip(conversations, annotated, strict=True)
         ]
+
+    def _annotate(self, conversation: Conversation) -> AnnotatedText:
+        variables = conversation.chat_template_kwargs
+        key = json.dumps(variables, ensure_ascii=False, sort_keys=True)
+        if key not in self.annotators:
+            if not self.options.parse_special_tokens and self.template.special_pattern.search(key):
+                raise TemplateError(
+                    "gets a variable that spells a special token (chat_template_kwargs), which cannot be kept as text; "
+                    "remove it from the data, or set data.parse_special_tokens=true"
+                )
+            template = self.template.with_variables(variables)
+            if len(self.annotators) >= MAX_ANNOTATORS:
+                self.annotators.clear()
+            self.annotators[key] = Annotator(template, self.options, self.core, self.escaper)
+        return self.annotators[key].annotate(conversation)
 
     def _attempt(self, conversation: Conversation, step: Callable[..., T], *args: Any) -> T | DataError:
         """The result of a step, or the DataError that names the conversation's source and the template."""

@@ -1,0 +1,88 @@
+"""Counts what users should know about records that are trained on: keys that are not read, unfinished reasoning."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft_recipe.data.messages import Conversation, Message
+
+SHOWN = 3  # records that are named
+MAX_KEYS = 100  # keys that are counted by name; the others together
+OTHER_KEYS = "other keys"
+OPEN_REASONING = "a <think> that is never closed; the model is trained to leave it open"
+ONLY_REASONING = "reasoning without an answer; the model is trained to end its turn after it"
+
+
+@dataclass
+class Finding:
+    """A Finding has the number of records with some property, and the sources of the first ones."""
+
+    count: int = 0
+    sources: list[str] = field(default_factory=list)
+
+    def add(self, count: int, sources: list[str]) -> None:
+        """Add records that come after all others."""
+        self.count += count
+        self.sources += sources[: SHOWN - len(self.sources)]
+
+
+@dataclass
+class Remarks:
+    """Remarks have the number of records by key that is not read, and the records whose reasoning is unfinished.
+
+    `open_reasoning`: an assistant turn begins with <think> but has no </think>. `only_reasoning`: an assistant turn
+    has reasoning, but neither text nor a call after it.
+    """
+
+    unread: dict[str, int] = field(default_factory=dict)
+    open_reasoning: Finding = field(default_factory=Finding)
+    only_reasoning: Finding = field(default_factory=Finding)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Remarks":
+        """Return the remarks that `asdict` turned into these values. Raises TypeError or LookupError for others."""
+        return cls(values["unread"], Finding(**values["open_reasoning"]), Finding(**values["only_reasoning"]))
+
+    def add(self, conversation: Conversation) -> None:
+        """Count a record."""
+        for key in conversation.unread:
+            self._add_unread(key, 1)
+        trained = [message for message in conversation.messages if message.role == "assistant" and message.train]
+        if any(map(_is_open, trained)):
+            self.open_reasoning.add(1, [conversation.source])
+        if any(map(_is_only_reasoning, trained)):
+            self.only_reasoning.add(1, [conversation.source])
+
+    def merge(self, other: "Remarks") -> None:
+        """Add the counts of records that come after those counted so far."""
+        for key, count in other.unread.items():
+            self._add_unread(key, count)
+        self.open_reasoning.add(other.open_reasoning.count, other.open_reasoning.sources)
+        self.only_reasoning.add(other.only_reasoning.count, other.only_reasoning.sources)
+
+    def _add_unread(self, key: str, count: int) -> None:
+        key = key if key in self.unread or len(self.unread) < MAX_KEYS else OTHER_KEYS
+        self.unread[key] = self.unread.get(key, 0) + count
+
+    def sentences(self) -> Iterator[str]:
+        """Yield a sentence without a final period for each kind of remark that there is."""
+        if self.unread:
+            counts = sorted(self.unread.items(), key=lambda item: -item[1])
+            yield "keys that are not read: " + ", ".join(f"{key} ({_records(count)})" for key, count in counts)
+        for finding, problem in ((self.open_reasoning, OPEN_REASONING), (self.only_reasoning, ONLY_REASONING)):
+            if finding.count:
+                more = "; ..." if finding.count > len(finding.sources) else ""
+                yield f"{_records(finding.count)} with {problem}: {'; '.join(finding.sources)}{more}"
+
+
+def _records(count: int) -> str:
+    return f"{count:,} record{'s' if count != 1 else ''}"
+
+
+def _is_open(message: Message) -> bool:
+    return message.content.lstrip().startswith("<think>") and "</think>" not in message.content
+
+
+def _is_only_reasoning(message: Message) -> bool:
+    has_reasoning = bool(message.reasoning) or "</think>" in message.content
+    return has_reasoning and not message.tool_calls and not message.content.rpartition("</think>")[2].strip()
