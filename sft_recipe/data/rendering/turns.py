@@ -5,12 +5,19 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
-from sft_recipe.data.rendering.chat_template import ChatTemplate, Span, TemplateError
+from sft_recipe.data.rendering.chat_template import ChatTemplate, Refused, Span, TemplateError
 from sft_recipe.data.rendering.skeleton import SLOT, Skeleton, split_at_slots
 from sft_recipe.errors import ModelError
 
 CLOSING_TAG = re.compile(r"\s*</\w+>\s*")
-OPENED_REASONING = re.compile(r"\s*(<\w+>\s*(</\w+>\s*)?)?")
+# What a generation prompt may have after the header: a tag that opens reasoning, or reasoning that is closed at once:
+# <think></think>, <|START_THINKING|><|END_THINKING|>, <|channel>thought\n<channel|>.
+OPENED_REASONING = re.compile(
+    r"\s*((<\w+>|<[^<>\s]*think[^<>\s]*>|<[^<>\s]+>\s*(thought|thinking)\b)\s*(<[^<>\s]+>\s*)?)?", re.IGNORECASE
+)
+# A user turn that the conversation does not have.
+USER_SLOT = "other"
+USER = {"role": "user", "content": SLOT.format(USER_SLOT)}
 
 Position = tuple[int, int]  # the index of a literal, and an offset in it in characters
 
@@ -76,13 +83,56 @@ class TurnLocator:
 
     def _turn(self, index: int) -> Turn:
         first, last = _slot_range(self.slots, index)
-        prompt, before = split_at_slots(
-            self.template.render(self.skeleton.messages[:index], self.skeleton.tools, prompt=True)[0]
-        )
-        if before[-1:] != self.slots[:first][-1:]:
+        start, end = self._start(index, first), self._end(index, last)
+        return Turn(index, (first, start), (last, end), self._answer_start(index))
+
+    def _start(self, index: int, first: int) -> int:
+        """How many characters of the literal before the content of messages[index] come from elsewhere.
+
+        That is what the rendering shares with the generation prompt of the turns before. A template may have no such
+        prompt, since it cannot render these turns alone: before a greeting there is none, and some need a user turn.
+        """
+        if index:
+            try:
+                return self._start_after_prompt(index, first)
+            except TemplateError as error:
+                problem = error
+        else:
+            problem = TemplateError("has no generation prompt for a conversation that the assistant begins")
+        start = self._start_after_user(index, self.literals[first])
+        if start is None:
+            raise problem
+        return start
+
+    def _start_after_prompt(self, index: int, first: int) -> int:
+        try:
+            prompt, slots = self._render(self.skeleton.messages[:index], prompt=True)
+        except Refused as error:
+            raise TemplateError(f"cannot render the turns before messages[{index}] alone: {error.reason}") from error
+        if slots[-1:] != self.slots[:first][-1:]:
             raise TemplateError(f"does not render messages[{index}] (assistant) after its generation prompt")
-        start = _shared_with_prompt(prompt[-1], self.literals[first])
-        return Turn(index, (first, start), (last, self._end(index, last)), self._answer_start(index))
+        return _shared_with_prompt(prompt[-1], self.literals[first])
+
+    def _start_after_user(self, index: int, literal: str) -> int | None:
+        """The start, from the header of the same turn with a user turn inserted before it; None if it has another one.
+
+        user turn inserted     "<|im_end|>\n<|im_start|>assistant\n<think>\n"   after the prompt: "<think>\n"
+        the turn itself                    "<|im_start|>assistant\n<think>\n"   has the same header
+        """
+        before = [*self.skeleton.messages[:index], USER]
+        try:
+            (*_, prompt), slots = self._render(before, prompt=True)
+            (*_, without), _ = self._render(before)
+            literals, slots_after = self._render([*before, *self.skeleton.messages[index:]])
+            first = _slot_range(slots_after, index)[0]
+            if not slots[-1:] == slots_after[:first][-1:] == [USER_SLOT]:
+                return None
+            shared = _shared_with_prompt(prompt, literals[first])
+        except TemplateError:
+            return None
+        header = len(commonprefix([prompt, without]))
+        produced = len(literals[first]) - shared
+        return len(literal) - produced if literal.endswith(literals[first][min(header, shared) :]) else None
 
     def _answer_start(self, index: int | None) -> Position | None:
         """Where the answer begins: after the tag or special token that closes the reasoning of messages[index]."""
@@ -100,13 +150,13 @@ class TurnLocator:
     def _end(self, index: int, last: int) -> int:
         """How many characters of the literal after the content of messages[index] belong to its turn.
 
-        the conversation ends     <|end|>\\n<|endoftext|>
-        another turn follows      <|end|>\\n<|user|>\\n         the last special token in both ends the turn
+        the conversation ends     <|end|>\n<|endoftext|>
+        another turn follows      <|end|>\n<|user|>\n         the last special token in both ends the turn
         """
         is_last = index + 1 == len(self.skeleton.messages)
-        at_end = self.literals[last] if is_last else self._literal_after(index)
-        ends = [match.end() for match in self.template.special_pattern.finditer(at_end)]
-        if not ends:
+        at_end = self.literals[last] if is_last else self._literal_at_end(index)
+        matches = list(self.template.special_pattern.finditer(at_end))
+        if not matches:
             raise ModelError(
                 f"{self.template.name}: the chat template ends the assistant's turn with {at_end!r}, which contains no "
                 "special token, so the model would never learn to stop; add eos_token at the end of that turn."
@@ -114,27 +164,35 @@ class TurnLocator:
         before_next = self.literals[last]
         if is_last:
             try:
-                before_next = self._literal_after(index, {"role": "user", "content": SLOT.format("another")})
+                before_next = self._literal_after(index, self.skeleton.messages[:index], USER)
             except TemplateError:
-                return ends[-1]
+                return matches[-1].end()
         shared = len(commonprefix([at_end, before_next]))
-        shared_ends = [end for end in ends if end <= shared]
+        shared_ends = [match.end() for match in matches if match.end() <= shared]
         if shared_ends or is_last:
-            return (shared_ends or ends)[-1]
-        token, indent = self._user_end_token(), _indent(before_next)
-        if (
-            token
-            and before_next.startswith(token, indent)
-            and self.template.special_pattern.match(at_end, _indent(at_end))
-        ):
+            return shared_ends[-1] if shared_ends else matches[-1].end()
+        other = next(match.start() for match in matches if match.end() > shared)
+        token, indent = self._user_end_token(), other + _indent(before_next[other:])
+        if token and other <= shared and before_next.startswith(token, indent):
             return indent + len(token)
         raise TemplateError(f"ends messages[{index}] (assistant) with {at_end!r} only when it is the last turn")
 
-    def _literal_after(self, index: int, *following: dict[str, Any]) -> str:
-        """The literal after messages[index] when it is the last message, or when the message `following` is."""
-        messages = [*self.skeleton.messages[: index + 1], *following]
-        literals, slots = split_at_slots(self.template.render(messages, self.skeleton.tools)[0])
+    def _literal_at_end(self, index: int) -> str:
+        """The literal after messages[index] when it is the last message."""
+        before = self.skeleton.messages[:index]
+        try:
+            return self._literal_after(index, before)
+        except Refused:  # some templates need a user turn
+            return self._literal_after(index, [*before, USER])
+
+    def _literal_after(self, index: int, before: list[dict[str, Any]], *following: dict[str, Any]) -> str:
+        """The literal after messages[index] between these turns."""
+        literals, slots = self._render([*before, self.skeleton.messages[index], *following])
         return literals[_slot_range(slots, index)[1]]
+
+    def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> tuple[list[str], list[str]]:
+        """Other messages, rendered: the literals and the slots between them."""
+        return split_at_slots(self.template.render(messages, self.skeleton.tools, prompt=prompt)[0])
 
     def _user_end_token(self) -> str:
         """The special token that ends all user turns, "" if there is none.
