@@ -5,13 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_recipe.data.messages import Message
-from sft_recipe.data.rendering.renderer import Renderer
 from sft_recipe.errors import DataError
 from tests.data.rendering.oracles import TOKENIZERS, each_case, examples, own_ids, rendered, truth
 from tests.data.rendering.random_conversations import answers, chat, function, renderer_of, schema, texts
-from tests.data.rendering.styles import trained
+from tests.data.rendering.styles import supervised_texts
 from tests.data.rendering.templates import CHATML, MARKS, STYLES
-from tests.support import tiny
 
 SYSTEM, GREETING = ("system", "Be brief."), ("assistant", "Welcome.")
 ASKED, ANSWER = ("user", "Capital of France?"), ("assistant", "Paris.")
@@ -53,19 +51,10 @@ LOCATED = {
 }
 
 
-def encode(template, *turns, tools=()):
-    """The supervised texts; the ids are those of transformers."""
-    tokenizer = tiny.build_tokenizer(template)
-    conversation = chat(*turns, tools=tools)
-    encoded = Renderer(tokenizer).encode(conversation)
-    assert encoded.input_ids == own_ids(tokenizer, conversation)
-    return trained(tokenizer, encoded)
-
-
 @pytest.mark.parametrize("case", LOCATED)
 def test_turns_are_located_where_the_turns_before_cannot_be_rendered(case):
     template, turns, expected = LOCATED[case]
-    assert encode(template, *turns) == expected
+    assert supervised_texts(template, *turns) == expected
 
 
 @each_case
@@ -88,42 +77,41 @@ def test_a_greeting_has_the_mask_of_the_marks(name, kind, data):
     assert encoded.loss_mask == truth(name, kind, encoded.input_ids, conversation)
 
 
-def test_a_system_turn_inside_the_greeting_is_refused():
+def test_a_system_turn_inside_the_greeting_is_not_trained():
     template = (
         "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}{% for m in rest %}"
         "{{ '<|im_start|>' + m.role + '\n' }}{{ messages[0].content + '\n\n' if loop.first and rest != messages }}"
         "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    assert encode(template, SYSTEM, ASKED, ANSWER) == HELLO[1:]
-    with pytest.raises(DataError, match=r"does not render messages\[1\] \(assistant\) after its generation prompt"):
-        encode(template, SYSTEM, GREETING, ASKED, ANSWER)
+    assert supervised_texts(template, SYSTEM, ASKED, ANSWER) == HELLO[1:]
+    assert supervised_texts(template, SYSTEM, GREETING, ASKED, ANSWER) == HELLO
 
 
 def test_a_greeting_with_another_header_is_refused():
     template = CHATML.replace("'<|im_start|>' + m.role", "('Bot: ' if loop.first else '<|im_start|>' + m.role)")
-    assert encode(template, ASKED, ANSWER) == HELLO[1:]
-    with pytest.raises(DataError, match="has no generation prompt for a conversation that the assistant begins"):
-        encode(template, GREETING, ASKED, ANSWER)
+    assert supervised_texts(template, ASKED, ANSWER) == HELLO[1:]
+    with pytest.raises(DataError, match=r"has no generation prompt for messages\[0\]"):
+        supervised_texts(template, GREETING, ASKED, ANSWER)
 
 
 def test_a_template_for_conversations_with_tools_may_need_tools():
-    assert encode(NAMES_TOOLS, ASKED, ANSWER, tools=(TOOL,)) == HELLO[1:]
+    assert supervised_texts(NAMES_TOOLS, ASKED, ANSWER, tools=(TOOL,)) == HELLO[1:]
 
 
 def test_a_template_may_need_the_arguments_of_calls():
     expected = '{"name": "f", "arguments": {"city": "Oslo"}}<|im_end|>'
-    assert encode(NO_EMPTY_ARGUMENTS, ASKED, CALL) == [expected]
+    assert supervised_texts(NO_EMPTY_ARGUMENTS, ASKED, CALL) == [expected]
 
 
 @pytest.mark.parametrize("empty", ["<|channel>thought\n<channel|>", "<|START_THINKING|><|END_THINKING|>"])
 def test_the_prompt_may_close_reasoning_that_the_rendering_leaves_out(empty):
     template = CHATML.replace("'<|im_start|>assistant\n' }}", f"'<|im_start|>assistant\n{empty}' }}}}")
     template = template.replace("{{ m.content + '<|im_end|>' }}", "{{ '<|say|>' + m.content + '<|im_end|>' }}")
-    assert encode(template, ASKED, ANSWER) == ["<|say|>" + HELLO[1]]
+    assert supervised_texts(template, ASKED, ANSWER) == ["<|say|>" + HELLO[1]]
 
 
 def test_a_prompt_with_another_header_and_reasoning_is_refused():
     template = CHATML.replace("'<|im_start|>assistant\n' }}", "'<|bot|><think>\n' }}")
     with pytest.raises(DataError, match="has the generation prompt"):
-        encode(template, ASKED, ANSWER)
+        supervised_texts(template, ASKED, ANSWER)
