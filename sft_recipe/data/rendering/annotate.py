@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from sft_recipe.data.messages import Conversation
-from sft_recipe.data.rendering.chat_template import ChatTemplate, Span, TemplateError
+from sft_recipe.data.rendering.chat_template import ChatTemplate, Refused, Span, TemplateError
 from sft_recipe.data.rendering.escaping import SpecialTokenEscaper
 from sft_recipe.data.rendering.mask_plan import FilledPlan, MaskPlan, make_mask_plan
 from sft_recipe.data.rendering.omissions import ContentOmitted
@@ -51,11 +51,12 @@ class Annotator:
         """Render a conversation and find the spans to train on.
 
         The rendering of the conversation is the reference: a mask plan is used only if, filled with the texts of the
-        conversation, it equals that rendering. Raises TemplateError if no plan does, or if the template rejects the
-        conversation.
+        conversation, it equals that rendering. Raises TemplateError if no plan does, if its turns cannot be located, or
+        if the template rejects the conversation.
         """
         text, generation_spans = self.template.render(self._messages(conversation), conversation.tools)
-        if self.template.has_generation_tags and not generation_spans:
+        tagged = self.template.has_generation_tags
+        if tagged and not generation_spans:
             raise TemplateError("has {% generation %} tags, but no text between them")
         supervised = self._supervised_messages(conversation)
         problem = ""
@@ -63,16 +64,22 @@ class Annotator:
             skeleton = self.skeletonizer.skeleton(conversation, roles)
             try:
                 filled = self._filled_plan(skeleton, text)
-                if filled:
-                    return self._annotated(filled, skeleton, generation_spans, supervised)
+            except Refused:  # the template needs the texts themselves
+                continue
             except ContentOmitted:
                 raise
             except TemplateError as error:
                 problem = str(error)
+                break
+            if filled is None:
+                continue
+            if not tagged or generation_spans == [filled.span(turn) for turn in filled.plan.turns]:
+                return self._annotated(filled, skeleton, supervised)
+            problem = "places its {% generation %} tags differently for other texts"
         if generation_spans and supervised is None and not self.skeletonizer.has_special_text(skeleton):
             return AnnotatedText(text, generation_spans)  # all that is tagged is trained on, so no plan is needed
         raise TemplateError(
-            f"{self._changed_text(conversation, text) or problem or 'changes the texts of the turns'}, so the tokens "
+            f"{problem or self._changed_text(conversation, text) or 'changes the texts of the turns'}, so the tokens "
             "to train on cannot be located with certainty; put {% generation %} and {% endgeneration %} around the "
             "assistant's part of the template, or use another template (model.chat_template)"
         )
@@ -95,21 +102,20 @@ class Annotator:
     def _filled_plan(self, skeleton: Skeleton, text: str) -> FilledPlan | None:
         """The plan of this skeleton, filled; None if it does not result in this text."""
         key = skeleton.key
-        plan = self.plans.get(key)
-        filled = plan.fill(skeleton.slot_texts) if plan else None
-        if filled is None or filled.text != text:  # new, or outdated: some templates insert the date
-            if len(self.plans) >= MAX_PLANS:
-                self.plans.clear()
-            plan = self.plans[key] = make_mask_plan(self.template, skeleton)
-            filled = plan.fill(skeleton.slot_texts)
-        return filled if filled.text == text else None
+        known = self.plans.get(key)
+        filled = known.fill(skeleton.slot_texts) if known else None
+        if filled and filled.text == text:
+            return filled
+        plan = make_mask_plan(self.template, skeleton, text)  # new, or outdated: some templates insert the date
+        if plan is None:
+            return None
+        if len(self.plans) >= MAX_PLANS:
+            self.plans.clear()
+        self.plans[key] = plan
+        return plan.fill(skeleton.slot_texts)
 
-    def _annotated(
-        self, filled: FilledPlan, skeleton: Skeleton, generation_spans: list[Span], supervised: set[int] | None
-    ) -> AnnotatedText:
+    def _annotated(self, filled: FilledPlan, skeleton: Skeleton, supervised: set[int] | None) -> AnnotatedText:
         plan, special_pattern = filled.plan, self.template.special_pattern
-        if self.template.has_generation_tags and generation_spans != [filled.span(turn) for turn in plan.turns]:
-            raise TemplateError("places its {% generation %} tags differently for other texts")
         turns = plan.turns if supervised is None else self._select(plan.turns, supervised)
         special = [token for literal in plan.literals for token in special_pattern.findall(literal)]
         if self.options.parse_special_tokens or len(special) == len(special_pattern.findall(filled.text)):

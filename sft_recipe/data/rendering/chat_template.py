@@ -30,6 +30,14 @@ class TemplateError(Exception):
     """
 
 
+class Refused(TemplateError):
+    """Says that rendering failed: the template raised an error, for the reason `reason`."""
+
+    def __init__(self, error: Exception):
+        self.reason = str(error).strip().rstrip(".")
+        super().__init__(f"refuses the conversation: {self.reason}")
+
+
 class ChatTemplate:
     """Renders conversations with the tokenizer's chat template, or with the Jinja source `chat_template`.
 
@@ -98,17 +106,17 @@ class ChatTemplate:
 
         Returns the text and the character spans inside the template's {% generation %} tags, [] without tags.
         `prompt` adds the generation prompt, which precedes the assistant's next turn at inference. Raises
-        TemplateError if the template rejects the conversation.
+        Refused if the template rejects the conversation.
         """
         try:
             return self._render(messages, tools, prompt)
-        except TemplateError:
+        except Refused:
             if self.needs_json_arguments or not any("tool_calls" in message for message in messages):
                 raise
             self.needs_json_arguments = True
             try:
                 return self._render(messages, tools, prompt)
-            except TemplateError:
+            except Refused:
                 self.needs_json_arguments = False
             raise
 
@@ -127,7 +135,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"{self.name}: no usable chat template: {error}") from error
         except Exception as error:  # a template is a program: any error that it raises is about these messages
-            raise TemplateError(f"refuses the conversation: {str(error).strip().rstrip('.')}") from error
+            raise Refused(error) from error
         [text], spans = cast("tuple[list[str], list[list[Span]]]", rendered)  # transformers' annotation says str
         return text, [(start, end) for start, end in spans[0] if start < end] if spans else []
 

@@ -57,15 +57,18 @@ class FilledPlan:
         return self.literal_starts[index] + offset + added
 
 
-def make_mask_plan(template: ChatTemplate, skeleton: Skeleton) -> MaskPlan:
-    """Find out what to train on by rendering a skeleton.
+def make_mask_plan(template: ChatTemplate, skeleton: Skeleton, text: str) -> MaskPlan | None:
+    """Find out what to train on by rendering a skeleton; returns None if its texts, filled in, do not give `text`.
 
-    Raises TemplateError if a turn cannot be located with certainty, ContentOmitted if the template leaves out a part
-    of the conversation, and ModelError if an assistant turn ends without a special token.
+    Raises Refused if the template rejects the skeleton, TemplateError if a turn cannot be located with certainty,
+    ContentOmitted if the template leaves out a part of the conversation, and ModelError if an assistant turn ends
+    without a special token.
     """
-    text, generation_spans = template.render(skeleton.messages, skeleton.tools)
-    literals, slots = split_at_slots(text)
-    drops_reasoning = check_omissions(template, skeleton, text, slots)
+    rendered, generation_spans = template.render(skeleton.messages, skeleton.tools)
+    literals, slots = split_at_slots(rendered)
+    if MaskPlan(literals, slots, []).fill(skeleton.slot_texts).text != text:
+        return None
+    drops_reasoning = check_omissions(template, skeleton, rendered, slots)
     locator = TurnLocator(template, skeleton, literals, slots)
     turns = locator.tagged_turns(generation_spans) if template.has_generation_tags else locator.assistant_turns()
     return MaskPlan(literals, slots, turns, drops_reasoning)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sft_recipe.data.rendering.chat_template import ChatTemplate, TemplateError
+from sft_recipe.data.rendering.chat_template import ChatTemplate, Messages, Refused, TemplateError
 from sft_recipe.data.rendering.skeleton import SLOT, Skeleton
 
 
@@ -45,11 +45,11 @@ def check_omissions(template: ChatTemplate, skeleton: Skeleton, text: str, slots
 
 def _check_tools(template: ChatTemplate, skeleton: Skeleton, text: str) -> None:
     """Tool schemas and arguments have no slots; a rendering without them must differ."""
-    if skeleton.tools and template.render(skeleton.messages, skeleton.tools[:-1])[0] == text:
+    if skeleton.tools and _renders_as(template, skeleton.messages, skeleton.tools[:-1], text):
         raise ContentOmitted("some of the tools" if len(skeleton.tools) > 1 else "tools")
     for index, message in enumerate(skeleton.messages):
         emptied = _without_arguments(message)
-        if emptied != message and _render_with(template, skeleton, index, emptied) == text:
+        if emptied != message and not _changes(template, skeleton, index, emptied, text):
             raise ContentOmitted(f"the arguments of messages[{index}].tool_calls")
 
 
@@ -63,9 +63,18 @@ def _without_arguments(message: dict[str, Any]) -> dict[str, Any]:
 def _depends_on_content(template: ChatTemplate, skeleton: Skeleton, index: int, text: str) -> bool:
     message = skeleton.messages[index]
     changed = {**message, "content": SLOT.format("other") + message["content"]}
-    return _render_with(template, skeleton, index, changed) != text
+    return _changes(template, skeleton, index, changed, text)
 
 
-def _render_with(template: ChatTemplate, skeleton: Skeleton, index: int, message: dict[str, Any]) -> str:
-    """The rendered skeleton with another message at this index."""
-    return template.render([*skeleton.messages[:index], message, *skeleton.messages[index + 1 :]], skeleton.tools)[0]
+def _changes(template: ChatTemplate, skeleton: Skeleton, index: int, message: dict[str, Any], text: str) -> bool:
+    """Return whether the skeleton with another message at this index has another text."""
+    messages = [*skeleton.messages[:index], message, *skeleton.messages[index + 1 :]]
+    return not _renders_as(template, messages, skeleton.tools, text)
+
+
+def _renders_as(template: ChatTemplate, messages: Messages, tools: Messages, text: str) -> bool:
+    """Return whether messages have this text; a template that refuses them depends on what was changed."""
+    try:
+        return template.render(messages, tools)[0] == text
+    except Refused:
+        return False

@@ -5,12 +5,19 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
-from sft_recipe.data.rendering.chat_template import ChatTemplate, Span, TemplateError
+from sft_recipe.data.rendering.chat_template import ChatTemplate, Refused, Span, TemplateError
 from sft_recipe.data.rendering.skeleton import SLOT, Skeleton, split_at_slots
 from sft_recipe.errors import ModelError
 
 CLOSING_TAG = re.compile(r"\s*</\w+>\s*")
-OPENED_REASONING = re.compile(r"\s*(<\w+>\s*(</\w+>\s*)?)?")
+# What a generation prompt may have after the header: a tag that opens reasoning, or reasoning that is closed at once:
+# <think></think>, <|START_THINKING|><|END_THINKING|>, <|channel>thought\n<channel|>.
+OPENED_REASONING = re.compile(
+    r"\s*((<\w+>|<[^<>\s]*think[^<>\s]*>|<[^<>\s]+>\s*(thought|thinking)\b)\s*(<[^<>\s]+>\s*)?)?", re.IGNORECASE
+)
+# A user turn that the conversation does not have.
+USER_SLOT = "other"
+USER = {"role": "user", "content": SLOT.format(USER_SLOT)}
 
 Position = tuple[int, int]  # the index of a literal, and an offset in it in characters
 
@@ -75,14 +82,70 @@ class TurnLocator:
         raise TemplateError("has {% generation %} tags inside the text of a message")
 
     def _turn(self, index: int) -> Turn:
-        first, last = _slot_range(self.slots, index)
-        prompt, before = split_at_slots(
-            self.template.render(self.skeleton.messages[:index], self.skeleton.tools, prompt=True)[0]
-        )
-        if before[-1:] != self.slots[:first][-1:]:
+        first, last = _slot_range(self.slots, index, self._repeated_names(index))
+        start, end = self._start(index, first), self._end(index, last)
+        return Turn(index, (first, start), (last, end), self._answer_start(index))
+
+    def _start(self, index: int, first: int) -> int:
+        """How many characters of the literal before the content of messages[index] come from elsewhere.
+
+        That is what the rendering shares with the generation prompt of the turns before. Many templates have no such
+        prompt except after a user turn, or cannot render these turns alone. Then a user turn is inserted after them.
+        """
+        before = self.skeleton.messages[:index]
+        literal = self.literals[first]
+        if before and before[-1]["role"] in ("user", "tool"):
+            try:
+                return self._start_after_prompt(index, first)
+            except TemplateError as error:
+                problem = error
+        else:
+            problem = TemplateError(f"has no generation prompt for messages[{index}] (assistant)")
+        start = self._start_after_user(index, literal)
+        if start is not None:
+            return start
+        header = literal.removeprefix(self._bos if index == 0 else "")
+        if not header.strip():
+            return len(literal)
+        if before and self._has_prompt(before):
+            return self._start_after_prompt(index, first)
+        raise problem
+
+    def _has_prompt(self, turns: list[dict[str, Any]]) -> bool:
+        try:
+            return self._render(turns) != self._render(turns, prompt=True)
+        except Refused:
+            return False
+
+    def _start_after_prompt(self, index: int, first: int) -> int:
+        try:
+            prompt, slots = self._render(self.skeleton.messages[:index], prompt=True)
+        except Refused as error:
+            raise TemplateError(f"cannot render the turns before messages[{index}] alone: {error.reason}") from error
+        if slots[-1:] != self.slots[:first][-1:]:
             raise TemplateError(f"does not render messages[{index}] (assistant) after its generation prompt")
-        start = _shared_with_prompt(prompt[-1], self.literals[first])
-        return Turn(index, (first, start), (last, self._end(index, last)), self._answer_start(index))
+        return _shared_with_prompt(prompt[-1], self.literals[first])
+
+    def _start_after_user(self, index: int, literal: str) -> int | None:
+        """The start, from the header of the same turn with a user turn inserted before it; None if it has another one.
+
+        user turn inserted     "<|im_end|>\n<|im_start|>assistant\n<think>\n"   after the prompt: "<think>\n"
+        the turn itself                    "<|im_start|>assistant\n<think>\n"   has the same header
+        """
+        before = [*self.skeleton.messages[:index], USER]
+        try:
+            (*_, prompt), slots = self._render(before, prompt=True)
+            (*_, without), _ = self._render(before)
+            literals, slots_after = self._render([*before, *self.skeleton.messages[index:]])
+            first = _slot_range(slots_after, index)[0]
+            if not slots[-1:] == slots_after[:first][-1:] == [USER_SLOT]:
+                return None
+            shared = _shared_with_prompt(prompt, literals[first])
+        except TemplateError:
+            return None
+        header = len(commonprefix([prompt, without]))
+        produced = len(literals[first]) - shared
+        return len(literal) - produced if literal.endswith(literals[first][min(header, shared) :]) else None
 
     def _answer_start(self, index: int | None) -> Position | None:
         """Where the answer begins: after the tag or special token that closes the reasoning of messages[index]."""
@@ -100,12 +163,15 @@ class TurnLocator:
     def _end(self, index: int, last: int) -> int:
         """How many characters of the literal after the content of messages[index] belong to its turn.
 
-        the conversation ends     <|end|>\\n<|endoftext|>
-        another turn follows      <|end|>\\n<|user|>\\n         the last special token in both ends the turn
+        the conversation ends     <|end|>\n<|endoftext|>
+        another turn follows      <|end|>\n<|user|>\n         the last special token in both ends the turn
+
+        An eos token in both ends it before that: generation stops there, whatever the template renders next.
         """
         is_last = index + 1 == len(self.skeleton.messages)
-        at_end = self.literals[last] if is_last else self._literal_after(index)
-        ends = [match.end() for match in self.template.special_pattern.finditer(at_end)]
+        at_end = self.literals[last] if is_last else self._literal_at_end(index)
+        at_end = self._without_prompt(index, at_end)
+        ends = self._special_ends(at_end)
         if not ends:
             raise ModelError(
                 f"{self.template.name}: the chat template ends the assistant's turn with {at_end!r}, which contains no "
@@ -114,27 +180,78 @@ class TurnLocator:
         before_next = self.literals[last]
         if is_last:
             try:
-                before_next = self._literal_after(index, {"role": "user", "content": SLOT.format("another")})
+                before_next = self._literal_after(index, self.skeleton.messages[:index], USER)
             except TemplateError:
-                return ends[-1]
+                before_next = at_end
         shared = len(commonprefix([at_end, before_next]))
         shared_ends = [end for end in ends if end <= shared]
-        if shared_ends or is_last:
-            return (shared_ends or ends)[-1]
-        token, indent = self._user_end_token(), _indent(before_next)
-        if (
-            token
-            and before_next.startswith(token, indent)
-            and self.template.special_pattern.match(at_end, _indent(at_end))
-        ):
+        if shared_ends:
+            eos = self.template.variables.get("eos_token") or ""
+            ends_with_eos = [end for end in shared_ends if eos and at_end.endswith(eos, 0, end)]
+            return (ends_with_eos or shared_ends)[-1]
+        return ends[-1] if is_last else self._end_as_of_users(index, at_end, before_next)
+
+    def _end_as_of_users(self, index: int, at_end: str, before_next: str) -> int:
+        """The end of a turn that ends with another token than the last turn, if it is that of the users' turns."""
+        shared = len(commonprefix([at_end, before_next]))
+        other = next(match.start() for match in self.template.special_pattern.finditer(at_end) if match.end() > shared)
+        token, indent = self._user_end_token(), other + _indent(before_next[other:])
+        if token and other <= shared and before_next.startswith(token, indent):
             return indent + len(token)
         raise TemplateError(f"ends messages[{index}] (assistant) with {at_end!r} only when it is the last turn")
 
-    def _literal_after(self, index: int, *following: dict[str, Any]) -> str:
-        """The literal after messages[index] when it is the last message, or when the message `following` is."""
-        messages = [*self.skeleton.messages[: index + 1], *following]
-        literals, slots = split_at_slots(self.template.render(messages, self.skeleton.tools)[0])
+    def _special_ends(self, literal: str) -> list[int]:
+        return [match.end() for match in self.template.special_pattern.finditer(literal)]
+
+    def _without_prompt(self, index: int, at_end: str) -> str:
+        """The literal at the end of a conversation, without the generation prompt that some templates always add.
+
+        <|im_end|>\n<|im_start|>assistant\n   ->   <|im_end|>\n     a token that begins turns does not end them
+        """
+        begin = at_end.find(self._first_token) if self._first_token else -1
+        if begin < 0 or not self._special_ends(at_end[:begin]):
+            return at_end
+        return at_end[:begin] if self._at_end(index) == self._at_end(index, prompt=True) else at_end
+
+    @property
+    def _first_token(self) -> str:
+        """The first special token of the conversation after bos, which begins a turn in most templates."""
+        match = self.template.special_pattern.search("".join(self.literals).removeprefix(self._bos))
+        return match[0] if match else ""
+
+    @property
+    def _bos(self) -> str:
+        return self.template.variables.get("bos_token") or ""
+
+    def _repeated_names(self, index: int) -> int:
+        """How often the names of the tools that messages[index] calls occur once more, where the tools answer."""
+        own = [slot for slot in self.slots if slot.startswith(f"{index}.call")]
+        if len(own) == len(set(own)):
+            return 0
+        _, slots = self._at_end(index)
+        return len(own) - len([slot for slot in slots if slot.startswith(f"{index}.call")])
+
+    def _literal_at_end(self, index: int) -> str:
+        """The literal after messages[index] when it is the last message."""
+        literals, slots = self._at_end(index)
         return literals[_slot_range(slots, index)[1]]
+
+    def _at_end(self, index: int, *, prompt: bool = False) -> tuple[list[str], list[str]]:
+        """The turns up to messages[index], rendered."""
+        *before, message = self.skeleton.messages[: index + 1]
+        try:
+            return self._render([*before, message], prompt=prompt)
+        except Refused:  # some templates need a user turn
+            return self._render([*before, USER, message], prompt=prompt)
+
+    def _literal_after(self, index: int, before: list[dict[str, Any]], *following: dict[str, Any]) -> str:
+        """The literal after messages[index] between these turns."""
+        literals, slots = self._render([*before, self.skeleton.messages[index], *following])
+        return literals[_slot_range(slots, index)[1]]
+
+    def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> tuple[list[str], list[str]]:
+        """Other messages, rendered: the literals and the slots between them."""
+        return split_at_slots(self.template.render(messages, self.skeleton.tools, prompt=prompt)[0])
 
     def _user_end_token(self) -> str:
         """The special token that ends all user turns, "" if there is none.
@@ -144,9 +261,6 @@ class TurnLocator:
         A token that begins the turns, here <|start|>, does not end them.
         """
         pattern = self.template.special_pattern
-        first_token = pattern.search(
-            "".join(self.literals).removeprefix(self.template.variables.get("bos_token") or "")
-        )
         messages = [slot.partition(".")[0] for slot in self.slots]
         users = {str(index) for index, message in enumerate(self.skeleton.messages) if message["role"] == "user"}
         after_users = [
@@ -156,7 +270,18 @@ class TurnLocator:
         ]
         matches = [pattern.match(literal, _indent(literal)) for literal in after_users]
         tokens = {match[0] if match else "" for match in matches}
-        return tokens.pop() if len(tokens) == 1 and first_token and first_token[0] not in tokens else ""
+        if len(tokens) != 1 or self._first_token in tokens or not self._ends_users(*tokens):
+            return ""
+        return tokens.pop()
+
+    def _ends_users(self, token: str) -> bool:
+        """Return whether a user turn ends with this token where nothing follows, so that it begins no other turn."""
+        first = next(index for index, message in enumerate(self.skeleton.messages) if message["role"] == "user")
+        try:
+            literals, _ = self._render(self.skeleton.messages[: first + 1])
+        except Refused:
+            return False
+        return token in literals[-1]
 
 
 def _indent(text: str) -> int:
@@ -164,18 +289,18 @@ def _indent(text: str) -> int:
     return len(text) - len(text.lstrip())
 
 
-def _slot_range(slots: list[str], index: int) -> tuple[int, int]:
+def _slot_range(slots: list[str], index: int, repeated_names: int = 0) -> tuple[int, int]:
     """The range [first, last) of the slots of a message; raises TemplateError if they are missing or not contiguous.
 
-    The names of called tools may occur again, where the tools answer.
+    Its last `repeated_names` slots are names of called tools outside the message, where the tools answer.
     """
     numbers = [number for number, slot in enumerate(slots) if slot.startswith(f"{index}.")]
     if not numbers:
         raise TemplateError(f"does not render messages[{index}] (assistant)")
-    first = last = numbers[0]
-    while last in numbers and slots[last] not in slots[first:last]:
-        last += 1
-    if any(not slots[number].startswith(f"{index}.call") for number in numbers if number >= last):
+    first, last = numbers[0], numbers[0] + len(numbers) - repeated_names
+    texts = [slots[number] for number in numbers if not slots[number].startswith(f"{index}.call")]
+    in_place = numbers[: last - first] == list(range(first, last)) and set(texts) <= set(slots[first:last])
+    if not in_place or len(texts) > len(set(texts)):
         raise TemplateError(f"renders messages[{index}] (assistant) more than once or in pieces")
     return first, last
 

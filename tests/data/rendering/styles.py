@@ -134,6 +134,17 @@ def trained(tokenizer, encoded):
     return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
 
 
+def supervised_texts(template, *turns, tools=(), special=IM, eos="<|im_end|>"):
+    """The supervised texts of a conversation in a template; its ids are those of transformers."""
+    tokenizer = tiny.build_tokenizer(template, special, eos)
+    messages = tuple(turn if isinstance(turn, Message) else Message(*turn) for turn in turns)
+    conversation = Conversation(messages, "a.json, record 3", tools)
+    encoded = Renderer(tokenizer).encode(conversation)
+    own = tokenizer.apply_chat_template(conversation.as_dicts(), tools=list(tools) or None, return_dict=False)
+    assert encoded.input_ids == own
+    return trained(tokenizer, encoded)
+
+
 def own_ids(tokenizer, conversation):
     return tokenizer.apply_chat_template(conversation.as_dicts(), tokenize=True, return_dict=False)
 
