@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NoReturn
 
+from sft_recipe.config.references import escape_references
 from sft_recipe.errors import ConfigError
 
 
@@ -289,7 +290,6 @@ def _quote(value: str, in_list: bool = False) -> str:
     is_other_type = re.fullmatch(r"[+-]?\.?\d.*|[+-]?(inf|nan)|true|false", value, re.IGNORECASE) if in_list else None
     if is_plain and not is_other_type:
         return value
-    # OmegaConf reads ${...} as a reference; a backslash before it (after doubled ones, if any) makes it plain text.
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    text = escape_references(value)
     # Hydra's grammar has quotes and backslashes; a backslash is special only before a quote.
     return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", "\\'") + "'"

@@ -23,12 +23,14 @@ def _launch(line: CommandLine) -> int:
     timing.mark("train.sh, its environment")
     with timing.paused_gc():
         from sft_recipe.config.compose import load_config, parse_config_args, to_yaml
+        from sft_recipe.config.secrets import without_secrets
         from sft_recipe.launch.local import start_ranks, torchrun_args
 
     config = load_config(line.overrides, **parse_config_args(line.config_args))
     if line.options.dry_run:
         print(to_yaml(config))
-        print(shlex.join(["torchrun", *torchrun_args(config.trainer, [*line.config_args, *line.overrides])]))
+        arguments = [*line.config_args, *without_secrets(line.overrides)]
+        print(shlex.join(["torchrun", *torchrun_args(config.trainer, arguments)]))
         return 0
     return start_ranks(config)
 

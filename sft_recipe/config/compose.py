@@ -20,7 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sft_recipe import FORMAT_VERSION
 from sft_recipe.config.aliases import leaves, merge_older_names, rename_key, rename_override
+from sft_recipe.config.references import escape_references, map_texts
 from sft_recipe.config.schema import Config
+from sft_recipe.config.secrets import without_secrets
 from sft_recipe.config.validation import all_keys, build_config, nearest, text_keys
 from sft_recipe.errors import ConfigError
 from sft_recipe.files import user_path
@@ -112,7 +114,8 @@ def parse_config_args(args: list[str]) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as text that can be used as config.yaml again, in the same environment."""
-    content = {"format_version": FORMAT_VERSION} | config.public()
+    plain = map_texts(escape_references, config.model_dump(mode="json"))
+    content = {"format_version": FORMAT_VERSION} | without_secrets(plain)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 

@@ -154,6 +154,16 @@ def test_dry_run_prints_and_starts_nothing(started, capsys, tmp_path, word):
     assert load_config([], tmp_path) == resolved(*words)
 
 
+def test_dry_run_prints_no_secret(started, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    words = ["--resume_from", "hf_0123456789/${x}", "model.override_config={key: hf_0123456789}"]
+    assert main(["--dry_run", *words]) == 0
+    output = capsys.readouterr().out
+    assert "hf_0123456789" not in output
+    arguments = shlex.split(output.strip().splitlines()[-1])[-2:]
+    assert load_config(arguments) == resolved(*words)
+
+
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_help_prints_and_starts_nothing(started, capsys, word):
     with pytest.raises(SystemExit) as end:

@@ -251,7 +251,11 @@ def test_config_yaml_can_have_keys_of_hydra(compose_own):
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["lora=r16", "model=smollm2-135m", "optim.betas=[0.8,0.9]", "trainer.output_dir='a: {b} #实验'"]],
+    [
+        [],
+        ["lora=r16", "model=smollm2-135m", "optim.betas=[0.8,0.9]", "trainer.output_dir='a: {b} #实验'"],
+        [r"trainer.output_dir='\${HOME}/x'", r"model.override_config={a: ['\\\${b}']}"],
+    ],
 )
 def test_resolved_yaml_is_a_valid_config_yaml(compose_own, overrides):
     config = load_config(overrides)
