@@ -4,15 +4,17 @@ scripts/generate_reference.py writes conf/, config.yaml, cli/flags.py and the re
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from sft_recipe.config.secrets import without_secrets
 from sft_recipe.files import user_path
 
 AFTER_EACH_EPOCH: Literal["after_each_epoch"] = "after_each_epoch"
+ALL_LINEAR = "all-linear"
 StepInterval = int | Literal["after_each_epoch"]
 
 
@@ -258,14 +260,28 @@ class LoraConfig(_Group):
         json_schema_extra=_flag("lora_alpha"),
     )
     target_modules: str | list[str] = Field(
-        "all-linear", description="all-linear, or a list of module names such as [q_proj, v_proj]"
+        ALL_LINEAR,
+        description="all-linear; or a list of module names such as [q_proj, v_proj], or one regular expression that "
+        "matches complete names",
     )
     exclude_modules: str | list[str] | None = Field(
-        None, description="modules to leave out: a list of names, or one regular expression"
+        None, description="modules to leave out, written as target_modules; null: none"
     )
     merge: bool = Field(
         False, description="save the merged model as well as the adapter", json_schema_extra=_flag("merge_lora")
     )
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _check_modules(cls, value: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value!r} is not a regular expression: {error}") from None
+        if value is not None and not value and info.field_name == "target_modules":
+            raise ValueError("it is empty; the default is all-linear")
+        return value
 
     @model_validator(mode="after")
     def _check_merge(self) -> "LoraConfig":
