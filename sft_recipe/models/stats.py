@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sft_recipe.config.auto import attention
 from sft_recipe.config.schema import Config, LoraConfig
 from sft_recipe.errors import ConfigError, ModelError
+from sft_recipe.models.adapters import check_modules
 from sft_recipe.models.dims import ModelDims
 from sft_recipe.models.flops import MatmulParams, matmul_params
 from sft_recipe.models.resolve import ResolvedModel
@@ -60,6 +61,7 @@ def _on_meta(config: Config, model: ResolvedModel, attention: str) -> Any:
 
 
 def _with_adapters(model: Any, lora: LoraConfig) -> Any:
+    check_modules(lora, [name for name, _ in model.named_modules()])
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
