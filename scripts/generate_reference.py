@@ -123,7 +123,8 @@ def reference() -> str:
         "# Configuration reference\n\n"
         "<!-- Written by scripts/generate_reference.py from sft_recipe/config/schema.py; do not edit. -->\n\n"
         "Every key can be set in `config.yaml`, or as an override on the command line: `./train.sh optim.lr=1e-5`.\n"
-        "A key with a flag can also be set by the flag and by an environment variable of the same name in capitals.\n"
+        "A key with a flag can also be set by the flag and by an environment variable of the same name in capitals,\n"
+        "`LR=1e-5` or `LEARNING_RATE=1e-5`.\n"
         "Precedence: override > flag > environment variable > `config.yaml` > `conf/`.\n"
     ]
     for group, heading in HEADINGS.items():

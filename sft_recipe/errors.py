@@ -1,4 +1,7 @@
-"""Errors that a user can cause: each ends the program with its exit code and one message, without a traceback."""
+"""Errors that a user can cause: each ends the program with its exit code and one message, without a traceback.
+
+Notices that end nothing are printed here too.
+"""
 
 import errno
 import os
@@ -26,6 +29,12 @@ def silence_libraries(shows_progress: bool = True) -> None:
     os.environ.setdefault("VERL_LOGGING_LEVEL", "ERROR")
     if not shows_progress:
         os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+
+
+def notify(text: str) -> None:
+    """Print one line about the configuration on stderr, once per machine; unlike an error it ends nothing."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"notice: {text}", file=sys.stderr, flush=True)
 
 
 class RecipeError(Exception):

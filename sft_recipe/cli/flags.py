@@ -11,15 +11,15 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sft_recipe.config.references import escape_references
-from sft_recipe.errors import ConfigError
+from sft_recipe.errors import ConfigError, notify
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag, the environment variable of the same name in capitals, and the key that both set."""
+    """A flag, the environment variables of the same names in capitals, and the key that they set."""
 
     name: str
     key: str
@@ -30,8 +30,13 @@ class Flag:
     takes_several: bool = False
 
     @property
+    def names(self) -> list[str]:
+        """The names of the flag, the longer one last."""
+        return [name for name in (self.short, self.name) if name]
+
+    @property
     def variable(self) -> str:
-        """The environment variable that does the same as the flag."""
+        """The environment variable that does the same as the flag; the short name in capitals is one as well."""
         return self.name.upper()
 
 
@@ -110,7 +115,7 @@ LOOKS_LIKE_OVERRIDE = re.compile(r"[+~]*[\w./@]+=")
 USAGE = "./train.sh [FLAGS] [HYDRA OVERRIDES]"
 DESCRIPTION = """\
 Fine-tunes a language model on prompt/response, Alpaca or multi-turn data, with verl.
-The longer name of a flag, in capitals, is also an environment variable (LEARNING_RATE=1e-5 ./train.sh).
+A flag's name in capitals is also an environment variable (LR=1e-5 ./train.sh, LEARNING_RATE=1e-5 ./train.sh).
 Precedence: override > flag > environment variable > config.yaml > conf/."""
 EPILOG = """\
 overrides: any key of config.yaml and conf/, or a file of a group in conf/:
@@ -140,13 +145,27 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         )
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does; a message names a flag as it was typed."""
+        self._typed = [word.partition("=")[0] for word in args]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
         problems = ("expected (?:one|at least one) argument", "needs a"), ("ignored explicit argument", "takes no")
         for pattern, problem in problems:
             if match := re.match(rf"argument (\S+): {pattern}", message):
-                raise ConfigError(f"{match[1].split('/')[0]} {problem} value")
+                names = match[1].split("/")
+                raise ConfigError(f"{next((name for name in self._typed if name in names), names[0])} {problem} value")
         raise ConfigError(message)
+
+
+class _Collect(argparse.Action):
+    """Keeps every occurrence of a flag: the name that was typed, and the values after it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        occurrence = option_string, values if isinstance(values, list) else [values]
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), occurrence])
 
 
 def train_parser() -> Parser:
@@ -177,11 +196,9 @@ def parse(
         raise ConfigError(_explain_unknown(unknown[0], known))
     values = vars(options)
     by_name = {flag.name: flag for flag in FLAGS}
-    from_flags = {by_name[name].key: _override(by_name[name], values[name]) for name in values if name in by_name}
+    from_flags = {by_name[name].key: _from_flag(by_name[name], values[name]) for name in values if name in by_name}
     from_environment = [
-        _override(flag, environment[flag.variable])
-        for flag in FLAGS
-        if environment.get(flag.variable) and flag.key not in from_flags
+        override for flag in FLAGS if flag.key not in from_flags and (override := _from_environment(flag, environment))
     ]
     if empty := next((name for name in _CONFIG_ARGS if values.get(name) == ""), None):
         raise ConfigError(f"--{empty.replace('_', '-')} needs a value")
@@ -195,12 +212,13 @@ _CONFIG_ARGS = {"config_path": "DIR", "config_name": "NAME"}
 def _add_flags(parser: Parser, shown: Sequence[Flag]) -> None:
     group = parser.add_argument_group("flags")
     for flag in FLAGS:
-        names = [f"--{name}" for name in (flag.short, flag.name) if name]
+        names = [f"--{name}" for name in flag.names]
         text = f"{flag.help} (default: {flag.default}; {flag.key})".replace("%", "%%")
         help_text = text if flag in shown else argparse.SUPPRESS
         if flag.is_switch:
             group.add_argument(
                 *names,
+                action=_Collect,
                 dest=flag.name,
                 nargs="?",
                 const="true",
@@ -213,7 +231,13 @@ def _add_flags(parser: Parser, shown: Sequence[Flag]) -> None:
             nargs = "+" if flag.takes_several else None
             metavar = flag.name.rpartition("_")[2].upper()
             group.add_argument(
-                *names, dest=flag.name, nargs=nargs, metavar=metavar, default=argparse.SUPPRESS, help=help_text
+                *names,
+                action=_Collect,
+                dest=flag.name,
+                nargs=nargs,
+                metavar=metavar,
+                default=argparse.SUPPRESS,
+                help=help_text,
             )
     where = {"config_path": "folder of another config.yaml", "config_name": "another name of config.yaml"}
     for name, metavar in _CONFIG_ARGS.items():
@@ -268,17 +292,46 @@ def _explain_unknown(word: str, known: Sequence[str]) -> str:
     return f"unknown flag {name}." + (f" Did you mean --{close[0]}?" if close else " See ./train.sh --help.")
 
 
-def _override(flag: Flag, value: str | list[str]) -> str:
-    """Return the override that sets a flag's key; several values may also be separated by commas."""
-    values = value if isinstance(value, list) else [value]
+def _from_flag(flag: Flag, occurrences: list[tuple[str, list[str]]]) -> str:
+    """Return the override of a flag: of all its values if it takes several, else of the last one, with a notice."""
+    name, values = occurrences[-1]
     if flag.takes_several:
-        values = list(chain.from_iterable(text.split(",") for text in values))
+        values = [text for _, texts in occurrences for text in texts]
+    elif any(texts != values for _, texts in occurrences):
+        names = " and ".join(dict.fromkeys(typed for typed, _ in occurrences))
+        notify(f"several values are given by {names}; the last one is used: {values[0]}")
+    return _override(flag, name, values)
+
+
+def _from_environment(flag: Flag, environment: Mapping[str, str]) -> str | None:
+    """Return the override of a flag's variables. Raises ConfigError if they have different values."""
+    given = {name: environment[name] for name in map(str.upper, flag.names) if environment.get(name)}
+    if len(set(given.values())) > 1:
+        both = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise ConfigError(f"the environment variables {both} set the same key; keep one of them")
+    return next((_override(flag, name, [value]) for name, value in given.items()), None)
+
+
+def _override(flag: Flag, source: str, values: list[str]) -> str:
+    """Return the override that sets a flag's key; several values may also be separated by commas, in brackets or not.
+
+    Raises ConfigError if `source`, the flag or variable, has no value.
+    """
+    if flag.takes_several:
+        values = list(chain.from_iterable(map(_split, values)))
     values = [text for text in values if text]
     if not values:
-        raise ConfigError(f"--{flag.name} needs a value")
+        raise ConfigError(f"{source} needs a value")
     if len(values) == 1:
         return f"{flag.key}={_quote(values[0])}"
     return f"{flag.key}=[{','.join(_quote(text, in_list=True) for text in values)}]"
+
+
+def _split(text: str) -> list[str]:
+    """Split a.json,b.json; a list as in an override, [a.json, 'b.json'], has brackets, spaces and quotes as well."""
+    if not re.fullmatch(r"\[[^\[\]]*\]", text):
+        return text.split(",")
+    return [re.sub(r"^(['\"])(.*)\1$", r"\2", part.strip()) for part in text[1:-1].split(",")]
 
 
 def _quote(value: str, in_list: bool = False) -> str:
