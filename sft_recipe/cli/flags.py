@@ -78,7 +78,7 @@ FLAGS = (
         "fraction of all steps in which the learning rate rises from 0 to lr",
     ),
     Flag("weight_decay", "optim.weight_decay", "0.01", "decoupled weight decay, as in AdamW"),
-    Flag("grad_clip", "optim.clip_grad", "1.0", "maximum global gradient norm"),
+    Flag("grad_clip", "optim.clip_grad", "1.0", "maximum global gradient norm; 0 or null: no clipping"),
     Flag("strategy", "fsdp.strategy", "fsdp", "fsdp, fsdp2, megatron"),
     Flag(
         "use_lora", "lora.enabled", "false", "train low-rank adapters; the model's weights stay frozen", is_switch=True

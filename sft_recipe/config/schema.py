@@ -3,6 +3,7 @@
 scripts/generate_reference.py writes conf/, config.yaml, cli/flags.py and the reference from these definitions.
 """
 
+import math
 import os
 import re
 from pathlib import Path
@@ -184,9 +185,17 @@ class OptimConfig(_Group):
         description="decoupled weight decay, as in AdamW",
         json_schema_extra=_flag("weight_decay"),
     )
-    clip_grad: float = Field(
-        1.0, gt=0, description="maximum global gradient norm", json_schema_extra=_flag("grad_clip")
+    clip_grad: float | None = Field(
+        1.0,
+        ge=0,
+        description="maximum global gradient norm; 0 or null: no clipping",
+        json_schema_extra=_flag("grad_clip"),
     )
+
+    @property
+    def max_grad_norm(self) -> float:
+        """`clip_grad` as a limit: infinity where gradients are not clipped."""
+        return self.clip_grad or math.inf
 
 
 class MixedPrecisionConfig(_Group):

@@ -117,7 +117,7 @@ def _optim(config: Config, total_steps: int) -> ScheduledOptimizerConfig:
         min_lr_ratio=optim.min_lr_ratio,
         betas=optim.betas,
         weight_decay=optim.weight_decay,
-        clip_grad=optim.clip_grad,
+        clip_grad=optim.max_grad_norm,
         total_training_steps=total_steps,
     )
 
@@ -142,6 +142,6 @@ def _megatron_optim(config: Config, total_steps: int) -> Any:
         lr_warmup_steps=optim.lr_warmup_steps,
         betas=optim.betas,
         weight_decay=optim.weight_decay,
-        clip_grad=optim.clip_grad,
+        clip_grad=optim.max_grad_norm,
         total_training_steps=total_steps,
     )
