@@ -13,17 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
-from pydantic import BaseModel  # noqa: E402
-from pydantic.fields import FieldInfo  # noqa: E402
-from pydantic_core import to_jsonable_python  # noqa: E402
+from sft_recipe.errors import packages_required  # noqa: E402
 
-from sft_recipe.config.schema import Config  # noqa: E402
-from sft_recipe.config.validation import fields  # noqa: E402
+with packages_required():
+    import yaml
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+    from pydantic_core import to_jsonable_python
+
+    from sft_recipe.config.schema import Config
+    from sft_recipe.config.validation import fields
 
 COMMENT_COLUMN = 34
 LINE_LENGTH = 120

@@ -9,7 +9,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def is_debugging() -> bool:
@@ -35,6 +36,29 @@ def notify(text: str) -> None:
     """Print one line about the configuration on stderr, once per machine; unlike an error it ends nothing."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"notice: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def packages_required() -> Iterator[None]:
+    """Inside, a package that is not installed is one message on stderr and exit code 2."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if is_debugging() or not _is_foreign(error):
+            raise
+        print(f"error: {_explain_missing(error)}", file=sys.stderr, flush=True)
+        sys.exit(RecipeError.exit_code)
+
+
+def _is_foreign(error: ModuleNotFoundError) -> bool:
+    return error.name is not None and error.name.partition(".")[0] != __package__
+
+
+def _explain_missing(error: ModuleNotFoundError) -> str:
+    return (
+        f"the package {error.name} is not installed for {sys.executable}. Start with ./train.sh or a script of "
+        "scripts/, which find or install an environment, or activate it first: . .venv/bin/activate"
+    )
 
 
 class RecipeError(Exception):
@@ -78,7 +102,7 @@ class TrainingError(RecipeError):
 
 
 def run_command(command: Callable[[], int], reports_errors: Callable[[], bool] = lambda: True) -> int:
-    """Run a command and return its exit code; a RecipeError becomes one message on stderr and its exit code.
+    """Run a command and return its exit code; a RecipeError or a missing package is one message on stderr.
 
     `reports_errors` decides, after an error, whether this process prints it. SFT_DEBUG=1 adds the traceback. A reader
     that closes the pipe early (`| head`) ends the command without a message; a full disk below stdout is one message.
@@ -96,9 +120,17 @@ def run_command(command: Callable[[], int], reports_errors: Callable[[], bool] =
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
         return RecipeError.exit_code
+    except ModuleNotFoundError as error:
+        if not _is_foreign(error):
+            raise
+        return _report(PreflightError(_explain_missing(error)), reports_errors)
     except RecipeError as error:
-        if is_debugging():
-            traceback.print_exc()
-        if reports_errors():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return _report(error, reports_errors)
+
+
+def _report(error: RecipeError, reports_errors: Callable[[], bool]) -> int:
+    if is_debugging():
+        traceback.print_exc()
+    if reports_errors():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code

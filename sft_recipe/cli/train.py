@@ -16,7 +16,12 @@ from sft_recipe.errors import run_command
 
 def main(args: list[str]) -> int:
     """Run a command line; returns the exit code: 0 done, 2 an error that the message explains, 75 stopped and saved."""
-    return run_command(lambda: _launch(parse(args, os.environ)))
+    return run_command(lambda: _launch(parse_arguments(args)))
+
+
+def parse_arguments(args: list[str]) -> CommandLine:
+    """Return the parsed command line. Raises ConfigError if it is invalid; --help prints the help and exits."""
+    return parse(args, os.environ)
 
 
 def _launch(line: CommandLine) -> int:
