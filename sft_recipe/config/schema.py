@@ -5,18 +5,16 @@ scripts/generate_reference.py writes conf/, config.yaml, cli/flags.py and the re
 
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sft_recipe.config.secrets import without_secrets
+from sft_recipe.config.values import AFTER_EACH_EPOCH, ExcludedModules, StepInterval, TargetModules
 from sft_recipe.files import user_path
 
-AFTER_EACH_EPOCH: Literal["after_each_epoch"] = "after_each_epoch"
 ALL_LINEAR = "all-linear"
-StepInterval = int | Literal["after_each_epoch"]
 
 
 def _flag(name: str, short: str | None = None, shown_default: str | None = None) -> dict[str, Any]:
@@ -268,29 +266,17 @@ class LoraConfig(_Group):
         description="the update is scaled by alpha / rank",
         json_schema_extra=_flag("lora_alpha"),
     )
-    target_modules: str | list[str] = Field(
+    target_modules: TargetModules = Field(
         ALL_LINEAR,
         description="all-linear; or a list of module names such as [q_proj, v_proj], or one regular expression that "
         "matches complete names",
     )
-    exclude_modules: str | list[str] | None = Field(
+    exclude_modules: ExcludedModules = Field(
         None, description="modules to leave out, written as target_modules; null: none"
     )
     merge: bool = Field(
         False, description="save the merged model as well as the adapter", json_schema_extra=_flag("merge_lora")
     )
-
-    @field_validator("target_modules", "exclude_modules")
-    @classmethod
-    def _check_modules(cls, value: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
-        if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{value!r} is not a regular expression: {error}") from None
-        if value is not None and not value and info.field_name == "target_modules":
-            raise ValueError("it is empty; the default is all-linear")
-        return value
 
     @model_validator(mode="after")
     def _check_merge(self) -> "LoraConfig":

@@ -8,7 +8,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from sft_recipe.config.schema import AFTER_EACH_EPOCH, Config
+from sft_recipe.config.schema import Config
+from sft_recipe.config.values import AFTER_EACH_EPOCH
 from sft_recipe.errors import ConfigError
 
 
