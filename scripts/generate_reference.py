@@ -174,6 +174,7 @@ def _type_name(info: FieldInfo) -> str:
     text = re.sub(r"Literal\[(.*?)\]", r"\1", text.replace("typing.", ""))
     text = text.replace("dict[str, Any]", "mapping").replace("dict[str, str]", "mapping").replace("'", "")
     text = text.replace("tuple[float, float]", "[number, number]").replace("list[str]", "list of texts")
+    text = re.sub(r"list\[(.*?)\]", r"list of \1", text)
     return re.sub(r"\b(str|int|float|bool|NoneType|None)\b", lambda m: words[m[1]], text).replace(" | ", ", ")
 
 

@@ -57,7 +57,8 @@ def nearest(name: str, known: list[str]) -> str:
     by_flag = {flag: key for key, info in fields() if key in known for flag in flag_names(info)}
     leaves = by_flag | {key.rsplit(".", 1)[-1]: key for key in known}
     last = name.rsplit(".", 1)[-1]
-    close = [leaves[last]] if last in leaves else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    same = [key for key in known if key.lower() == name.lower()] or ([leaves[last]] if last in leaves else [])
+    close = same or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close and (leaf := difflib.get_close_matches(last, leaves, n=1, cutoff=0.7)):
         close = [leaves[leaf[0]]]
     return f" Did you mean {close[0]}?" if close else ""
@@ -90,7 +91,8 @@ def _explain(key: str, problem: Any) -> str:
     if kind == "model_type":
         return f" is {given!r}, but it is a group of keys"
     if kind == "value_error":
-        return f": {context['error']}"
+        of_group = isinstance(given, dict) and key not in all_keys()
+        return f": {context['error']}" if of_group else f" is {given!r}; {context['error']}"
     if kind == "literal_error":
         expected = context["expected"].replace("'", "").replace(" or ", ", ")
         also = {AFTER_EACH_EPOCH: "a number of steps, ", "auto": "true, false, "}  # the other type of such a key

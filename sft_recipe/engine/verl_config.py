@@ -15,7 +15,8 @@ from sft_recipe.config.auto import (
     reshards_after_forward,
     uses_gradient_checkpointing,
 )
-from sft_recipe.config.schema import Config, FsdpConfig, OptimConfig
+from sft_recipe.config.optimizer import further_arguments
+from sft_recipe.config.schema import Config, FsdpConfig
 
 
 @dataclass
@@ -109,7 +110,7 @@ def _optim(config: Config, total_steps: int) -> ScheduledOptimizerConfig:
     return ScheduledOptimizerConfig(
         optimizer=optim.optimizer,
         optimizer_impl=optim.optimizer_impl,
-        override_optimizer_config=_with_fused_kernel(optim),
+        override_optimizer_config=further_arguments(optim),
         lr=optim.lr,
         lr_scheduler_type=optim.lr_scheduler_type,
         lr_warmup_steps_ratio=optim.lr_warmup_steps_ratio,
@@ -120,14 +121,6 @@ def _optim(config: Config, total_steps: int) -> ScheduledOptimizerConfig:
         clip_grad=optim.max_grad_norm,
         total_training_steps=total_steps,
     )
-
-
-def _with_fused_kernel(optim: OptimConfig) -> dict[str, Any]:
-    """PyTorch's Adam in one pass over memory instead of ten, unless the user chose another implementation."""
-    chosen = dict(optim.override_optimizer_config or {})
-    if optim.optimizer_impl == "torch.optim" and optim.optimizer in ("Adam", "AdamW") and "foreach" not in chosen:
-        chosen.setdefault("fused", True)
-    return chosen
 
 
 def _megatron_optim(config: Config, total_steps: int) -> Any:

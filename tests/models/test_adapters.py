@@ -77,10 +77,13 @@ def test_known_modules_are_accepted(names, override):
 @pytest.mark.parametrize(
     ("override", "expected_text"),
     [
-        ("target_modules='*_proj'", "'*_proj' is not a regular expression: nothing to repeat"),
-        ("exclude_modules='('", "'(' is not a regular expression"),
-        ("target_modules=[]", "lora.target_modules: it is empty"),
-        ("target_modules=''", "lora.target_modules: it is empty"),
+        (
+            "target_modules='*_proj'",
+            "lora.target_modules is '*_proj'; it is not a regular expression: nothing to repeat",
+        ),
+        ("exclude_modules='('", "lora.exclude_modules is '('; it is not a regular expression"),
+        ("target_modules=[]", "lora.target_modules is []; it must name modules"),
+        ("target_modules=''", "lora.target_modules is ''; it must name modules"),
     ],
 )
 def test_pattern_that_can_match_nothing_is_a_configuration_error(override, expected_text):
