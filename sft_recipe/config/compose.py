@@ -19,11 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft_recipe import FORMAT_VERSION
-from sft_recipe.config.aliases import leaves, merge_older_names, rename_key, rename_override
+from sft_recipe.config.aliases import leaves, merge_older_names, notify_renamed, rename_key, rename_override
+from sft_recipe.config.hydra_errors import explain_composition, explain_value
 from sft_recipe.config.references import escape_references, map_texts
 from sft_recipe.config.schema import Config
 from sft_recipe.config.secrets import without_secrets
-from sft_recipe.config.validation import all_keys, build_config, nearest, text_keys
+from sft_recipe.config.validation import all_keys, build_config, missing_groups, nearest, not_groups, text_keys
 from sft_recipe.errors import ConfigError
 from sft_recipe.files import user_path
 
@@ -32,13 +33,21 @@ RESOLVED = "--resolved-config="
 GROUPS = ("model", "data", "optim", "fsdp", "lora")
 
 
-def _if_else(condition: Any, value: Any, otherwise: Any) -> Any:
+def _if_else(*parts: Any) -> Any:
+    if len(parts) != 3:
+        raise ValueError("it is written ${if_else:CONDITION,VALUE,OTHERWISE}")
+    condition, value, otherwise = parts
     return value if str(condition).lower() in ("true", "1", "yes", "on", "y", "t") else otherwise
+
+
+def _either(*parts: Any) -> Any:
+    notify_renamed("${either:...}", "${if_else:...}")
+    return _if_else(*parts)
 
 
 # In conf/: ${if_else:${lora.enabled},a,b} is a if LoRA is enabled, else b; `either` is the older name.
 OmegaConf.register_new_resolver("if_else", _if_else, replace=True)
-OmegaConf.register_new_resolver("either", _if_else, replace=True)
+OmegaConf.register_new_resolver("either", _either, replace=True)
 
 
 def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str = "config") -> Config:
@@ -57,6 +66,8 @@ def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str 
     parsed = _parse(overrides)
     choices = [item for item in parsed if _is_choice(item)]
     written = _read_yaml(root)
+    if wrong := not_groups(written):
+        raise ConfigError(f"{root} cannot be used: {wrong}")
     tree = _compose(root, written, choices, config_dir)
     _check_format_version(tree.pop("format_version", FORMAT_VERSION), root)
     try:
@@ -68,9 +79,11 @@ def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str 
                 _assign(tree, item)
         if _model_was_named(parsed, written) and isinstance(tree.get("model"), DictConfig):
             tree.model.fallback = None
+        if wrong := not_groups(OmegaConf.to_container(tree, resolve=False)) or missing_groups(tree):
+            raise ConfigError(wrong)
         resolved = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the configuration cannot be resolved: {error}") from None
+        raise ConfigError(explain_value(error)) from None
     assert isinstance(resolved, dict)
     return build_config(_resolve_data_paths({str(key): value for key, value in resolved.items()}, config_dir))
 
@@ -163,7 +176,7 @@ def _compose(root: Path, written: dict[str, Any], choices: list[Override], confi
         with initialize_config_dir(str(config_dir), version_base=None):
             tree = compose(root.stem, overrides=[f"hydra.searchpath=[{searchpath}]", *texts])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{root} cannot be used: {str(error).strip()}") from None
+        raise ConfigError(f"{root} cannot be used: {explain_composition(error, root.stem, GROUPS)}") from None
     OmegaConf.set_struct(tree, False)
     return tree
 
@@ -172,7 +185,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """Return the content of a file; interpolations are not resolved."""
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path} cannot be read: {explain_value(error)}") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).strip()}") from None
     except RecursionError:
         raise ConfigError(f"{path} cannot be read: a value refers to itself, or is nested too deeply") from None
