@@ -144,6 +144,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         )
+        self.register("action", None, _Store)  # of options that name no other action
+        self.given: dict[str, str] = {}  # the name that was typed last, by the destination of its value
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does; a message names a flag as it was typed."""
@@ -160,12 +162,15 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-class _Collect(argparse.Action):
-    """Keeps every occurrence of a flag: the name that was typed, and the values after it."""
+class _Store(argparse.Action):
+    """Stores the last value of a flag, with a notice where it replaces another one."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        occurrence = option_string, values if isinstance(values, list) else [values]
-        setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), occurrence])
+        earlier = parser.given.get(self.dest)
+        if earlier and getattr(namespace, self.dest) != values:
+            notify(f"{option_string} {values} replaces {earlier} {getattr(namespace, self.dest)}: the last one is used")
+        parser.given[self.dest] = option_string
+        setattr(namespace, self.dest, values)
 
 
 def train_parser() -> Parser:
@@ -196,7 +201,11 @@ def parse(
         raise ConfigError(_explain_unknown(unknown[0], known))
     values = vars(options)
     by_name = {flag.name: flag for flag in FLAGS}
-    from_flags = {by_name[name].key: _from_flag(by_name[name], values[name]) for name in values if name in by_name}
+    from_flags = {
+        by_name[name].key: _override(by_name[name], parser.given.get(name, f"--{name}"), values[name])
+        for name in values
+        if name in by_name
+    }
     from_environment = [
         override for flag in FLAGS if flag.key not in from_flags and (override := _from_environment(flag, environment))
     ]
@@ -218,7 +227,6 @@ def _add_flags(parser: Parser, shown: Sequence[Flag]) -> None:
         if flag.is_switch:
             group.add_argument(
                 *names,
-                action=_Collect,
                 dest=flag.name,
                 nargs="?",
                 const="true",
@@ -228,16 +236,15 @@ def _add_flags(parser: Parser, shown: Sequence[Flag]) -> None:
                 help=help_text,
             )
         else:
-            nargs = "+" if flag.takes_several else None
+            several: dict[str, Any] = {"action": "extend", "nargs": "+"} if flag.takes_several else {}
             metavar = flag.name.rpartition("_")[2].upper()
             group.add_argument(
                 *names,
-                action=_Collect,
                 dest=flag.name,
-                nargs=nargs,
                 metavar=metavar,
                 default=argparse.SUPPRESS,
                 help=help_text,
+                **several,
             )
     where = {"config_path": "folder of another config.yaml", "config_name": "another name of config.yaml"}
     for name, metavar in _CONFIG_ARGS.items():
@@ -292,31 +299,21 @@ def _explain_unknown(word: str, known: Sequence[str]) -> str:
     return f"unknown flag {name}." + (f" Did you mean --{close[0]}?" if close else " See ./train.sh --help.")
 
 
-def _from_flag(flag: Flag, occurrences: list[tuple[str, list[str]]]) -> str:
-    """Return the override of a flag: of all its values if it takes several, else of the last one, with a notice."""
-    name, values = occurrences[-1]
-    if flag.takes_several:
-        values = [text for _, texts in occurrences for text in texts]
-    elif any(texts != values for _, texts in occurrences):
-        names = " and ".join(dict.fromkeys(typed for typed, _ in occurrences))
-        notify(f"several values are given by {names}; the last one is used: {values[0]}")
-    return _override(flag, name, values)
-
-
 def _from_environment(flag: Flag, environment: Mapping[str, str]) -> str | None:
     """Return the override of a flag's variables. Raises ConfigError if they have different values."""
     given = {name: environment[name] for name in map(str.upper, flag.names) if environment.get(name)}
     if len(set(given.values())) > 1:
         both = " and ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(f"the environment variables {both} set the same key; keep one of them")
-    return next((_override(flag, name, [value]) for name, value in given.items()), None)
+    return next((_override(flag, name, value) for name, value in given.items()), None)
 
 
-def _override(flag: Flag, source: str, values: list[str]) -> str:
+def _override(flag: Flag, source: str, value: str | list[str]) -> str:
     """Return the override that sets a flag's key; several values may also be separated by commas, in brackets or not.
 
     Raises ConfigError if `source`, the flag or variable, has no value.
     """
+    values = value if isinstance(value, list) else [value]
     if flag.takes_several:
         values = list(chain.from_iterable(map(_split, values)))
     values = [text for text in values if text]

@@ -48,14 +48,27 @@ Reads data of any format and writes train.parquet and validation.parquet: prompt
 conversations are one question and one answer, else messages. Exact duplicates and empty records are
 dropped and counted.""",
     )
-    parser.add_argument("--in", dest="files", nargs="+", required=True, metavar="X", help="files, globs, hub data sets")
+    parser.add_argument(
+        "--in",
+        dest="files",
+        action="extend",
+        nargs="+",
+        required=True,
+        metavar="X",
+        help="files, globs, hub data sets",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--val_ratio", type=float, default=0.05, help="fraction held out (default: 0.05; 0: none)")
     parser.add_argument("--small", type=int, metavar="N", help="also write train_small.parquet with N examples")
     parser.add_argument("--seed", type=int, default=42, help="seed of the split and of --small (default: 42)")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="default: auto")
     parser.add_argument(
-        "--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="your column names: response=answer"
+        "--columns",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="your column names: response=answer",
     )
     parser.add_argument("--on_bad_record", default="error", choices=["error", "skip"], help="default: error")
     return parser

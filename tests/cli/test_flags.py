@@ -192,8 +192,8 @@ def test_flag_overrides_choice_in_defaults_list(tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected_text"),
     [
-        (["--lr", "1", "--learning_rate", "2"], "notice: several values are given by --lr and --learning_rate;"),
-        (["--lr", "1", "--lr=2"], "notice: several values are given by --lr; the last one is used: 2\n"),
+        (["--lr", "1", "--learning-rate", "2"], "notice: --learning_rate 2 replaces --lr 1: the last one is used\n"),
+        (["--lr", "1", "--lr=2"], "notice: --lr 2 replaces --lr 1: the last one is used\n"),
         (["--lr", "2", "--lr", "2"], ""),
     ],
 )
