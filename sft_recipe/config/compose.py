@@ -7,7 +7,7 @@ import glob
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel
 
 from sft_recipe import FORMAT_VERSION
 from sft_recipe.config.aliases import leaves, merge_older_names, notify_renamed, rename_key, rename_override
@@ -81,6 +82,7 @@ def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str 
             tree.model.fallback = None
         if wrong := not_groups(OmegaConf.to_container(tree, resolve=False)) or missing_groups(tree):
             raise ConfigError(wrong)
+        _add_defaults(tree)
         resolved = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(explain_value(error)) from None
@@ -218,6 +220,15 @@ def _assign(tree: DictConfig, item: Override) -> None:
     if isinstance(value, int | float) and key in text_keys() and item.input_line:
         value = item.input_line.partition("=")[2].strip()  # a folder 2024_01_02 must not become the number 20240102
     OmegaConf.update(tree, key, value, merge=True, force_add=True)
+
+
+def _add_defaults(tree: DictConfig) -> None:
+    """Add the keys that no file sets, with their defaults, so that ${...} may refer to them."""
+    for group, info in Config.model_fields.items():
+        if not OmegaConf.is_interpolation(tree, group):
+            defaults = cast(type[BaseModel], info.annotation).model_validate({}).model_dump(mode="json")
+            present: Any = OmegaConf.to_container(tree.get(group) or OmegaConf.create(), resolve=False)
+            tree[group] = defaults | present
 
 
 def _model_was_named(parsed: list[Override], written: dict[str, Any]) -> bool:

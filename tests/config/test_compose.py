@@ -278,6 +278,15 @@ def test_config_yaml_can_omit_the_trainer(compose_own):
     assert compose_own("").trainer == load_config([]).trainer
 
 
+def test_reference_to_a_key_that_no_file_sets_is_its_default(compose_own, tmp_path):
+    config = compose_own("trainer: {experiment_name: 'run-${trainer.seed}-${fsdp.strategy}'}\n")
+    assert config.trainer.experiment_name == "run-42-fsdp"
+    (tmp_path / "conf/lora").mkdir(parents=True)
+    (tmp_path / "conf/lora/mine.yaml").write_text("rank: 3\n")  # without the file of defaults, and lr depends on LoRA
+    own = compose_own("", defaults=DEFAULTS.replace("lora: default", "lora: mine"))
+    assert (own.lora.rank, own.lora.enabled, own.optim.lr) == (3, False, 2e-5)
+
+
 def test_config_yaml_can_have_keys_of_hydra(compose_own):
     assert compose_own("hydra: {run: {dir: x}}\n") == compose_own("")
 
