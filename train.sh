@@ -2,7 +2,7 @@
 # Fine-tunes a language model: ./train.sh [FLAGS] [HYDRA OVERRIDES]; ./train.sh --help lists them.
 set -euo pipefail
 [ -z "${SFT_TIMING:-}" ] || export SFT_TIMING_STARTED="${EPOCHREALTIME:-$(date +%s.%N)}"
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")  # also through a link to this file
 
 for word in "$@"; do
   if [ "$word" = "--help" ] || [ "$word" = "-h" ]; then
@@ -11,7 +11,7 @@ for word in "$@"; do
 done
 
 . "$here/scripts/environment.sh"
-choose_environment
+choose_environment "" sft_recipe.cli.train "$@"
 
 # glibc keeps small freed blocks for each thread. On a CPU they fragment the heap that also holds the tensors, which costs
 # about a tenth of all memory.

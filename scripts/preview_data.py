@@ -3,4 +3,4 @@
 
 from in_environment import run_module
 
-run_module("sft_recipe.cli.preview", help_needs_environment=False)
+run_module("sft_recipe.cli.preview")

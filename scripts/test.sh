@@ -2,7 +2,7 @@
 # Sets itself up, then checks style, types and behavior: scripts/test.sh [--all] [pytest arguments]
 # Without --all it leaves out the tests that are marked slow. Arguments go to pytest: scripts/test.sh tests/data -k json
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 . scripts/environment.sh
 choose_environment dev

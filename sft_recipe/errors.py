@@ -1,4 +1,7 @@
-"""Errors that a user can cause: each ends the program with its exit code and one message, without a traceback."""
+"""Errors that a user can cause: each ends the program with its exit code and one message, without a traceback.
+
+Notices that end nothing are printed here too.
+"""
 
 import errno
 import os
@@ -6,7 +9,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def is_debugging() -> bool:
@@ -26,6 +30,35 @@ def silence_libraries(shows_progress: bool = True) -> None:
     os.environ.setdefault("VERL_LOGGING_LEVEL", "ERROR")
     if not shows_progress:
         os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+
+
+def notify(text: str) -> None:
+    """Print one line about the configuration on stderr, once per machine; unlike an error it ends nothing."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"notice: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def packages_required() -> Iterator[None]:
+    """Inside, a package that is not installed is one message on stderr and exit code 2."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if is_debugging() or not _is_foreign(error):
+            raise
+        print(f"error: {_explain_missing(error)}", file=sys.stderr, flush=True)
+        sys.exit(RecipeError.exit_code)
+
+
+def _is_foreign(error: ModuleNotFoundError) -> bool:
+    return error.name is not None and error.name.partition(".")[0] != __package__
+
+
+def _explain_missing(error: ModuleNotFoundError) -> str:
+    return (
+        f"the package {error.name} is not installed for {sys.executable}. Start with ./train.sh or a script of "
+        "scripts/, which find or install an environment, or activate it first: . .venv/bin/activate"
+    )
 
 
 class RecipeError(Exception):
@@ -74,7 +107,7 @@ def first_line(error: BaseException) -> str:
 
 
 def run_command(command: Callable[[], int], reports_errors: Callable[[], bool] = lambda: True) -> int:
-    """Run a command and return its exit code; a RecipeError becomes one message on stderr and its exit code.
+    """Run a command and return its exit code; a RecipeError or a missing package is one message on stderr.
 
     `reports_errors` decides, after an error, whether this process prints it. SFT_DEBUG=1 adds the traceback. A reader
     that closes the pipe early (`| head`) ends the command without a message; a full disk below stdout is one message.
@@ -92,9 +125,17 @@ def run_command(command: Callable[[], int], reports_errors: Callable[[], bool] =
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
         return RecipeError.exit_code
+    except ModuleNotFoundError as error:
+        if not _is_foreign(error):
+            raise
+        return _report(PreflightError(_explain_missing(error)), reports_errors)
     except RecipeError as error:
-        if is_debugging():
-            traceback.print_exc()
-        if reports_errors():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return _report(error, reports_errors)
+
+
+def _report(error: RecipeError, reports_errors: Callable[[], bool]) -> int:
+    if is_debugging():
+        traceback.print_exc()
+    if reports_errors():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code

@@ -19,9 +19,9 @@ from sft_recipe.distributed.rendezvous import (
     recorded_exit,
     remove_rendezvous_dir,
 )
-from sft_recipe.errors import TrainingError, run_command, silence_libraries
+from sft_recipe.errors import TrainingError, packages_required, run_command, silence_libraries
 
-with timing.paused_gc():
+with timing.paused_gc(), packages_required():
     from sft_recipe.config.compose import load_for_rank, to_yaml
     from sft_recipe.config.schema import Config
     from sft_recipe.distributed.process_group import bind_to_launched_ranks, process_group

@@ -49,3 +49,10 @@ def test_recipe_error_is_one_message_and_its_exit_code(capsys):
 
     assert run_command(fail) == 2
     assert capsys.readouterr().err == "error: wrong\n"
+
+
+def test_missing_module_of_ours_is_not_hidden(capsys):
+    with pytest.raises(ModuleNotFoundError):
+        run_command(lambda: __import__("sft_recipe.nothing"))
+    assert run_command(lambda: __import__("nothing.at.all")) == 2
+    assert capsys.readouterr().err.startswith("error: the package nothing is not installed for ")

@@ -11,14 +11,15 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from sft_recipe.errors import ConfigError
+from sft_recipe.config.references import escape_references
+from sft_recipe.errors import ConfigError, notify
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag, the environment variable of the same name in capitals, and the key that both set."""
+    """A flag, the environment variables of the same names in capitals, and the key that they set."""
 
     name: str
     key: str
@@ -29,8 +30,13 @@ class Flag:
     takes_several: bool = False
 
     @property
+    def names(self) -> list[str]:
+        """The names of the flag, the longer one last."""
+        return [name for name in (self.short, self.name) if name]
+
+    @property
     def variable(self) -> str:
-        """The environment variable that does the same as the flag."""
+        """The environment variable that does the same as the flag; the short name in capitals is one as well."""
         return self.name.upper()
 
 
@@ -72,7 +78,7 @@ FLAGS = (
         "fraction of all steps in which the learning rate rises from 0 to lr",
     ),
     Flag("weight_decay", "optim.weight_decay", "0.01", "decoupled weight decay, as in AdamW"),
-    Flag("grad_clip", "optim.clip_grad", "1.0", "maximum global gradient norm"),
+    Flag("grad_clip", "optim.clip_grad", "1.0", "maximum global gradient norm; 0 or null: no clipping"),
     Flag("strategy", "fsdp.strategy", "fsdp", "fsdp, fsdp2, megatron"),
     Flag(
         "use_lora", "lora.enabled", "false", "train low-rank adapters; the model's weights stay frozen", is_switch=True
@@ -109,7 +115,7 @@ LOOKS_LIKE_OVERRIDE = re.compile(r"[+~]*[\w./@]+=")
 USAGE = "./train.sh [FLAGS] [HYDRA OVERRIDES]"
 DESCRIPTION = """\
 Fine-tunes a language model on prompt/response, Alpaca or multi-turn data, with verl.
-The longer name of a flag, in capitals, is also an environment variable (LEARNING_RATE=1e-5 ./train.sh).
+A flag's name in capitals is also an environment variable (LR=1e-5 ./train.sh, LEARNING_RATE=1e-5 ./train.sh).
 Precedence: override > flag > environment variable > config.yaml > conf/."""
 EPILOG = """\
 overrides: any key of config.yaml and conf/, or a file of a group in conf/:
@@ -138,14 +144,33 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         )
+        self.register("action", None, _Store)  # of options that name no other action
+        self.given: dict[str, str] = {}  # the name that was typed last, by the destination of its value
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does; a message names a flag as it was typed."""
+        self._typed = [word.partition("=")[0] for word in args]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
         problems = ("expected (?:one|at least one) argument", "needs a"), ("ignored explicit argument", "takes no")
         for pattern, problem in problems:
             if match := re.match(rf"argument (\S+): {pattern}", message):
-                raise ConfigError(f"{match[1].split('/')[0]} {problem} value")
+                names = match[1].split("/")
+                raise ConfigError(f"{next((name for name in self._typed if name in names), names[0])} {problem} value")
         raise ConfigError(message)
+
+
+class _Store(argparse.Action):
+    """Stores the last value of a flag, with a notice where it replaces another one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        earlier = parser.given.get(self.dest)
+        if earlier and getattr(namespace, self.dest) != values:
+            notify(f"{option_string} {values} replaces {earlier} {getattr(namespace, self.dest)}: the last one is used")
+        parser.given[self.dest] = option_string
+        setattr(namespace, self.dest, values)
 
 
 def train_parser() -> Parser:
@@ -176,11 +201,13 @@ def parse(
         raise ConfigError(_explain_unknown(unknown[0], known))
     values = vars(options)
     by_name = {flag.name: flag for flag in FLAGS}
-    from_flags = {by_name[name].key: _override(by_name[name], values[name]) for name in values if name in by_name}
+    from_flags = {
+        by_name[name].key: _override(by_name[name], parser.given.get(name, f"--{name}"), values[name])
+        for name in values
+        if name in by_name
+    }
     from_environment = [
-        _override(flag, environment[flag.variable])
-        for flag in FLAGS
-        if environment.get(flag.variable) and flag.key not in from_flags
+        override for flag in FLAGS if flag.key not in from_flags and (override := _from_environment(flag, environment))
     ]
     if empty := next((name for name in _CONFIG_ARGS if values.get(name) == ""), None):
         raise ConfigError(f"--{empty.replace('_', '-')} needs a value")
@@ -194,7 +221,7 @@ _CONFIG_ARGS = {"config_path": "DIR", "config_name": "NAME"}
 def _add_flags(parser: Parser, shown: Sequence[Flag]) -> None:
     group = parser.add_argument_group("flags")
     for flag in FLAGS:
-        names = [f"--{name}" for name in (flag.short, flag.name) if name]
+        names = [f"--{name}" for name in flag.names]
         text = f"{flag.help} (default: {flag.default}; {flag.key})".replace("%", "%%")
         help_text = text if flag in shown else argparse.SUPPRESS
         if flag.is_switch:
@@ -209,10 +236,15 @@ def _add_flags(parser: Parser, shown: Sequence[Flag]) -> None:
                 help=help_text,
             )
         else:
-            nargs = "+" if flag.takes_several else None
+            several: dict[str, Any] = {"action": "extend", "nargs": "+"} if flag.takes_several else {}
             metavar = flag.name.rpartition("_")[2].upper()
             group.add_argument(
-                *names, dest=flag.name, nargs=nargs, metavar=metavar, default=argparse.SUPPRESS, help=help_text
+                *names,
+                dest=flag.name,
+                metavar=metavar,
+                default=argparse.SUPPRESS,
+                help=help_text,
+                **several,
             )
     where = {"config_path": "folder of another config.yaml", "config_name": "another name of config.yaml"}
     for name, metavar in _CONFIG_ARGS.items():
@@ -267,17 +299,36 @@ def _explain_unknown(word: str, known: Sequence[str]) -> str:
     return f"unknown flag {name}." + (f" Did you mean --{close[0]}?" if close else " See ./train.sh --help.")
 
 
-def _override(flag: Flag, value: str | list[str]) -> str:
-    """Return the override that sets a flag's key; several values may also be separated by commas."""
+def _from_environment(flag: Flag, environment: Mapping[str, str]) -> str | None:
+    """Return the override of a flag's variables. Raises ConfigError if they have different values."""
+    given = {name: environment[name] for name in map(str.upper, flag.names) if environment.get(name)}
+    if len(set(given.values())) > 1:
+        both = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise ConfigError(f"the environment variables {both} set the same key; keep one of them")
+    return next((_override(flag, name, value) for name, value in given.items()), None)
+
+
+def _override(flag: Flag, source: str, value: str | list[str]) -> str:
+    """Return the override that sets a flag's key; several values may also be separated by commas, in brackets or not.
+
+    Raises ConfigError if `source`, the flag or variable, has no value.
+    """
     values = value if isinstance(value, list) else [value]
     if flag.takes_several:
-        values = list(chain.from_iterable(text.split(",") for text in values))
+        values = list(chain.from_iterable(map(_split, values)))
     values = [text for text in values if text]
     if not values:
-        raise ConfigError(f"--{flag.name} needs a value")
+        raise ConfigError(f"{source} needs a value")
     if len(values) == 1:
         return f"{flag.key}={_quote(values[0])}"
     return f"{flag.key}=[{','.join(_quote(text, in_list=True) for text in values)}]"
+
+
+def _split(text: str) -> list[str]:
+    """Split a.json,b.json; a list as in an override, [a.json, 'b.json'], has brackets, spaces and quotes as well."""
+    if not re.fullmatch(r"\[[^\[\]]*\]", text):
+        return text.split(",")
+    return [re.sub(r"^(['\"])(.*)\1$", r"\2", part.strip()) for part in text[1:-1].split(",")]
 
 
 def _quote(value: str, in_list: bool = False) -> str:
@@ -289,7 +340,6 @@ def _quote(value: str, in_list: bool = False) -> str:
     is_other_type = re.fullmatch(r"[+-]?\.?\d.*|[+-]?(inf|nan)|true|false", value, re.IGNORECASE) if in_list else None
     if is_plain and not is_other_type:
         return value
-    # OmegaConf reads ${...} as a reference; a backslash before it (after doubled ones, if any) makes it plain text.
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    text = escape_references(value)
     # Hydra's grammar has quotes and backslashes; a backslash is special only before a quote.
     return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", "\\'") + "'"

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_recipe.cli.flags import FLAGS, Flag, Parser, parse
+from sft_recipe.cli.flags import FLAGS, CommandLine, Flag, Parser, parse
 from sft_recipe.errors import PreflightError, run_command, silence_libraries
 from sft_recipe.files import user_path
 
@@ -51,11 +51,15 @@ def shown_flags() -> list[Flag]:
 
 def main(args: list[str]) -> int:
     """Run a command line; returns the exit code: 0 done, 2 an error that the message explains."""
-    return run_command(lambda: _run(args))
+    return run_command(lambda: _run(parse_arguments(args)))
 
 
-def _run(args: list[str]) -> int:
-    line = parse(args, os.environ, preview_parser(), shown_flags())
+def parse_arguments(args: list[str]) -> CommandLine:
+    """Return the parsed command line. Raises ConfigError if it is invalid; --help prints the help and exits."""
+    return parse(args, os.environ, preview_parser(), shown_flags())
+
+
+def _run(line: CommandLine) -> int:
     from sft_recipe.config.compose import load_config, parse_config_args
 
     config = load_config(line.overrides, **parse_config_args(line.config_args))

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sft_recipe.errors import ConfigError
+from sft_recipe.errors import ConfigError, notify
 
 OLDER_GROUPS = {
     "actor_rollout_ref.actor.fsdp_config": "fsdp",
@@ -21,17 +21,33 @@ OLDER_KEYS = {
 
 
 def rename_override(text: str) -> str:
-    """Return an override with the present name of its key."""
+    """Return an override with the present name of its key; an older name prints a notice."""
     for older, name in OLDER_GROUPS.items():
-        text = re.sub(rf"^(\+*){re.escape(older)}(?=[.])", rf"\1{name}", text)
+        text = _renamed(rf"{re.escape(older)}(?=[.])", older, name, text)
     for older, name in OLDER_KEYS.items():
-        text = re.sub(rf"^(\+*){re.escape(older)}(?==)", rf"\1{name}", text)
+        text = _renamed(rf"{re.escape(older)}(?==)", older, name, text)
     return text
 
 
+def notify_renamed(older: str, name: str) -> None:
+    """Print a notice that names the present name of a key, a group or a resolver."""
+    notify(f"{older} is the older name of {name}; it still works, but use {name}")
+
+
+def _renamed(pattern: str, older: str, name: str, text: str) -> str:
+    present, count = re.subn(rf"^(\+*){pattern}", rf"\1{name}", text)
+    if count:
+        notify_renamed(older, name)
+    return present
+
+
 def rename_key(group: str, key: str) -> str:
-    """Return the present name of a key in a file of conf/<group>."""
-    return OLDER_KEYS.get(f"{group}.{key}", f"{group}.{key}").removeprefix(f"{group}.")
+    """Return the present name of a key in a file of conf/<group>; an older name prints a notice."""
+    older = f"{group}.{key}"
+    if older not in OLDER_KEYS:
+        return key
+    notify_renamed(older, OLDER_KEYS[older])
+    return OLDER_KEYS[older].removeprefix(f"{group}.")
 
 
 def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -42,9 +58,9 @@ def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def merge_older_names(tree: DictConfig, written: dict[str, Any]) -> None:
-    """Move the values under older names in `tree` to the present names; `written` is the content of config.yaml.
+    """Move the values under older names in `tree` to the present names, with a notice for each name.
 
-    Raises ConfigError if config.yaml sets a key under both names to different values.
+    `written` is the content of config.yaml. Raises ConfigError if that sets a key under both names to different values.
     """
     by_name = leaves(written)
     for older, name in [*OLDER_GROUPS.items(), *OLDER_KEYS.items()]:
@@ -55,6 +71,7 @@ def merge_older_names(tree: DictConfig, written: dict[str, Any]) -> None:
         siblings: Any = OmegaConf.to_container(node, resolve=False)
         if older in OLDER_GROUPS and not isinstance(siblings[leaf], dict):
             continue
+        notify_renamed(older, name)
         for key, value in leaves(siblings[leaf], name).items():
             present = by_name.get(key)
             if present is not None and present != value:

@@ -7,7 +7,7 @@ import glob
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -17,11 +17,15 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel
 
 from sft_recipe import FORMAT_VERSION
-from sft_recipe.config.aliases import leaves, merge_older_names, rename_key, rename_override
+from sft_recipe.config.aliases import leaves, merge_older_names, notify_renamed, rename_key, rename_override
+from sft_recipe.config.hydra_errors import explain_composition, explain_value
+from sft_recipe.config.references import escape_references, map_texts
 from sft_recipe.config.schema import Config
-from sft_recipe.config.validation import all_keys, build_config, nearest, text_keys
+from sft_recipe.config.secrets import without_secrets
+from sft_recipe.config.validation import all_keys, build_config, missing_groups, nearest, not_groups, text_keys
 from sft_recipe.errors import ConfigError
 from sft_recipe.files import user_path
 
@@ -30,13 +34,21 @@ RESOLVED = "--resolved-config="
 GROUPS = ("model", "data", "optim", "fsdp", "lora")
 
 
-def _if_else(condition: Any, value: Any, otherwise: Any) -> Any:
+def _if_else(*parts: Any) -> Any:
+    if len(parts) != 3:
+        raise ValueError("it is written ${if_else:CONDITION,VALUE,OTHERWISE}")
+    condition, value, otherwise = parts
     return value if str(condition).lower() in ("true", "1", "yes", "on", "y", "t") else otherwise
+
+
+def _either(*parts: Any) -> Any:
+    notify_renamed("${either:...}", "${if_else:...}")
+    return _if_else(*parts)
 
 
 # In conf/: ${if_else:${lora.enabled},a,b} is a if LoRA is enabled, else b; `either` is the older name.
 OmegaConf.register_new_resolver("if_else", _if_else, replace=True)
-OmegaConf.register_new_resolver("either", _if_else, replace=True)
+OmegaConf.register_new_resolver("either", _either, replace=True)
 
 
 def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str = "config") -> Config:
@@ -55,6 +67,8 @@ def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str 
     parsed = _parse(overrides)
     choices = [item for item in parsed if _is_choice(item)]
     written = _read_yaml(root)
+    if wrong := not_groups(written):
+        raise ConfigError(f"{root} cannot be used: {wrong}")
     tree = _compose(root, written, choices, config_dir)
     _check_format_version(tree.pop("format_version", FORMAT_VERSION), root)
     try:
@@ -66,9 +80,12 @@ def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str 
                 _assign(tree, item)
         if _model_was_named(parsed, written) and isinstance(tree.get("model"), DictConfig):
             tree.model.fallback = None
+        if wrong := not_groups(OmegaConf.to_container(tree, resolve=False)) or missing_groups(tree):
+            raise ConfigError(wrong)
+        _add_defaults(tree)
         resolved = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the configuration cannot be resolved: {error}") from None
+        raise ConfigError(explain_value(error)) from None
     assert isinstance(resolved, dict)
     return build_config(_resolve_data_paths({str(key): value for key, value in resolved.items()}, config_dir))
 
@@ -112,7 +129,8 @@ def parse_config_args(args: list[str]) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as text that can be used as config.yaml again, in the same environment."""
-    content = {"format_version": FORMAT_VERSION} | config.public()
+    plain = map_texts(escape_references, config.model_dump(mode="json"))
+    content = {"format_version": FORMAT_VERSION} | without_secrets(plain)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
@@ -160,7 +178,7 @@ def _compose(root: Path, written: dict[str, Any], choices: list[Override], confi
         with initialize_config_dir(str(config_dir), version_base=None):
             tree = compose(root.stem, overrides=[f"hydra.searchpath=[{searchpath}]", *texts])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{root} cannot be used: {str(error).strip()}") from None
+        raise ConfigError(f"{root} cannot be used: {explain_composition(error, root.stem, GROUPS)}") from None
     OmegaConf.set_struct(tree, False)
     return tree
 
@@ -169,7 +187,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """Return the content of a file; interpolations are not resolved."""
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path} cannot be read: {explain_value(error)}") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).strip()}") from None
     except RecursionError:
         raise ConfigError(f"{path} cannot be read: a value refers to itself, or is nested too deeply") from None
@@ -200,6 +220,15 @@ def _assign(tree: DictConfig, item: Override) -> None:
     if isinstance(value, int | float) and key in text_keys() and item.input_line:
         value = item.input_line.partition("=")[2].strip()  # a folder 2024_01_02 must not become the number 20240102
     OmegaConf.update(tree, key, value, merge=True, force_add=True)
+
+
+def _add_defaults(tree: DictConfig) -> None:
+    """Add the keys that no file sets, with their defaults, so that ${...} may refer to them."""
+    for group, info in Config.model_fields.items():
+        if not OmegaConf.is_interpolation(tree, group):
+            defaults = cast(type[BaseModel], info.annotation).model_validate({}).model_dump(mode="json")
+            present: Any = OmegaConf.to_container(tree.get(group) or OmegaConf.create(), resolve=False)
+            tree[group] = defaults | present
 
 
 def _model_was_named(parsed: list[Override], written: dict[str, Any]) -> bool:

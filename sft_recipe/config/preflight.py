@@ -1,12 +1,11 @@
 """Checks before anything is loaded: the machine, packages, batch arithmetic, and the output folder."""
 
 import tempfile
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from sft_recipe.config.schema import Config, OptimConfig
-from sft_recipe.config.validation import nearest
+from sft_recipe.config.optimizer import check_optimizer
+from sft_recipe.config.schema import Config
 from sft_recipe.errors import CheckpointError, ConfigError, PreflightError
 
 
@@ -28,10 +27,15 @@ def choose_device(config: Config) -> str:
 
 def check(config: Config, device: str) -> None:
     """Raise ConfigError or PreflightError if the configuration cannot work on this machine."""
-    _check_batches(config)
-    _check_optimizer(config.optim)
+    check_config(config, device)
     if config.fsdp.strategy == "megatron":
         _check_megatron(device)
+
+
+def check_config(config: Config, device: str) -> None:
+    """Raise ConfigError or PreflightError if the configuration cannot work; `device` may be auto, as configured."""
+    _check_batches(config)
+    check_optimizer(config, device)
 
 
 def writable_folder(folder: Path) -> Path:
@@ -75,20 +79,6 @@ def _check_batches(config: Config) -> None:
         raise ConfigError(
             f"BATCH_SIZE={config.data.train_batch_size} is smaller than the number of ranks ({ranks}): some would have "
             f"nothing to train; set BATCH_SIZE to {ranks} or more"
-        )
-
-
-def _check_optimizer(optim: OptimConfig) -> None:
-    try:
-        module = import_module(optim.optimizer_impl)
-    except ImportError:
-        raise PreflightError(
-            f"optim.optimizer_impl={optim.optimizer_impl} cannot be imported; is it installed?"
-        ) from None
-    if not hasattr(module, optim.optimizer):
-        known = [name for name, value in vars(module).items() if isinstance(value, type)]
-        raise ConfigError(
-            f"{optim.optimizer_impl} has no optimizer {optim.optimizer}.{nearest(optim.optimizer, known)}"
         )
 
 

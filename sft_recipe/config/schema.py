@@ -3,17 +3,18 @@
 scripts/generate_reference.py writes conf/, config.yaml, cli/flags.py and the reference from these definitions.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sft_recipe.config import values
 from sft_recipe.config.secrets import without_secrets
 from sft_recipe.files import user_path
 
-AFTER_EACH_EPOCH: Literal["after_each_epoch"] = "after_each_epoch"
-StepInterval = int | Literal["after_each_epoch"]
+ALL_LINEAR = "all-linear"
 
 
 def _flag(name: str, short: str | None = None, shown_default: str | None = None) -> dict[str, Any]:
@@ -23,6 +24,8 @@ def _flag(name: str, short: str | None = None, shown_default: str | None = None)
 
 class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
+
+    _fits_int64 = field_validator("*")(values.fits_int64)
 
 
 class ModelConfig(_Group):
@@ -177,7 +180,7 @@ class OptimConfig(_Group):
     min_lr_ratio: float = Field(
         0.0, ge=0, le=1, description="final learning rate of cosine and linear, as a fraction of lr"
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of Adam's moments")
+    betas: values.Betas = Field((0.9, 0.999), description="decay rates of Adam's moments")
     weight_decay: float = Field(
         0.01,
         ge=0,
@@ -185,9 +188,17 @@ class OptimConfig(_Group):
         description="decoupled weight decay, as in AdamW",
         json_schema_extra=_flag("weight_decay"),
     )
-    clip_grad: float = Field(
-        1.0, gt=0, description="maximum global gradient norm", json_schema_extra=_flag("grad_clip")
+    clip_grad: float | None = Field(
+        1.0,
+        ge=0,
+        description="maximum global gradient norm; 0 or null: no clipping",
+        json_schema_extra=_flag("grad_clip"),
     )
+
+    @property
+    def max_grad_norm(self) -> float:
+        """`clip_grad` as a limit: infinity where gradients are not clipped."""
+        return self.clip_grad or math.inf
 
 
 class MixedPrecisionConfig(_Group):
@@ -260,11 +271,13 @@ class LoraConfig(_Group):
         description="the update is scaled by alpha / rank",
         json_schema_extra=_flag("lora_alpha"),
     )
-    target_modules: str | list[str] = Field(
-        "all-linear", description="all-linear, or a list of module names such as [q_proj, v_proj]"
+    target_modules: values.TargetModules = Field(
+        ALL_LINEAR,
+        description="all-linear; or a list of module names such as [q_proj, v_proj], or one regular expression that "
+        "matches complete names",
     )
-    exclude_modules: str | list[str] | None = Field(
-        None, description="modules to leave out: a list of names, or one regular expression"
+    exclude_modules: values.ExcludedModules = Field(
+        None, description="modules to leave out, written as target_modules; null: none"
     )
     merge: bool = Field(
         False, description="save the merged model as well as the adapter", json_schema_extra=_flag("merge_lora")
@@ -297,11 +310,13 @@ class TrainerConfig(_Group):
         description="a checkpoint folder, or auto: the newest complete checkpoint in output_dir; null: a new run",
         json_schema_extra=_flag("resume_from", shown_default="none"),
     )
-    save_freq: StepInterval = Field(
-        AFTER_EACH_EPOCH, description="optimizer steps between checkpoints, or after_each_epoch; -1: only at the end"
+    save_freq: values.StepInterval = Field(
+        values.AFTER_EACH_EPOCH,
+        description="optimizer steps between checkpoints, or after_each_epoch; -1: only at the end",
     )
-    test_freq: StepInterval = Field(
-        AFTER_EACH_EPOCH, description="optimizer steps between validations, or after_each_epoch; -1: only at the end"
+    test_freq: values.StepInterval = Field(
+        values.AFTER_EACH_EPOCH,
+        description="optimizer steps between validations, or after_each_epoch; -1: only at the end",
     )
     max_ckpt_to_keep: int | None = Field(
         2, ge=1, description="newest checkpoints to keep, besides the best and the one resumed from; null: all"
@@ -321,7 +336,7 @@ class TrainerConfig(_Group):
     heartbeat_timeout: float | None = Field(
         1800, gt=0, description="seconds without progress after which a rank is considered hung; null: never"
     )
-    logger: list[str] = Field(
+    logger: list[values.Logger] = Field(
         ["console"], description="console, and verl's: wandb, tensorboard, mlflow, swanlab, trackio, clearml, ..."
     )
     project_name: str = Field("sft_recipe", description="project name for the loggers")

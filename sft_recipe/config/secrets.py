@@ -4,18 +4,26 @@ import os
 import re
 from typing import Any
 
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+from sft_recipe.config.references import map_texts
+
+# A name that goes on (TOKENIZER_PATH), or says where a secret is (HF_TOKEN_PATH), is no secret's.
+SECRET_NAME = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY)S?(?![A-Z])"
+    r"(?!.*_(PATH|FILE|DIR|URL|NAME)$)",
+    re.IGNORECASE,
+)
 MIN_SECRET_LENGTH = 8  # characters; shorter values (true, 0) would match everywhere
 
 
 def without_secrets(tree: Any) -> Any:
     """Return a tree of plain values in which `${oc.env:NAME}` replaces the value of every secret variable NAME."""
-    if isinstance(tree, dict):
-        return {key: without_secrets(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [without_secrets(value) for value in tree]
-    if isinstance(tree, str):
-        for name, value in os.environ.items():
-            if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_LENGTH:
-                tree = tree.replace(value, f"${{oc.env:{name}}}")
-    return tree
+    names = {
+        value: name
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_LENGTH
+    }
+    if not names:
+        return tree
+    # Longest first: of a secret that contains another nothing may be left over.
+    pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    return map_texts(lambda text: pattern.sub(lambda match: f"${{oc.env:{names[match[0]]}}}", text), tree)

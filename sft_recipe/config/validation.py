@@ -8,7 +8,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from sft_recipe.config.schema import AFTER_EACH_EPOCH, Config
+from sft_recipe.config.schema import Config
+from sft_recipe.config.values import AFTER_EACH_EPOCH
 from sft_recipe.errors import ConfigError
 
 
@@ -45,6 +46,25 @@ def text_keys() -> list[str]:
     return [key for key, info in fields() if str in _types(info)]
 
 
+def not_groups(tree: Any) -> str:
+    """Return which group is a value instead of keys, or an empty text; a reference to other keys may be a group."""
+    for group in Config.model_fields:
+        value = tree.get(group, {})
+        if not isinstance(value, dict) and "${" not in str(value):
+            return f"{group}{_not_a_group(value)}"
+    return ""
+
+
+def missing_groups(tree: Any) -> str:
+    """Return which groups a configuration lacks, and what config.yaml should name, or an empty text."""
+    missing = [group for group, info in Config.model_fields.items() if info.is_required() and group not in tree]
+    if not missing:
+        return ""
+    verb, these = ("is", "this group") if len(missing) == 1 else ("are", "these groups")
+    entries = ", ".join(f"- {group}: default" for group in missing)
+    return f"{', '.join(missing)} {verb} not set: the defaults list of config.yaml must name {these} ({entries})"
+
+
 def flag_names(info: FieldInfo) -> list[str]:
     """Return the names of a key's flag, the short one last; an empty list if the key has no flag."""
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
@@ -56,7 +76,8 @@ def nearest(name: str, known: list[str]) -> str:
     by_flag = {flag: key for key, info in fields() if key in known for flag in flag_names(info)}
     leaves = by_flag | {key.rsplit(".", 1)[-1]: key for key in known}
     last = name.rsplit(".", 1)[-1]
-    close = [leaves[last]] if last in leaves else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    same = [key for key in known if key.lower() == name.lower()] or ([leaves[last]] if last in leaves else [])
+    close = same or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close and (leaf := difflib.get_close_matches(last, leaves, n=1, cutoff=0.7)):
         close = [leaves[leaf[0]]]
     return f" Did you mean {close[0]}?" if close else ""
@@ -87,15 +108,20 @@ def _explain(key: str, problem: Any) -> str:
     if kind == "missing":
         return " is not set"
     if kind == "model_type":
-        return f" is {given!r}, but it is a group of keys"
+        return _not_a_group(given)
     if kind == "value_error":
-        return f": {context['error']}"
+        of_group = isinstance(given, dict) and key not in all_keys()
+        return f": {context['error']}" if of_group else f" is {given!r}; {context['error']}"
     if kind == "literal_error":
         expected = context["expected"].replace("'", "").replace(" or ", ", ")
         also = {AFTER_EACH_EPOCH: "a number of steps, ", "auto": "true, false, "}  # the other type of such a key
         expected = also.get(expected, "") + expected
         return f" is {given!r}; it must be one of {expected}.{nearest(str(given), expected.split(', '))}"
     return f" is {given!r}; {problem['msg'].replace('Input should', 'it should')}"
+
+
+def _not_a_group(value: Any) -> str:
+    return f" is {value!r}, but it is a group of keys"
 
 
 def _is_key_part(part: Any) -> bool:

@@ -14,7 +14,8 @@ from sft_recipe.config.auto import (
     reshards_after_forward,
     uses_gradient_checkpointing,
 )
-from sft_recipe.config.schema import Config, FsdpConfig, OptimConfig
+from sft_recipe.config.optimizer import further_arguments
+from sft_recipe.config.schema import Config, FsdpConfig
 from sft_recipe.engine import patches
 from sft_recipe.models.hf_config import load_hf_config
 from sft_recipe.models.resolve import ResolvedModel
@@ -117,7 +118,7 @@ def _optim(config: Config, total_steps: int) -> ScheduledOptimizerConfig:
     return ScheduledOptimizerConfig(
         optimizer=optim.optimizer,
         optimizer_impl=optim.optimizer_impl,
-        override_optimizer_config=_with_fused_kernel(optim),
+        override_optimizer_config=further_arguments(optim),
         lr=optim.lr,
         lr_scheduler_type=optim.lr_scheduler_type,
         lr_warmup_steps_ratio=optim.lr_warmup_steps_ratio,
@@ -125,17 +126,9 @@ def _optim(config: Config, total_steps: int) -> ScheduledOptimizerConfig:
         min_lr_ratio=optim.min_lr_ratio,
         betas=optim.betas,
         weight_decay=optim.weight_decay,
-        clip_grad=optim.clip_grad,
+        clip_grad=optim.max_grad_norm,
         total_training_steps=total_steps,
     )
-
-
-def _with_fused_kernel(optim: OptimConfig) -> dict[str, Any]:
-    """PyTorch's Adam in one pass over memory instead of ten, unless the user chose another implementation."""
-    chosen = dict(optim.override_optimizer_config or {})
-    if optim.optimizer_impl == "torch.optim" and optim.optimizer in ("Adam", "AdamW") and "foreach" not in chosen:
-        chosen.setdefault("fused", True)
-    return chosen
 
 
 def _megatron_optim(config: Config, total_steps: int) -> Any:
@@ -150,6 +143,6 @@ def _megatron_optim(config: Config, total_steps: int) -> Any:
         lr_warmup_steps=optim.lr_warmup_steps,
         betas=optim.betas,
         weight_decay=optim.weight_decay,
-        clip_grad=optim.clip_grad,
+        clip_grad=optim.max_grad_norm,
         total_training_steps=total_steps,
     )

@@ -8,6 +8,7 @@ import torch
 from sft_recipe.config.auto import PACKED_ATTENTION, attention
 from sft_recipe.config.schema import Config, LoraConfig
 from sft_recipe.errors import ConfigError, ModelError
+from sft_recipe.models.adapters import check_modules
 from sft_recipe.models.dims import ModelDims
 from sft_recipe.models.flops import MatmulParams, matmul_params
 from sft_recipe.models.hf_config import load_hf_config
@@ -109,6 +110,7 @@ def _on_meta(config: Config, model: ResolvedModel, attention: str) -> Any:
 
 
 def _with_adapters(model: Any, lora: LoraConfig) -> Any:
+    check_modules(lora, [name for name, _ in model.named_modules()])
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 

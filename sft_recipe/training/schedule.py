@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from sft_recipe.config.schema import AFTER_EACH_EPOCH, Config, StepInterval
+from sft_recipe.config.schema import Config
+from sft_recipe.config.values import AFTER_EACH_EPOCH, StepInterval
 from sft_recipe.data.batching import steps_per_epoch
 
 

@@ -12,7 +12,8 @@ from tests.support.composing import compose_cached
 def _clean_environment(monkeypatch):
     """Unset the variables of all flags and SFT_DEBUG; let Hydra read the recipe's own files once."""
     for flag in FLAGS:
-        monkeypatch.delenv(flag.variable, raising=False)
+        for name in flag.names:
+            monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.delenv("SFT_DEBUG", raising=False)
     monkeypatch.chdir(HOME)
     monkeypatch.setattr(compose, "_compose", compose_cached)

@@ -80,7 +80,7 @@ def test_variable_flag_short_flag_and_override_are_equivalent(variable, short, k
     spellings = [[f"--{name}", text], [f"--{name}={text}"], [f"--{name.replace('_', '-')}", text]]
     spellings += [[f"--{short}", text], [f"--{short}={text}"]] if short else []
     overrides = {tuple(parse(words, {}).overrides) for words in spellings}
-    overrides.add(tuple(parse([], {variable: text}).overrides))
+    overrides |= {tuple(parse([], {name: text}).overrides) for name in (variable, short and short.upper()) if name}
     assert {load_config([*more, *texts]).model_dump_json() for texts in overrides} == {expected.model_dump_json()}
 
 
@@ -189,8 +189,27 @@ def test_flag_overrides_choice_in_defaults_list(tmp_path):
     assert resolved(f"--config-path={tmp_path}", "--lora_rank=4").lora.rank == 4
 
 
-def test_last_of_several_equal_flags_wins():
-    assert resolved("--lr", "1", "--learning_rate", "2").optim.lr == 2
+@pytest.mark.parametrize(
+    ("words", "expected_text"),
+    [
+        (["--lr", "1", "--learning-rate", "2"], "notice: --learning_rate 2 replaces --lr 1: the last one is used\n"),
+        (["--lr", "1", "--lr=2"], "notice: --lr 2 replaces --lr 1: the last one is used\n"),
+        (["--lr", "2", "--lr", "2"], ""),
+    ],
+)
+def test_last_of_several_equal_flags_wins_with_a_notice(words, expected_text, capsys):
+    assert resolved(*words).optim.lr == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(expected_text) and errors.count("\n") == bool(expected_text)
+
+
+def test_variables_of_one_flag_with_different_values_are_an_error():
+    assert error_of(LEARNING_RATE="1", LR="2") == (
+        "the environment variables LR=2 and LEARNING_RATE=1 set the same key; keep one of them"
+    )
+    assert parse([], {"LEARNING_RATE": "1", "LR": "1"}).overrides == ["optim.lr=1"]
+    assert parse([], {"LEARNING_RATE": "1", "LR": ""}).overrides == ["optim.lr=1"]
+    assert parse(["--lr", "3"], {"LEARNING_RATE": "1", "LR": "2"}).overrides == ["optim.lr=3"]
 
 
 def test_overrides_come_last_and_keep_their_order():
@@ -249,6 +268,9 @@ def test_switch_in_the_environment_can_be_off(value):
         (["--train-data", "a.json", "b c.json", "1_0", "optim.lr=2e-5"], {}),
         ([], {"TRAIN_DATA": "a.json,b c.json,1_0"}),
         (["data.train_files=[a.json,'b c.json','1_0']"], {}),
+        (["--train_data", "a.json", "--epochs", "3", "--train-data", "b c.json", "1_0"], {}),
+        (["--train_data", "[a.json, 'b c.json', 1_0]"], {}),
+        ([], {"TRAIN_DATA": '["a.json","b c.json","1_0"]'}),
     ],
 )
 def test_several_files_are_accepted(words, environment):
@@ -298,9 +320,13 @@ def test_config_path_and_name_are_passed_on(words):
         (["--"], "unknown flag --."),
         (["--epochs"], "--epochs needs a value"),
         (["--epochs", "--lr", "1"], "--epochs needs a value"),
-        (["--lr="], "needs a value"),
+        (["--lr="], "--lr needs a value"),
+        (["--learning_rate="], "--learning_rate needs a value"),
+        (["--learning-rate"], "--learning_rate needs a value"),
+        (["--lr"], "--lr needs a value"),
         (["--output_dir", ""], "--output_dir needs a value"),
         (["--train_data", ","], "--train_data needs a value"),
+        (["--train_data", "[]"], "--train_data needs a value"),
         (["--use_lora="], "--use_lora needs a value"),
         (["stray"], "cannot read 'stray'"),
         (["--epochs", "3", "4"], "cannot read '4'"),
@@ -310,6 +336,10 @@ def test_config_path_and_name_are_passed_on(words):
 )
 def test_invalid_command_line_is_reported(words, expected_text):
     assert expected_text in error_of(*words)
+
+
+def test_variable_without_a_value_is_reported_by_its_name():
+    assert error_of(TRAIN_DATA=",") == "TRAIN_DATA needs a value"
 
 
 @pytest.mark.parametrize(
@@ -347,9 +377,11 @@ PATHS = st.lists(ODD | st.characters(categories=["L", "N", "P", "S", "Zs"]), min
 @example("true")
 @example("你好, 世界.json")
 @example("a=b")
-@example("[a,b]")
+@example("[a,b].json")
+@example("[ab],[cd].json")
 @example("{a: b}")
 def test_any_path_is_passed_unchanged(path):
+    assume(not (path.startswith("[") and path.endswith("]")))  # a list
     files = [part for part in path.split(",") if part]
     assume(files and not {path.lower(), *map(str.lower, files)} & {"none", "null", "???"})
     config = resolved(f"--train_data={path}", f"--output_dir={path}", VAL_DATA=path, RESUME_FROM=path)

@@ -148,3 +148,13 @@ def test_bad_option_is_one_message_and_nothing_is_written(tmp_path, monkeypatch,
     assert prepare_data.main(["--in", source, "--out", "out", *options]) == 2
     assert expected in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_repeated_flags_add_up_or_print_a_notice(tmp_path, capsys):
+    first, second = write(tmp_path / "a.json", pairs(4)), write(tmp_path / "b.json", pairs(9)[4:])
+    words = ["--in", first, "--in", second, "--out", str(tmp_path / "x"), "--out", str(tmp_path / "out")]
+    assert prepare_data.main([*words, "--val_ratio", "0"]) == 0
+    assert len(conversations(tmp_path / "out", "train")) == 9 and not (tmp_path / "x").exists()
+    output, errors = capsys.readouterr()
+    assert "9 records read" in " ".join(output.split())
+    assert errors == f"notice: --out {tmp_path}/out replaces --out {tmp_path}/x: the last one is used\n"

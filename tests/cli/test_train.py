@@ -154,6 +154,16 @@ def test_dry_run_prints_and_starts_nothing(started, capsys, tmp_path, word):
     assert load_config([], tmp_path) == resolved(*words)
 
 
+def test_dry_run_prints_no_secret(started, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    words = ["--wandb_project", "hf_0123456789/${x}", "model.override_config={key: hf_0123456789}"]
+    assert main(["--dry_run", *words]) == 0
+    output = capsys.readouterr().out
+    assert "hf_0123456789" not in output
+    arguments = shlex.split(output.strip().splitlines()[-1])[-2:]
+    assert load_config(arguments) == resolved(*words)
+
+
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_help_prints_and_starts_nothing(started, capsys, word):
     with pytest.raises(SystemExit) as end:
@@ -169,6 +179,14 @@ def test_help_prints_and_starts_nothing(started, capsys, word):
         (["optim.lrr=3"], "error: unknown key optim.lrr. Did you mean optim.lr?\n"),
         (["--config-path=/nowhere"], "error: there is no /nowhere/config.yaml"),
         (["--dry_run", "--lora_rank", "0"], "error: the configuration has a mistake:\n  - lora.rank is 0;"),
+        (
+            ["--dry_run", "trainer.logger=[foo]"],
+            "error: the configuration has a mistake:\n  - trainer.logger is 'foo';",
+        ),
+        (["--dry_run", "trainer.save_freq=0"], "error: the configuration has a mistake:\n  - trainer.save_freq is 0;"),
+        (["--dry_run", "--resume_from", "nope"], "error: there is no checkpoint nope"),
+        (["--dry_run", "optim.optimizer=Foo"], "error: optim.optimizer: torch.optim has no optimizer Foo;"),
+        (["--dry_run", "--n_gpus", "8"], "error: BATCH_SIZE=4 is smaller than the number of ranks (8)"),
     ],
 )
 def test_error_is_one_message_and_exit_code_2(started, capsys, monkeypatch, words, expected_text):

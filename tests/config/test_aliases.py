@@ -155,5 +155,35 @@ def test_null_under_the_older_name_is_null(compose_own):
     assert compose_own({"trainer": {"hang_timeout": None}}).trainer.heartbeat_timeout is None
 
 
-def test_either_is_an_alias_of_if_else(compose_own):
+def test_either_is_an_alias_of_if_else(compose_own, capsys):
     assert compose_own("optim: {lr: '${either:${lora.enabled},0.5,0.25}'}\n", "lora.enabled=true").optim.lr == 0.5
+    assert "use ${if_else:...}" in capsys.readouterr().err
+
+
+# Notices
+
+
+@pytest.mark.parametrize(("older", "name"), [*OLDER_GROUPS.items(), *OLDER_KEYS.items()])
+def test_older_name_prints_one_notice_with_the_present_name(compose_own, capsys, older, name):
+    key, value = ("lr", 0.5) if name == "optim" else ("param_offload", True)
+    path, value = (f"{older}.{key}", value) if older in OLDER_GROUPS else (older, True)
+    expected = f"notice: {older} is the older name of {name}; it still works, but use {name}\n"
+    load_config([f"{path}={value}"])
+    assert capsys.readouterr().err == expected
+    compose_own(nested(path, value))
+    assert capsys.readouterr().err == expected
+    load_config([])
+    assert capsys.readouterr().err == ""
+
+
+def test_older_name_in_conf_prints_a_notice(compose_own, capsys, tmp_path):
+    (tmp_path / "conf/data").mkdir(parents=True)
+    (tmp_path / "conf/data/mine.yaml").write_text("defaults: [default]\nallow_special_text: true\n")
+    compose_own("", "data=mine")
+    assert "use data.parse_special_tokens" in capsys.readouterr().err
+
+
+def test_only_one_rank_of_a_machine_prints_a_notice(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    load_config(["trainer.hang_timeout=7"])
+    assert capsys.readouterr().err == ""

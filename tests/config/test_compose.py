@@ -1,5 +1,6 @@
 """config.yaml, conf/ and overrides compose to one validated configuration, or to an error that explains."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -159,14 +160,18 @@ def test_override_sets_its_key(override, key, value):
         ("~optim.lr", "deleting a key is not supported"),
         ("~lora", "deleting a key is not supported"),
         ("optim.lr=[1", "cannot read the override 'optim.lr=[1'"),
-        ("trainer.output_dir='${nope}'", "Interpolation key 'nope' not found"),
+        ("trainer.output_dir='${nope}'", "trainer.output_dir cannot be resolved: Interpolation key 'nope' not found."),
+        ("trainer.output_dir=${oc.env:NOPE_X}", "cannot be resolved: Environment variable 'NOPE_X' not found. ${"),
+        ("optim={lr: '${nope}'}", "optim.lr cannot be resolved: Interpolation key 'nope' not found"),
+        ("lora=5", "lora is 5, but it is a group of keys"),
         ("trainer.output_dir='${'", "cannot be resolved"),
         ("trainer.output_dir='${trainer.output_dir}'", "Recursive interpolation"),
         ("trainer.output_dir=???", "Missing mandatory value: output_dir"),
     ],
 )
 def test_invalid_override_is_reported(override, expected_text):
-    assert expected_text in error_of([override])
+    message = error_of([override])
+    assert expected_text in message and "full_key" not in message
 
 
 # config.yaml
@@ -196,12 +201,40 @@ def test_all_mistakes_of_config_yaml_are_reported_at_once(compose_own):
         (DEFAULTS.encode() + b"optim: 3\n", "optim is 3, but it is a group of keys"),
         (DEFAULTS.encode() + b"optim: [1]\n", "cannot be used"),
         (DEFAULTS.encode() + b"trainer: {output_dir: '${nope}'}\n", "Interpolation key 'nope' not found"),
-        (b"", "model is not set: the defaults list of config.yaml must name this group"),
+        (b"", "model, data, optim, fsdp, lora are not set: the defaults list of config.yaml must name these groups ("),
+        (b"trainer: {seed: 1}\n", "(- model: default, - data: default, - optim: default, - fsdp: default, - lora: de"),
+        (b"defaults:\n", "defaults must be a list"),
+        (b"defaults: [model]\n", "an entry of the defaults list names a group and a file"),
+        (b"defaults: [{modl: default}]\n", "Did you mean model?"),
+        (b"defaults: [{model: nope}]\n", "the choices are default, qwen2.5-0.5b"),
+        (b"defaults: [{model: defualt}]\n", "Did you mean default?"),
+        (
+            DEFAULTS.replace("  - lora: default\n", "").encode(),
+            "lora is not set: the defaults list of config.yaml must",
+        ),
+        (DEFAULTS.encode() + b"lora: r16\n", "lora is 'r16', but it is a group of keys"),
+        (DEFAULTS.encode() + b"optim: [1]\n", "optim is [1], but it is a group of keys"),
+        (
+            DEFAULTS.encode() + b"trainer: {output_dir: '${'}\n",
+            "trainer.output_dir cannot be resolved: its reference is",
+        ),
+        (DEFAULTS.encode() + b"optim: {lr: '${if_else:1}'}\n", "it is written ${if_else:CONDITION,VALUE,OTHERWISE}"),
+        (DEFAULTS.encode() + b"hydra: {foo: 1}\n", "Key 'foo' not in"),
     ],
 )
-def test_invalid_config_yaml_is_reported(tmp_path, text, expected_text):
+def test_invalid_config_yaml_is_one_message_without_internals_of_hydra(tmp_path, text, expected_text):
     (tmp_path / "config.yaml").write_bytes(text)
-    assert expected_text in error_of([], tmp_path)
+    message = error_of([], tmp_path)
+    assert expected_text in message
+    assert not re.search(r"provider=|full_key|object_type|Config search path|Error raised", message)
+
+
+def test_invalid_file_of_conf_is_one_message_that_names_it(tmp_path):
+    (tmp_path / "config.yaml").write_text(DEFAULTS)
+    (tmp_path / "conf/lora").mkdir(parents=True)
+    (tmp_path / "conf/lora/mine.yaml").write_text("defaults: [nope]\n")
+    message = error_of(["lora=mine"], tmp_path)
+    assert "In 'lora/mine': Could not load 'lora/nope'; an entry" in message and "provider" not in message
 
 
 @pytest.mark.parametrize("folder", [HOME / "conf", HOME / "config.yaml", Path("/nowhere")])
@@ -245,13 +278,26 @@ def test_config_yaml_can_omit_the_trainer(compose_own):
     assert compose_own("").trainer == load_config([]).trainer
 
 
+def test_reference_to_a_key_that_no_file_sets_is_its_default(compose_own, tmp_path):
+    config = compose_own("trainer: {experiment_name: 'run-${trainer.seed}-${fsdp.strategy}'}\n")
+    assert config.trainer.experiment_name == "run-42-fsdp"
+    (tmp_path / "conf/lora").mkdir(parents=True)
+    (tmp_path / "conf/lora/mine.yaml").write_text("rank: 3\n")  # without the file of defaults, and lr depends on LoRA
+    own = compose_own("", defaults=DEFAULTS.replace("lora: default", "lora: mine"))
+    assert (own.lora.rank, own.lora.enabled, own.optim.lr) == (3, False, 2e-5)
+
+
 def test_config_yaml_can_have_keys_of_hydra(compose_own):
     assert compose_own("hydra: {run: {dir: x}}\n") == compose_own("")
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["lora=r16", "model=smollm2-135m", "optim.betas=[0.8,0.9]", "trainer.output_dir='a: {b} #实验'"]],
+    [
+        [],
+        ["lora=r16", "model=smollm2-135m", "optim.betas=[0.8,0.9]", "trainer.output_dir='a: {b} #实验'"],
+        [r"trainer.output_dir='\${HOME}/x'", r"model.override_config={a: ['\\\${b}']}"],
+    ],
 )
 def test_resolved_yaml_is_a_valid_config_yaml(compose_own, overrides):
     config = load_config(overrides)

@@ -122,7 +122,8 @@ def test_dropped_examples_are_reported(run, capfd, model, tmp_path):
         (["trainer.resume_from={nothing}"], ["nothing"]),
         (["trainer.output_dir={file}/out"], ["cannot be written"]),
         (["optim.optimizer=AdamWW"], ["AdamWW"]),
-        (["lora.enabled=true", "lora.target_modules=[q_prj]"], ["q_prj"]),
+        (["lora.enabled=true", "lora.target_modules=[q_proj,v_porj]"], ["v_porj", "Did you mean v_proj?"]),
+        (["lora.enabled=true", "lora.exclude_modules=[q_porj]"], ["q_porj", "Did you mean q_proj?"]),
         (["model.attn_implementation=flash_attention_9"], ["flash_attention_9"]),
     ],
 )

@@ -1,5 +1,6 @@
 """The learning-rate schedule and gradient clipping against PyTorch's and transformers'."""
 
+import math
 from copy import deepcopy
 
 import pytest
@@ -27,7 +28,7 @@ def test_cosine_equals_transformers_after_the_warmup():
         assert schedule(step, 100, 10, "cosine", 0.0) == pytest.approx(reference(step))
 
 
-@pytest.mark.parametrize("limit", [0.5, 100.0])
+@pytest.mark.parametrize("limit", [0.5, 100.0, math.inf])
 def test_clipping_equals_torchs(limit):
     weights = [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(2))]
     for number, weight in enumerate(weights[:2]):

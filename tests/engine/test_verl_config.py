@@ -1,6 +1,7 @@
 """Configuration keys reach verl, offloading is off on CPUs, and Megatron's config is built from the same keys."""
 
 import importlib
+import math
 import os
 
 import pytest
@@ -54,6 +55,8 @@ def test_verl_uses_the_sft_engine(verl_config):
         ("optim.lr=3e-4", "optim", "lr", 3e-4),
         ("optim.weight_decay=0.2", "optim", "weight_decay", 0.2),
         ("optim.clip_grad=0.5", "optim", "clip_grad", 0.5),
+        ("optim.clip_grad=0", "optim", "clip_grad", math.inf),
+        ("optim.clip_grad=null", "optim", "clip_grad", math.inf),
         ("optim.betas=[0.8,0.9]", "optim", "betas", (0.8, 0.9)),
         ("optim.lr_scheduler_type=linear", "optim", "lr_scheduler_type", "linear"),
         ("fsdp.param_offload=true", "engine", "param_offload", True),
@@ -130,6 +133,8 @@ def test_megatron_is_configured_from_the_same_keys(verl_config):
     assert engine.context_parallel_size == 2
     optim = verl_config._megatron_optim(config, 100)
     assert (optim.lr, optim.lr_decay_style, optim.total_training_steps) == (1e-5, "cosine", 100)
+    unclipped = load_config(["fsdp=megatron", *sizes, "optim.clip_grad=0"])
+    assert verl_config._megatron_optim(unclipped, 100).clip_grad == math.inf
 
 
 def test_measured_peak_flops_is_plausible():

@@ -2,12 +2,14 @@
 
 import json
 import weakref
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from sft_recipe.config.values import Logger
 from sft_recipe.engine.cpu.platform import use_cpu
 from tests.engine.test_sft_engine import RECORDS, plain_loss
 from tests.support import tiny
@@ -169,6 +171,13 @@ def test_metrics_rows_have_step_rate_loss_and_tokens(work, tmp_path):
     for key in ("train/loss", "train/grad_norm", "train/tokens", "train/supervised_tokens", "perf/tokens_per_s"):
         assert first[key] > 0
     assert second["train/loss"] < 7
+
+
+def test_schema_lists_the_loggers_of_verl():
+    use_cpu()
+    from verl.utils.tracking import Tracking
+
+    assert set(get_args(Logger)) == set(Tracking.supported_backend)
 
 
 @pytest.mark.parametrize("logger", ["tensorboard"])
