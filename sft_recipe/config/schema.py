@@ -61,9 +61,7 @@ class ModelConfig(_Group):
         "auto",
         description="compute a common prefix of documents in a micro-batch once: true, false, auto (true on CPUs)",
     )
-    verify_first_step: bool = Field(
-        True, description="compare the loss of the first micro-batch with plain transformers before training"
-    )
+    verify_first_step: bool = Field(True, description="compare the first loss with that of plain transformers")
     override_config: dict[str, Any] = Field(
         {}, description="values for the model's own config, e.g. {attention_dropout: 0.1}"
     )

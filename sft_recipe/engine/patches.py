@@ -157,9 +157,9 @@ def _parameters(function: Any) -> tuple[str, ...]:
 # transformers
 
 
-def attention_implementation(config: PretrainedConfig) -> str | None:
-    """Return the name of the attention that a model with this configuration uses."""
-    return config._attn_implementation
+def attention_implementation(config: PretrainedConfig) -> str:
+    """Return the name of the attention that a model with this configuration uses; "eager" where none is chosen."""
+    return config._attn_implementation or "eager"
 
 
 def set_attention_implementation(config: PretrainedConfig, name: str) -> None:

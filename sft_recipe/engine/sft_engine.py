@@ -216,7 +216,7 @@ class SFTEngine(FSDPEngineWithLMHead):
         has_weights = config.tie_word_embeddings or self.device_mesh.get_coordinate()[-1] == 0
         with fsdp_utils.get_init_weight_context_manager(not has_weights, self.device_mesh)():
             if has_weights:
-                model = load_model(Path(self.model_config.local_path), config, dtype, trusts_code)
+                model = load_model(Path(self.model_config.path), config, dtype, trusts_code)
             else:
                 model = build_model(config, trusts_code)
         if self.use_ulysses_sp:

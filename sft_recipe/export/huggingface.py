@@ -40,7 +40,8 @@ class ModelSaver:
         self.stop_token_ids = prepared.stop_token_ids()
         self.trusts_code = config.model.trust_remote_code
         self.hf_config = load_hf_config(config.model, prepared.model)
-        self.dtype = max(self.hf_config.dtype or torch.float32, computed_in, key=lambda dtype: dtype.itemsize)
+        stored: Any = self.hf_config.dtype
+        self.dtype: torch.dtype = max(stored or torch.float32, computed_in, key=lambda dtype: dtype.itemsize)
         self.module = module
         with torch.device("meta"):  # not in `save`: building changes torch's default dtype for a while
             self.shell = build_model(self.hf_config, self.trusts_code)

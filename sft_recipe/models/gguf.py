@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -76,7 +77,8 @@ def _write_converted(source: Path, target: Path) -> None:
     location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**location)
-        model, report = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32, output_loading_info=True)
+        model, report = loaded
         check_weights(source, report)
         model.to(torch.bfloat16)
     except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:

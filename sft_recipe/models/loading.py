@@ -43,7 +43,7 @@ def load_model(
     differ; weights that the model has no place for are a warning.
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -53,6 +53,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"the weights of {folder} cannot be loaded: {first_line(error)}") from None
+    model, report = loaded
     check_weights(folder, report)
     _check_tied(folder, model)
     return model

@@ -3,6 +3,7 @@
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 from sft_recipe.errors import ModelError
 
@@ -46,7 +47,7 @@ def _check_file(path: Path) -> None:
             raise ModelError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` in that folder")
         length = struct.unpack("<Q", begin)[0] if len(begin) == 8 else LARGEST_HEADER + 1
         try:
-            header = json.loads(file.read(length)) if length <= LARGEST_HEADER else None
+            header: Any = json.loads(file.read(length)) if length <= LARGEST_HEADER else None
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         except (ValueError, AttributeError, KeyError, TypeError):
             raise ModelError(f"{path} is no safetensors file, or its beginning is damaged") from None
