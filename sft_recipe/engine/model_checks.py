@@ -66,7 +66,7 @@ def loss_difference(engine: "SFTEngine", data: TensorDict) -> float:
     documents = [_with_at_most(limit, document) for document in next(planned_documents(data))]
     with _evaluating(engine):
         packed = pack(documents, engine.shares_prefixes)
-        ours = engine.micro_batch_loss(packed, tokens=torch.ones((), dtype=torch.long)).double()
+        ours = engine.micro_batch_loss(packed, tokens=torch.ones((), dtype=torch.long))[0].double()
         reference = _plain_loss(engine, documents).double()
     sums = torch.stack([ours, reference, torch.tensor(float(len(packed.targets)), device=ours.device).double()])
     dist.all_reduce(sums)
@@ -205,4 +205,4 @@ def _probe_loss(engine: "SFTEngine", changed: int | None, is_shared: bool) -> fl
         positions=torch.arange(2 * size, 2 * size + 4),
         targets=torch.arange(4),
     )
-    return float(engine.micro_batch_loss(probe, tokens=torch.ones((), dtype=torch.long)))
+    return float(engine.micro_batch_loss(probe, tokens=torch.ones((), dtype=torch.long))[0])

@@ -77,28 +77,37 @@ class RunLog:
             self.say(f"validating {total:,} examples")
 
     def step(self, row: dict[str, Any]) -> None:
-        """Record one optimizer step: on the disk first, where it can be written, then everywhere else."""
+        """Record one optimizer step, or the evaluation before the first: on the disk first, then everywhere else."""
         if not self.enabled:
             return
         self._write(row)
         if self.loggers:
             numbers = {key: value for key, value in row.items() if key != "step" and value is not None}
             self.loggers.log(data=numbers, step=row["step"])
-        state = _state(row)
-        self.bar.update(self.task, completed=row["step"], state=state)
-        if not self.console.is_terminal:
-            self.say(f"step {row['step']}/{self.total}  {state}")
+        if "train/loss" in row:
+            state = _state(row)
+            self.bar.update(self.task, completed=row["step"], state=state)
+            if not self.console.is_terminal:
+                self.say(f"step {row['step']}/{self.total}  {state}")
         if row.get("val/loss") is not None:
-            self.say(f"step {row['step']}: validation loss {row['val/loss']:.4f} over {row['val/tokens']:,} tokens")
+            self.say(_evaluation(row))
 
     def record(self) -> None:
         """Write all rows to the disk. Raises OSError."""
         if self.enabled:
             self.rows.flush()
 
-    def conclude(self, model: Path, saves: list[tuple[float, float]], seconds: float, skipped_steps: int) -> None:
+    def conclude(
+        self,
+        model: Path,
+        best: Path | None,
+        saves: list[tuple[float, float]],
+        seconds: float,
+        skipped_steps: int,
+    ) -> None:
         """Print how the loss changed over all steps, what saving cost, and where the model is.
 
+        `model` is the folder of the newest model, `best` that of the best evaluated one, if any was.
         `saves` holds two durations in seconds for each save: until it was complete, and how long it blocked training.
         `seconds` is the duration of the training since it was started or resumed, `skipped_steps` the number of steps
         whose gradients were not finite.
@@ -120,6 +129,8 @@ class RunLog:
         count = f"{len(saves)} checkpoint{'s' * (len(saves) != 1)}"
         self.say(f"{count} took {took:.1f} s (training blocked {blocked:.1f} s, {share:.1f}% of its time).")
         self.say(f"The model is in {model}")
+        if best and best.resolve() != model.resolve():
+            self.say(f"The best evaluated model ({best.resolve().parent.name}) is in {best}")
 
     def _write(self, row: dict[str, Any]) -> None:
         was_writable = self.rows.is_writable
@@ -127,6 +138,17 @@ class RunLog:
         if self.rows.is_writable != was_writable:
             state = "is written again" if self.rows.is_writable else f"cannot be written: {self.rows.problem}"
             self.say(f"WARNING: {self.rows.path} {state}. Its rows are kept in memory until it can be.")
+
+
+def _evaluation(row: dict[str, Any]) -> str:
+    def describe(prefix: str) -> str:
+        accuracy = row.get(f"{prefix}token_accuracy")
+        right = f", {100 * accuracy:.1f}% of tokens right" if accuracy is not None else ""
+        return f"{row[f'{prefix}loss']:.4f} over {row[f'{prefix}tokens']:,} tokens{right}"
+
+    names = [key.split("/")[1] for key in row if key.startswith("val/") and key.endswith("/loss") and key != "val/loss"]
+    lines = [f"step {row['step']}: validation loss {describe('val/')}"]
+    return "\n".join([*lines, *(f"  {name}: {describe(f'val/{name}/')}" for name in names)])
 
 
 def _state(row: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
@@ -96,8 +97,13 @@ class Worker:
         return self._metrics(self._worker.train_batch(batch))
 
     def evaluate(self, batch: TensorDict) -> dict[str, Any]:
-        """Run a forward pass without gradients. Returns verl's metrics, with the global `loss`."""
-        return self._metrics(self._worker.infer_batch(batch))
+        """Run a forward pass without gradients. Returns verl's metrics, with the global `loss`.
+
+        `correct` is the number of supervised tokens of all ranks that have the largest logit; None under Megatron.
+        """
+        metrics = self._metrics(self._worker.infer_batch(batch))
+        counts = metrics.get("correct")
+        return metrics | {"correct": None if counts is None else int(np.sum(counts))}
 
     def _metrics(self, output: TensorDict | None) -> dict[str, Any]:
         if self.is_sft_engine:
