@@ -1,5 +1,6 @@
 """Checks before anything is loaded: the machine, packages, batch arithmetic, and the output folder."""
 
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,7 +61,7 @@ def write(path: Path, text: str) -> None:
 def is_installed(name: str) -> bool:
     """Return True if a package or module is installed; imports only its parent packages."""
     try:
-        return find_spec(name) is not None
+        return name in sys.modules or find_spec(name) is not None
     except ModuleNotFoundError:
         return False
 
