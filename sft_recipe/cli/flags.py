@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -256,16 +257,20 @@ def _add_flags(parser: Parser, shown: Sequence[Flag]) -> None:
 def _mark_overrides(args: Sequence[str], parser: Parser) -> Iterator[str]:
     """Make overrides an option, so that they end the values of a flag; write --batch-size as --batch_size.
 
-    A word after a flag that needs a value is that value, even if it looks like an override.
+    A word after a flag that needs a value is that value, even if it looks like an override. So is a path that exists
+    among the values of a flag that takes several.
     """
+    several = {name for action in parser._actions if action.nargs == "+" for name in action.option_strings}
     needs_value = {name for action in parser._actions if action.nargs in (None, "+") for name in action.option_strings}
-    previous = ""
+    previous, takes_several = "", False
     for word in _join_negative_numbers(args, needs_value):
         if word.startswith("--") and previous not in needs_value:
             name, equals, value = word.partition("=")
-            word = name[:2] + name[2:].replace("-", "_") + equals + value
-        elif LOOKS_LIKE_OVERRIDE.match(word) and previous not in needs_value:
-            word = f"{OVERRIDE}={word}"
+            name = name[:2] + name[2:].replace("-", "_")
+            word = name + equals + value
+            takes_several = name in several
+        elif LOOKS_LIKE_OVERRIDE.match(word) and previous not in needs_value and not (takes_several and _exists(word)):
+            word, takes_several = f"{OVERRIDE}={word}", False
         previous = word
         yield word
 
@@ -325,10 +330,20 @@ def _override(flag: Flag, source: str, value: str | list[str]) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Split a.json,b.json; a list as in an override, [a.json, 'b.json'], has brackets, spaces and quotes as well."""
+    """Split a.json,b.json; a list as in an override, [a.json, 'b.json'], has brackets, spaces and quotes as well.
+
+    A path that exists is not split.
+    """
+    if _exists(text):
+        return [text]
     if not re.fullmatch(r"\[[^\[\]]*\]", text):
         return text.split(",")
     return [re.sub(r"^(['\"])(.*)\1$", r"\2", part.strip()) for part in text[1:-1].split(",")]
+
+
+def _exists(text: str) -> bool:
+    """Return whether a text, without a share such as *0.5 or #1000 at its end, is a path that exists."""
+    return any(os.path.exists(os.path.expanduser(path)) for path in (text, re.sub(r"(\*[\d.]+|#\d+)$", "", text)))
 
 
 def _quote(value: str, in_list: bool = False) -> str:
