@@ -153,6 +153,24 @@ class Parser(argparse.ArgumentParser):
         self._typed = [word.partition("=")[0] for word in args]
         return super().parse_known_args(args, namespace)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse as argparse does. Raises ConfigError for an unknown flag, with the nearest one, or another word."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise ConfigError(self._explain_unknown(unknown[0]))
+        return options
+
+    def _explain_unknown(self, word: str) -> str:
+        known = [option for action in self._actions for option in action.option_strings]
+        if not word.startswith("-"):
+            expected = "neither a flag (--epochs 3) nor an override (optim.lr=1e-5)" if OVERRIDE in known else "no flag"
+            return f"cannot read {word!r}: it is {expected}"
+        name = word.partition("=")[0]
+        names = [option.lstrip("-") for option in known if option != OVERRIDE]
+        close = difflib.get_close_matches(name.lstrip("-").lower(), names, n=1, cutoff=0.6)
+        hint = f" Did you mean --{close[0]}?" if close else f" See {(self.usage or '').split()[0]} --help."
+        return f"unknown flag {name}.{hint}"
+
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
         problems = ("expected (?:one|at least one) argument", "needs a"), ("ignored explicit argument", "takes no")
@@ -196,10 +214,7 @@ def parse(
     """
     parser = parser or train_parser()
     _add_flags(parser, shown)
-    known = [name for action in parser._actions for name in action.option_strings]
-    options, unknown = parser.parse_known_args(list(_mark_overrides(args, parser)))
-    if unknown:
-        raise ConfigError(_explain_unknown(unknown[0], known))
+    options = parser.parse_args(list(_mark_overrides(args, parser)))
     values = vars(options)
     by_name = {flag.name: flag for flag in FLAGS}
     from_flags = {
@@ -293,15 +308,6 @@ def _truth_value(text: str) -> str:
     if text.lower() not in ("true", "false", "yes", "no", "on", "off", "1", "0", ""):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text
-
-
-def _explain_unknown(word: str, known: Sequence[str]) -> str:
-    if not word.startswith("-"):
-        return f"cannot read {word!r}: it is neither a flag (--epochs 3) nor an override (optim.lr=1e-5)"
-    name = word.partition("=")[0]
-    names = [option.lstrip("-") for option in known if option != OVERRIDE]
-    close = difflib.get_close_matches(name.lstrip("-").lower(), names, n=1, cutoff=0.6)
-    return f"unknown flag {name}." + (f" Did you mean --{close[0]}?" if close else " See ./train.sh --help.")
 
 
 def _from_environment(flag: Flag, environment: Mapping[str, str]) -> str | None:

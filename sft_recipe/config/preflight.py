@@ -37,6 +37,10 @@ def check_config(config: Config, device: str) -> None:
     """Raise ConfigError or PreflightError if the configuration cannot work; `device` may be auto, as configured."""
     _check_batches(config)
     check_optimizer(config, device)
+    if config.model.attn_implementation != "auto" or device != "auto":
+        from sft_recipe.config.auto import shares_prefixes  # imports PyTorch, which takes seconds
+
+        shares_prefixes(config, device)
 
 
 def writable_folder(folder: Path) -> Path:
