@@ -12,6 +12,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+PATH_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP)  # of a path that the user named, wherever it is used
+SHOWN_PATH = 300  # characters
+
 
 def is_debugging() -> bool:
     """Return True if SFT_DEBUG=1 asks for tracebacks and for the output of libraries."""
@@ -107,7 +110,7 @@ def first_line(error: BaseException) -> str:
 
 
 def run_command(command: Callable[[], int], reports_errors: Callable[[], bool] = lambda: True) -> int:
-    """Run a command and return its exit code; a RecipeError or a missing package is one message on stderr.
+    """Run a command and return its exit code; a RecipeError, a missing package or a bad path is one message on stderr.
 
     `reports_errors` decides, after an error, whether this process prints it. SFT_DEBUG=1 adds the traceback. A reader
     that closes the pipe early (`| head`) ends the command without a message; a full disk below stdout is one message.
@@ -120,6 +123,9 @@ def run_command(command: Callable[[], int], reports_errors: Callable[[], bool] =
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer goes nowhere
         return 128 + signal.SIGPIPE
     except OSError as error:
+        if error.errno in PATH_ERRORS and error.filename:
+            problem = PreflightError(f"{str(error.filename)[:SHOWN_PATH]}: {error.strerror}")
+            return _report(problem, reports_errors)
         if error.errno != errno.ENOSPC:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

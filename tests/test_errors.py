@@ -38,6 +38,15 @@ def test_full_disk_below_stdout_is_one_message():
     assert (done.returncode, done.stderr) == (2, "error: the output cannot be written: No space left on device\n")
 
 
+@pytest.mark.parametrize(("path", "problem"), [("x" * 5000, "File name too long"), ("loop", "symbolic links")])
+def test_path_that_cannot_be_used_is_one_message(path, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    assert run_command(lambda: os.stat(path).st_size) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {path[:300]}: ") and problem in message and len(message) < 400
+
+
 def test_other_system_errors_are_not_hidden():
     with pytest.raises(FileNotFoundError):
         run_command(lambda: len(Path("/nowhere").read_text()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -156,6 +157,24 @@ class Parser(argparse.ArgumentParser):
         self._typed = [word.partition("=")[0] for word in args]
         return super().parse_known_args(args, namespace)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse as argparse does. Raises ConfigError for an unknown flag, with the nearest one, or another word."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise ConfigError(self._explain_unknown(unknown[0]))
+        return options
+
+    def _explain_unknown(self, word: str) -> str:
+        known = [option for action in self._actions for option in action.option_strings]
+        if not word.startswith("-"):
+            expected = "neither a flag (--epochs 3) nor an override (optim.lr=1e-5)" if OVERRIDE in known else "no flag"
+            return f"cannot read {word!r}: it is {expected}"
+        name = word.partition("=")[0]
+        names = [option.lstrip("-") for option in known if option != OVERRIDE]
+        close = difflib.get_close_matches(name.lstrip("-").lower(), names, n=1, cutoff=0.6)
+        hint = f" Did you mean --{close[0]}?" if close else f" See {(self.usage or '').split()[0]} --help."
+        return f"unknown flag {name}.{hint}"
+
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
         problems = ("expected (?:one|at least one) argument", "needs a"), ("ignored explicit argument", "takes no")
@@ -199,10 +218,7 @@ def parse(
     """
     parser = parser or train_parser()
     _add_flags(parser, shown)
-    known = [name for action in parser._actions for name in action.option_strings]
-    options, unknown = parser.parse_known_args(list(_mark_overrides(args, parser)))
-    if unknown:
-        raise ConfigError(_explain_unknown(unknown[0], known))
+    options = parser.parse_args(list(_mark_overrides(args, parser)))
     values = vars(options)
     by_name = {flag.name: flag for flag in FLAGS}
     from_flags = {
@@ -260,16 +276,20 @@ def _add_flags(parser: Parser, shown: Sequence[Flag]) -> None:
 def _mark_overrides(args: Sequence[str], parser: Parser) -> Iterator[str]:
     """Make overrides an option, so that they end the values of a flag; write --batch-size as --batch_size.
 
-    A word after a flag that needs a value is that value, even if it looks like an override.
+    A word after a flag that needs a value is that value, even if it looks like an override. So is a path that exists
+    among the values of a flag that takes several.
     """
+    several = {name for action in parser._actions if action.nargs == "+" for name in action.option_strings}
     needs_value = {name for action in parser._actions if action.nargs in (None, "+") for name in action.option_strings}
-    previous = ""
+    previous, takes_several = "", False
     for word in _join_negative_numbers(args, needs_value):
         if word.startswith("--") and previous not in needs_value:
             name, equals, value = word.partition("=")
-            word = name[:2] + name[2:].replace("-", "_") + equals + value
-        elif LOOKS_LIKE_OVERRIDE.match(word) and previous not in needs_value:
-            word = f"{OVERRIDE}={word}"
+            name = name[:2] + name[2:].replace("-", "_")
+            word = name + equals + value
+            takes_several = name in several
+        elif LOOKS_LIKE_OVERRIDE.match(word) and previous not in needs_value and not (takes_several and _exists(word)):
+            word, takes_several = f"{OVERRIDE}={word}", False
         previous = word
         yield word
 
@@ -292,15 +312,6 @@ def _truth_value(text: str) -> str:
     if text.lower() not in ("true", "false", "yes", "no", "on", "off", "1", "0", ""):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text
-
-
-def _explain_unknown(word: str, known: Sequence[str]) -> str:
-    if not word.startswith("-"):
-        return f"cannot read {word!r}: it is neither a flag (--epochs 3) nor an override (optim.lr=1e-5)"
-    name = word.partition("=")[0]
-    names = [option.lstrip("-") for option in known if option != OVERRIDE]
-    close = difflib.get_close_matches(name.lstrip("-").lower(), names, n=1, cutoff=0.6)
-    return f"unknown flag {name}." + (f" Did you mean --{close[0]}?" if close else " See ./train.sh --help.")
 
 
 def _from_environment(flag: Flag, environment: Mapping[str, str]) -> str | None:
@@ -329,10 +340,20 @@ def _override(flag: Flag, source: str, value: str | list[str]) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Split a.json,b.json; a list as in an override, [a.json, 'b.json'], has brackets, spaces and quotes as well."""
+    """Split a.json,b.json; a list as in an override, [a.json, 'b.json'], has brackets, spaces and quotes as well.
+
+    A path that exists is not split.
+    """
+    if _exists(text):
+        return [text]
     if not re.fullmatch(r"\[[^\[\]]*\]", text):
         return text.split(",")
     return [re.sub(r"^(['\"])(.*)\1$", r"\2", part.strip()) for part in text[1:-1].split(",")]
+
+
+def _exists(text: str) -> bool:
+    """Return whether a text, without a share such as *0.5 or #1000 at its end, is a path that exists."""
+    return any(os.path.exists(os.path.expanduser(path)) for path in (text, re.sub(r"(\*[\d.]+|#\d+)$", "", text)))
 
 
 def _quote(value: str, in_list: bool = False) -> str:

@@ -1,5 +1,6 @@
 """Checks before anything is loaded: the machine, packages, batch arithmetic, and the output folder."""
 
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,10 @@ def check_config(config: Config, device: str) -> None:
     """Raise ConfigError or PreflightError if the configuration cannot work; `device` may be auto, as configured."""
     _check_batches(config)
     check_optimizer(config, device)
+    if config.model.attn_implementation != "auto" or device != "auto":
+        from sft_recipe.config.auto import shares_prefixes  # imports PyTorch, which takes seconds
+
+        shares_prefixes(config, device)
 
 
 def writable_folder(folder: Path) -> Path:
@@ -60,7 +65,7 @@ def write(path: Path, text: str) -> None:
 def is_installed(name: str) -> bool:
     """Return True if a package or module is installed; imports only its parent packages."""
     try:
-        return find_spec(name) is not None
+        return name in sys.modules or find_spec(name) is not None
     except ModuleNotFoundError:
         return False
 

@@ -107,6 +107,8 @@ def _explain(key: str, problem: Any) -> str:
         return " is not set: the defaults list of config.yaml must name this group"
     if kind == "missing":
         return " is not set"
+    if kind == "string_too_short":
+        return " is empty; it needs a value"
     if kind == "model_type":
         return _not_a_group(given)
     if kind == "value_error":

@@ -42,5 +42,11 @@ def data_notices(report: StoreReport, part: str, data: DataConfig, rejected: Pat
             f"{report.dropped_reasoning:,} of {records}, so the model is not trained on it; "
             "set model.chat_template to a template that keeps it."
         )
+    if report.earlier_without_reasoning:
+        notices.append(
+            f"{part}: {report.earlier_without_reasoning:,} answers are trained without their reasoning, which the chat "
+            "template drops once a user turn follows; to train on it, end one example with each answer and set "
+            "data.train_on=last, or set model.chat_template to a template that keeps it."
+        )
     notices += [f"{part}: {sentence}." for sentence in report.remarks.sentences()]
     return notices

@@ -29,6 +29,7 @@ from sft_recipe.models.resolve import ResolvedModel, resolve_model, resolve_toke
 from sft_recipe.models.tokenizer import check_vocabulary, load_tokenizer
 
 VALIDATION = "validation "  # in front of the name of a validation set, in the names of stores
+READY_FILE = "prepared.json"
 SAMPLES, SAMPLE_BYTES = 32, 4096  # of a weight file, in the digest of a model
 
 
@@ -88,12 +89,13 @@ def prepare(config: Config, local_rank: int, say: Callable[[str], None]) -> RunI
 
     Raises ModelError and DataError.
     """
-    ready_file = rendezvous_dir() / "prepared.json"
+    has_others = os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
     if local_rank == 0:
         tokenizer, paths = _prepare_machine(config, say)
-        write_text(ready_file, json.dumps(paths))
+        if has_others:
+            write_text(rendezvous_dir() / READY_FILE, json.dumps(paths))
     else:
-        paths = _wait_for(ready_file)
+        paths = _wait_for(rendezvous_dir() / READY_FILE)
         tokenizer = load_tokenizer(config.model, Path(paths["tokenizer"]))
     return _open_inputs(config, paths, tokenizer)
 

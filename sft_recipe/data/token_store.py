@@ -49,6 +49,7 @@ class StoreReport:
     without_target: int = 0
     special_text: int = 0
     dropped_reasoning: int = 0
+    earlier_without_reasoning: int = 0
     tokens: int = 0
     supervised: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
@@ -58,8 +59,8 @@ class StoreReport:
 
     def add(self, other: "StoreReport") -> None:
         """Add the counts of another part of the records."""
-        counts = ("records", "examples", "too_long", "without_target", "special_text", "dropped_reasoning")
-        for name in (*counts, "tokens", "supervised"):
+        counts = ("records", "examples", "too_long", "without_target", "special_text", "tokens", "supervised")
+        for name in (*counts, "dropped_reasoning", "earlier_without_reasoning"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         for kind, count in other.rejected.items():

@@ -112,6 +112,7 @@ def _admit(source: str, example: Encoded, options: StoreOptions, report: StoreRe
     report.longest = max(report.longest, length)
     report.special_text += example.has_special_text
     report.dropped_reasoning += example.drops_reasoning
+    report.earlier_without_reasoning += example.earlier_without_reasoning
     if length > options.max_length:
         report.too_long += 1
         if options.truncation == "error":

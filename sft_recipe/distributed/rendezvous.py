@@ -2,15 +2,22 @@
 
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
+from sft_recipe.errors import PreflightError
+
 EXIT_FILE = "exit_code"
+OWN_FOLDER = "sft_recipe"  # in torchrun's folder of a run
 
 
 def rendezvous_dir() -> Path:
-    """Return the folder of this attempt; a rank finds it by its parent process, which all ranks here have in common."""
-    attempt = _run_dir() / os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    """Return the folder of this attempt, which all ranks of the run on this machine find, and create it.
+
+    Raises PreflightError for a folder that somebody else has created.
+    """
+    attempt = _create_run_dir() / os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     attempt.mkdir(mode=0o700, exist_ok=True)
     return attempt
 
@@ -28,6 +35,8 @@ def is_error_reporter() -> bool:
         (rendezvous_dir() / "reported").touch(exist_ok=False)
     except FileExistsError:
         return False
+    except (OSError, PreflightError):  # the error that it cannot be created is reported by each
+        return True
     return True
 
 
@@ -39,7 +48,17 @@ def remove_rendezvous_dir() -> None:
 def record_exit(code: int) -> None:
     """Store an exit code that a restart would not change: torchrun restarts every rank that fails."""
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        (_run_dir() / EXIT_FILE).write_text(str(code))
+        (_create_run_dir() / EXIT_FILE).write_text(str(code))
+
+
+def record_stop(log_dir: Path, code: int) -> None:
+    """Store the exit code of a stopped run for the ranks that torchrun would restart; for the launcher.
+
+    `log_dir` is the folder that torchrun was given for its logs.
+    """
+    for run in log_dir.glob("*/"):
+        (run / OWN_FOLDER).mkdir(mode=0o700, exist_ok=True)
+        (run / OWN_FOLDER / EXIT_FILE).write_text(str(code))
 
 
 def recorded_exit() -> int | None:
@@ -51,13 +70,27 @@ def recorded_exit() -> int | None:
 
 
 def _run_dir() -> Path:
-    parent = os.getppid()
+    """Under torchrun a folder in the one that it has created for this run, under a random name."""
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # RUN/attempt_N/LOCAL_RANK/error.json
+        return Path(error_file).parents[2] / OWN_FOLDER
+    parent = os.getppid()  # all ranks here have it in common
     # The start in clock ticks distinguishes a process from an earlier one with the same number.
     name = f"sft_recipe-{os.getuid()}-{parent}-{start_ticks(parent)}"
     if is_single_process():
         name += f"-{os.getpid()}"
-    folder = Path(tempfile.gettempdir()) / name
-    folder.mkdir(mode=0o700, exist_ok=True)
+    return Path(tempfile.gettempdir()) / name
+
+
+def _create_run_dir() -> Path:
+    """Anybody may create a folder of that name where users share the folder of temporary files."""
+    folder = _run_dir()
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise PreflightError(f"{folder} cannot be created: {error.strerror}; set TMPDIR to a folder of yours") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PreflightError(f"{folder} is not yours alone; remove it, or set TMPDIR to a folder of yours")
     return folder
 
 

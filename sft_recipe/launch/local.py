@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from sft_recipe import timing
 from sft_recipe.distributed.processes import available_cores
+from sft_recipe.distributed.rendezvous import record_stop
 from sft_recipe.errors import PreflightError
 
 if TYPE_CHECKING:
@@ -104,11 +105,11 @@ def _torchrun(arguments: list[str]) -> int:
     timing.export_timings()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
-    _forward_signals()
-    # The ranks handle signals themselves (finish the step, save, exit); torchrun's own handlers would end them early.
-    options = parse_args(["--signals-to-handle=SIGQUIT", *arguments])
     try:
-        run(options)
+        with tempfile.TemporaryDirectory(prefix="sft_recipe-") as log_dir:  # the ranks meet in it
+            _forward_signals(Path(log_dir))
+            # The ranks handle signals themselves (finish the step, save, exit); torchrun's would end them early.
+            run(parse_args([f"--log_dir={log_dir}", "--signals-to-handle=SIGQUIT", *arguments]))
     except ChildFailedError as error:
         return _exit_code(error.failures)
     except (OSError, ValueError, RuntimeError) as error:
@@ -138,10 +139,13 @@ def _report_killed(rank: int, number: int) -> int:
     return 128 + number
 
 
-def _forward_signals() -> None:
+def _forward_signals(log_dir: Path | None = None) -> None:
+    """Forward signals to the ranks; with torchrun's `log_dir` a stop also ends the restarts."""
     import psutil
 
     def forward(number: int, _frame: object) -> None:
+        if log_dir and number != signal.SIGUSR1:
+            record_stop(log_dir, 128 + number)
         ranks = psutil.Process().children()
         for rank in ranks:
             rank.send_signal(number)

@@ -1,5 +1,7 @@
 """The log of a run: progress and messages on the console, rows in metrics.jsonl, numbers for verl's loggers."""
 
+import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sft_recipe import timing
 from sft_recipe.config.schema import Config
-from sft_recipe.errors import CheckpointError
+from sft_recipe.errors import CheckpointError, first_line
 from sft_recipe.tracking.console import console
 from sft_recipe.tracking.loggers import create_loggers
 from sft_recipe.tracking.metrics_file import FILE, MetricsFile
@@ -23,7 +25,10 @@ class RunLog:
     """
 
     def __init__(self, config: Config, completed_steps: int, total_steps: int, enabled: bool):
-        """Open metrics.jsonl and keep its rows up to `completed_steps`. Raises CheckpointError where that fails."""
+        """Open metrics.jsonl and keep its rows up to `completed_steps`, and start the loggers.
+
+        Raises CheckpointError where the file cannot be written, PreflightError where a logger cannot be started.
+        """
         self.enabled = enabled
         if not enabled:
             return
@@ -33,7 +38,8 @@ class RunLog:
             self.rows = MetricsFile(path, completed_steps)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
-        self.loggers = create_loggers(config)
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        self.loggers = create_loggers(config, is_continued=completed_steps > 0 or is_restart)
         self.bar = Progress(
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
@@ -54,8 +60,7 @@ class RunLog:
         if self.enabled:
             if self.console.is_terminal:
                 self.bar.stop()
-            if self.loggers:
-                self.loggers.finish()
+            self._log_elsewhere(lambda loggers: loggers.finish())
 
     def say(self, text: str) -> None:
         """Print a message."""
@@ -81,9 +86,8 @@ class RunLog:
         if not self.enabled:
             return
         self._write(row)
-        if self.loggers:
-            numbers = {key: value for key, value in row.items() if key != "step" and value is not None}
-            self.loggers.log(data=numbers, step=row["step"])
+        numbers = {key: value for key, value in row.items() if key != "step" and value is not None}
+        self._log_elsewhere(lambda loggers: loggers.log(data=numbers, step=row["step"]))
         if "train/loss" in row:
             state = _state(row)
             self.bar.update(self.task, completed=row["step"], state=state)
@@ -131,6 +135,17 @@ class RunLog:
         self.say(f"The model is in {model}")
         if best and best.resolve() != model.resolve():
             self.say(f"The best evaluated model ({best.resolve().parent.name}) is in {best}")
+
+    def _log_elsewhere(self, act: Callable[[Any], None]) -> None:
+        """A logger that fails, such as one whose process was stopped with the job, does not end the run."""
+        try:
+            if self.loggers:
+                act(self.loggers)
+        except Exception as error:
+            self.loggers = None
+            self.say(
+                f"WARNING: trainer.logger failed and gets nothing more: {first_line(error)}. {FILE} has all steps."
+            )
 
     def _write(self, row: dict[str, Any]) -> None:
         was_writable = self.rows.is_writable

@@ -92,6 +92,9 @@ def test_every_part_of_a_conversation_is_preserved(tmp_path):
     ("extra", "expected_text"),
     [
         (["--val_ratio", "1.5"], "--val_ratio is 1.5"),
+        (["--val-ratio", "0.5"], "unknown flag --val-ratio. Did you mean --val_ratio?"),
+        (["--zzz"], "unknown flag --zzz. See scripts/prepare_sft_data.py --help."),
+        (["--seed", "1", "stray"], "cannot read 'stray': it is no flag"),
         (["--small", "0"], "--small is 0"),
         (["--columns", "answer"], "expected NAME=COLUMN"),
         (["--columns", "respons=answer"], "Did you mean response?"),

@@ -186,6 +186,14 @@ def test_help_prints_and_starts_nothing(started, capsys, word):
         (["--dry_run", "trainer.save_freq=0"], "error: the configuration has a mistake:\n  - trainer.save_freq is 0;"),
         (["--dry_run", "--resume_from", "nope"], "error: there is no checkpoint nope"),
         (["--dry_run", "optim.optimizer=Foo"], "error: optim.optimizer: torch.optim has no optimizer Foo;"),
+        (
+            ["--dry_run", "model.share_prefixes=true", "model.attn_implementation=sdpa"],
+            "error: model.share_prefixes=true needs model.attn_implementation=sft_packed",
+        ),
+        (
+            ["--dry_run", "--n_gpus=2", "fsdp.ulysses_sequence_parallel_size=2", "model.attn_implementation=eager"],
+            "error: fsdp.ulysses_sequence_parallel_size=2 needs flash attention",
+        ),
         (["--dry_run", "--n_gpus", "8"], "error: BATCH_SIZE=4 is smaller than the number of ranks (8)"),
     ],
 )

@@ -335,7 +335,7 @@ def test_unknown_home_folder_is_no_traceback(path):
 
 @pytest.mark.parametrize("override", ["model.path=''", "trainer.output_dir=''"])
 def test_empty_value_is_an_error(override):
-    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+    with pytest.raises(ConfigError, match=f"{override.partition('=')[0]} is empty; it needs a value"):
         load_config([override])
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import ByT5Tokenizer
 
+from sft_recipe.config.schema import DataConfig
 from sft_recipe.data import pipeline, store_writer, tokenize
+from sft_recipe.data.notices import data_notices
 from sft_recipe.data.rendering.renderer import Renderer
 from sft_recipe.errors import DataError, ModelError
 from tests.data.stores import RECORDS, build, cache_contents, encoded, examples, write
@@ -232,3 +234,15 @@ def test_reasoning_dropped_by_the_template_is_counted(cache_dir, tmp_path):
     records = [*RECORDS, {"prompt": "Hi", "response": "<think>hm</think>Hello."}]
     store = build(write(tmp_path / "a.json", records), tiny.build_tokenizer(forgetful), cache_dir)
     assert (store.report.dropped_reasoning, store.report.examples) == (1, 5)
+
+
+def test_a_notice_counts_the_answers_without_their_reasoning(cache_dir, tmp_path):
+    drops_earlier = "{% for message in messages %}{{ message.role + ':' }}{{ message.reasoning_content if loop.last }}"
+    drops_earlier += "{{ message.content + '<|im_end|>' }}{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
+    turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello.", "reasoning_content": "hm"}]
+    records = [{"messages": turn * 3}, {"messages": turn}, {"messages": turn * 2}]
+    path = write(tmp_path / "a.json", records)
+    report = build(path, tiny.build_tokenizer(drops_earlier), cache_dir).report
+    assert (report.earlier_without_reasoning, report.dropped_reasoning) == (3, 0)
+    [notice] = data_notices(report, "train", DataConfig(train_files=[str(path)]), tmp_path)
+    assert notice.startswith("train: 3 answers are trained without their reasoning") and "data.train_on=last" in notice

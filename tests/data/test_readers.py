@@ -228,7 +228,7 @@ def test_carriage_return_inside_a_cell_is_text(tmp_path):
         ("a.parquet.gz", b"x", "Parquet is compressed inside and not read in another compression; decompress it"),
         ("a.jsonl.bz2", b"x", ".bz2 files are not read; decompress it, or name and compress it as one of .gz, .zst"),
         ("a.ZIP", b"x", ".ZIP files are not read; decompress it"),
-        ("a.jsonl", gzip.compress(b"{}"), "the content is compressed (gzip), but not the name; decompress it"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "the content is compressed (gzip), but not the name; decompress it"),
         ("a.csv", pa.compress(b"a,b", "zstd", asbytes=True), "the content is compressed (zstd), but not the name"),
         ("a.csv", bz2.compress(b"a,b"), "the content is compressed (bzip2), but not the name"),
     ],

@@ -2,10 +2,14 @@
 
 import multiprocessing
 import os
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sft_recipe.distributed.rendezvous import remove_rendezvous_dir, rendezvous_dir
+from sft_recipe.errors import PreflightError
 
 fork = multiprocessing.get_context("fork")
 
@@ -51,6 +55,43 @@ def test_single_process_runs_of_one_shell_share_no_folder(monkeypatch, world):
     if world:
         monkeypatch.setenv("WORLD_SIZE", world)
     assert len(places_of_children()) == 2
+
+
+def test_ranks_meet_in_the_folder_that_torchrun_has_created(monkeypatch, tmp_path):
+    """Its name is random; every rank knows a file in it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = set()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{tmp_path}/attempt_0/{rank}/error.json")
+        found.add(rendezvous_dir())
+    (folder,) = found
+    assert folder.is_relative_to(tmp_path) and folder.is_dir()
+
+
+@pytest.mark.parametrize("there", ["readable", "a link", "a file"])
+def test_folder_that_others_can_create_must_be_private(monkeypatch, tmp_path, there):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = rendezvous_dir().parent
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    if there == "readable":
+        folder.chmod(0o755)
+    else:
+        remove_rendezvous_dir()
+        (tmp_path / "other").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "other") if there == "a link" else folder.touch()
+    with pytest.raises(PreflightError, match=str(folder)):
+        rendezvous_dir()
+
+
+def test_folder_of_another_user_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rendezvous_dir()
+    real = Path.lstat
+    monkeypatch.setattr(Path, "lstat", lambda path: SimpleNamespace(st_mode=real(path).st_mode, st_uid=os.getuid() + 1))
+    with pytest.raises(PreflightError, match="not yours alone"):
+        rendezvous_dir()
 
 
 def test_restarted_rank_finds_the_folder_of_its_run(monkeypatch):

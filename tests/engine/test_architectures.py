@@ -2,11 +2,10 @@
 
 import pytest
 
-from benchmarks.architectures import examine, tiny_config
+from benchmarks.architectures import SAME, examine, tiny_config
 
 # One for each kind of attention, positions, head and experts that the engine treats differently.
 KINDS = [
-    "llama4_text",  # attention in chunks
     "gpt2",  # learned positions, another layout of linear layers
     "opt",  # the hidden states come from another module than the model's base
     "bloom",  # takes no positions: documents one by one
@@ -35,6 +34,13 @@ def check(name, folder):
 @pytest.mark.parametrize("name", KINDS)
 def test_full_lora_and_merged_equal_a_plain_loop(name, tmp_path):
     check(name, tmp_path)
+
+
+def test_attention_in_chunks_equals_a_plain_loop(tmp_path):
+    """Documents are longer than a chunk, and packed. LoRA on all linear layers breaks its router: refused in words."""
+    result = examine("llama4_text", tiny_config("llama4_text"), tmp_path)
+    assert max(result.differences["full"]) <= SAME
+    assert "does not run with LoRA on all-linear" in result.refusal
 
 
 @pytest.mark.slow

@@ -28,9 +28,9 @@ def launch(tmp_path):
     """Return a function that starts a launcher; launcher n writes to `output-n`. All end with the test."""
     started = []
 
-    def start(*command):
+    def start(*command, **environment):
         output = (tmp_path / f"output-{len(started)}").open("w")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         process = subprocess.Popen(
             [sys.executable, "-m", "sft_recipe.cli.train", *command],
             cwd=ROOT,
@@ -124,6 +124,25 @@ def test_stop_sent_to_all_processes_saves(launch, model, tmp_path, ranks):
         one.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 75, (tmp_path / "output-0").read_text()
     assert checkpoints(tmp_path) == [f"step_{rows(tmp_path)[-1]['step']}"]
+
+
+def test_stop_before_training_ends_the_restarts(launch, model, tmp_path):
+    short = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=2", "data.val_files=null"]
+    process = launch("--auto_restart", "2", *arguments(model, tmp_path, *short))
+    wait_for(lambda: len(ranks_of(process)) == 2, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 143, (tmp_path / "output-0").read_text()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_failed_run_leaves_no_temporary_files(launch, model, tmp_path, ranks):
+    (tmp_path / "tmp").mkdir()
+    missing = [f"data.train_files={tmp_path}/missing.json", f"trainer.n_gpus_per_node={ranks}"]
+    process = launch(*arguments(model, tmp_path, *missing), TMPDIR=str(tmp_path / "tmp"))
+    assert process.wait(PATIENCE) == 2
+    assert (tmp_path / "output-0").read_text().count("missing.json") == 1
+    assert [path.name for path in (tmp_path / "tmp").iterdir() if path.name.startswith(("sft", "torch"))] == []
 
 
 @pytest.mark.parametrize("ends", ["the rank is killed", "the launcher is killed", "a Ctrl-C"])

@@ -67,9 +67,12 @@ def _in_dropping_rows(die: Callable[[], None]) -> None:
 
 
 def _in_forward(die: Callable[[], None]) -> None:
+    """Not in the checks of the model before the first step, which compute no gradients."""
+    import torch
+
     from sft_recipe.engine.sft_engine import SFTEngine
 
-    wrap(SFTEngine, "_loss", after=lambda *_: die())
+    wrap(SFTEngine, "micro_batch_loss", after=lambda *_: die() if torch.is_grad_enabled() else None)
 
 
 def _in_optimizer_step(die: Callable[[], None]) -> None:

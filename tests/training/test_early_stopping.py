@@ -1,11 +1,13 @@
 """Which evaluation is the best, when a run has seen enough, and that both survive kills and resumes."""
 
 import json
+import shutil
 import signal
 
 import pytest
 
 from sft_recipe.config.trainer import EarlyStoppingConfig
+from sft_recipe.errors import ConfigError
 from sft_recipe.training.early_stopping import EarlyStopping
 from tests.support import tiny
 from tests.support.chaos import differences
@@ -72,8 +74,6 @@ def test_nan_is_never_the_best():
     ],
 )
 def test_metrics_that_do_not_exist_are_errors_of_the_configuration(overrides, message):
-    from sft_recipe.errors import ConfigError
-
     with pytest.raises(ConfigError, match=message):
         load_config(overrides)
 
@@ -88,16 +88,18 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("early")
     tiny.build_model(folder / "model")
     (folder / "train.json").write_text(json.dumps(RECORDS[:16]))
-    (folder / "val.json").write_text(json.dumps(RECORDS[16:]))
+    (folder / "val.json").write_text(
+        json.dumps([{"prompt": "你好", "response": "很好，谢谢。"}] * 3, ensure_ascii=False)
+    )
     return folder
 
 
 def arguments(work, output, *extra):
-    """A rate so high that the validation loss soon rises: the best evaluation is not the last."""
+    """Validation data unlike the training data: its loss soon rises, and the best evaluation is not the last."""
     return [
         f"model.path={work}/model", f"data.train_files={work}/train.json", f"data.val_files={work}/val.json",
         f"data.cache_dir={work}/cache", f"trainer.output_dir={output}", "trainer.device=cpu", "trainer.total_epochs=6",
-        "trainer.test_freq=2", "trainer.save_freq=3", "optim.lr=0.2", "optim.lr_scheduler_type=constant",
+        "trainer.test_freq=2", "trainer.save_freq=3", "optim.lr=0.03", "optim.lr_scheduler_type=constant",
         "optim.lr_warmup_steps_ratio=0", "trainer.early_stopping.patience=3", *extra,
     ]  # fmt: skip
 
@@ -133,8 +135,6 @@ def test_a_run_says_why_it_stopped_early_and_where_the_best_model_is(work, capsy
 
 
 def test_a_run_that_stopped_early_is_over_when_resumed_unless_it_may_wait_longer(work, whole, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy, symlinks=True)
     before = evaluated(copy)
@@ -149,7 +149,7 @@ def test_a_run_that_stopped_early_is_over_when_resumed_unless_it_may_wait_longer
 def test_stopping_early_and_best_are_exact_through_a_kill(work, warm, tmp_path, ranks):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert warm.run(arguments(work, whole), ranks=ranks).code == 0
-    kill = ("tests.support.chaos:send_signal_at", dict(phase="training", on_rank=0, call=6, sends=signal.SIGKILL))
+    kill = ("tests.support.chaos:send_signal_at", dict(phase="optimizer step", on_rank=0, call=6, sends=signal.SIGKILL))
     assert warm.run(arguments(work, killed), ranks=ranks, setup=kill).code != 0
     end = warm.run(arguments(work, killed, "trainer.resume_from=auto"), ranks=ranks)
     assert end.code == 0, end.output

@@ -118,7 +118,7 @@ class DatasetStats:
         self._random = random.Random(self.settings.seed)
         self._sources: list[tuple[str, int, Callable[[int], int]]] = []
         self.patterns: Counter[tuple[str, ...]] = Counter()
-        self.special_text = self.dropped_reasoning = 0
+        self.special_text = self.dropped_reasoning = self.earlier_without_reasoning = 0
         self.remarks = Remarks()
         self.error_kinds: Counter[str] = Counter()
         self.reasons: list[str] = []
@@ -162,6 +162,7 @@ class DatasetStats:
         self._record_sources.append(conversation.source)
         self.special_text += encoded.has_special_text
         self.dropped_reasoning += encoded.drops_reasoning
+        self.earlier_without_reasoning += encoded.earlier_without_reasoning
         self.remarks.add(conversation)
         self.patterns[tuple(message.role for message in conversation.messages)] += 1
         # A random key per record: the sample is uniform and seeded, and that of -n 10 contains that of -n 5.

@@ -167,6 +167,9 @@ def _warnings(stats: DatasetStats) -> Iterator[str]:
     if stats.dropped_reasoning:
         records = plural(stats.dropped_reasoning, "record")
         yield f"{records} with reasoning in the last turn that the chat template drops; it is not trained on"
+    if stats.earlier_without_reasoning:
+        answers = plural(stats.earlier_without_reasoning, "answer")
+        yield f"{answers} before the last user turn without the reasoning, which the chat template drops there"
     yield from map(printable, stats.remarks.sentences())
     if stats.rejected:
         effect = {"error": "training stops", "skip": "left out"}[stats.settings.on_bad_record]

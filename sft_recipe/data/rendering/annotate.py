@@ -1,6 +1,7 @@
 """Annotates conversations: renders them to text, and finds the spans of the text to train on."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer
 from sft_recipe.data.messages import Conversation
 from sft_recipe.data.rendering.chat_template import ChatTemplate, Refused, Span, TemplateError
 from sft_recipe.data.rendering.escaping import SpecialTokenEscaper
+from sft_recipe.data.rendering.inline_reasoning import has_inline_reasoning, with_reasoning_fields, writes_own_block
 from sft_recipe.data.rendering.mask_plan import FilledPlan, MaskPlan, make_mask_plan
 from sft_recipe.data.rendering.omissions import ContentOmitted
 from sft_recipe.data.rendering.options import RenderOptions
@@ -26,12 +28,14 @@ class AnnotatedText:
 
     `special_ids` are the ids of the special tokens that the template inserts, in order, for a conversation whose data
     spells special tokens too. In that case the template's special tokens are escaped in `text`. Else it is None.
+    `drops_reasoning` and `earlier_without_reasoning` are those of Encoded.
     """
 
     text: str
     spans: list[Span]
     special_ids: list[int] | None = None
     drops_reasoning: bool = False
+    earlier_without_reasoning: int = 0
 
     @property
     def is_escaped(self) -> bool:
@@ -54,6 +58,8 @@ class Annotator:
         conversation, it equals that rendering. Raises TemplateError if no plan does, if its turns cannot be located, or
         if the template rejects the conversation.
         """
+        if any(map(has_inline_reasoning, conversation.messages)) and self._writes_own_block:
+            conversation = with_reasoning_fields(conversation)
         text, generation_spans = self.template.render(self._messages(conversation), conversation.tools)
         tagged = self.template.has_generation_tags
         if tagged and not generation_spans:
@@ -83,6 +89,10 @@ class Annotator:
             "to train on cannot be located with certainty; put {% generation %} and {% endgeneration %} around the "
             "assistant's part of the template, or use another template (model.chat_template)"
         )
+
+    @cached_property
+    def _writes_own_block(self) -> bool:
+        return writes_own_block(self.template)
 
     def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         messages = conversation.as_dicts()
@@ -117,12 +127,17 @@ class Annotator:
     def _annotated(self, filled: FilledPlan, skeleton: Skeleton, supervised: set[int] | None) -> AnnotatedText:
         plan, special_pattern = filled.plan, self.template.special_pattern
         turns = plan.turns if supervised is None else self._select(plan.turns, supervised)
+        last = max(index for index, message in enumerate(skeleton.messages) if message["role"] == "assistant")
+        earlier = (
+            plan.without_reasoning - {last} if supervised is None else plan.without_reasoning & supervised - {last}
+        )
+        reasoning = last in plan.without_reasoning, len(earlier)
         special = [token for literal in plan.literals for token in special_pattern.findall(literal)]
         if self.options.parse_special_tokens or len(special) == len(special_pattern.findall(filled.text)):
-            return AnnotatedText(filled.text, [filled.span(turn) for turn in turns], None, plan.drops_reasoning)
+            return AnnotatedText(filled.text, [filled.span(turn) for turn in turns], None, *reasoning)
         escaped = plan.fill(skeleton.slot_texts, self.escaper)
         special_ids = [self.core.token_to_id(token) for token in special]
-        return AnnotatedText(escaped.text, [escaped.span(turn) for turn in turns], special_ids, plan.drops_reasoning)
+        return AnnotatedText(escaped.text, [escaped.span(turn) for turn in turns], special_ids, *reasoning)
 
     def _select(self, turns: list[Turn], supervised: set[int]) -> list[Turn]:
         """The turns of these messages, without their reasoning where it is masked out."""

@@ -20,13 +20,13 @@ class MaskPlan:
     slots            "0.text0",         "1.text0"
     turns     [Turn(message=1, start=(1, 4), end=(2, 4))]     from the end of "\\nA: " to the end of "</s>"
 
-    `drops_reasoning`: the template leaves out reasoning that is written into the content of the last assistant turn.
+    `without_reasoning`: indices of the messages whose reasoning the template leaves out.
     """
 
     literals: list[str]
     slots: list[str]
     turns: list[Turn]
-    drops_reasoning: bool = False
+    without_reasoning: frozenset[int] = frozenset()
 
     def fill(self, slot_texts: dict[str, str], escaper: SpecialTokenEscaper | None = None) -> "FilledPlan":
         """Put texts into the slots; with an `escaper`, the special tokens in the literals are escaped."""
@@ -68,7 +68,7 @@ def make_mask_plan(template: ChatTemplate, skeleton: Skeleton, text: str) -> Mas
     literals, slots = split_at_slots(rendered)
     if MaskPlan(literals, slots, []).fill(skeleton.slot_texts).text != text:
         return None
-    drops_reasoning = check_omissions(template, skeleton, rendered, slots)
+    without_reasoning = check_omissions(template, skeleton, rendered, slots)
     locator = TurnLocator(template, skeleton, literals, slots)
     turns = locator.tagged_turns(generation_spans) if template.has_generation_tags else locator.assistant_turns()
-    return MaskPlan(literals, slots, turns, drops_reasoning)
+    return MaskPlan(literals, slots, turns, without_reasoning)

@@ -15,15 +15,15 @@ class ContentOmitted(TemplateError):
         )
 
 
-def check_omissions(template: ChatTemplate, skeleton: Skeleton, text: str, slots: list[str]) -> bool:
+def check_omissions(template: ChatTemplate, skeleton: Skeleton, text: str, slots: list[str]) -> frozenset[int]:
     """Raise ContentOmitted if `text`, the rendered skeleton with these `slots`, lacks a part of the conversation.
 
     Reasoning before the last assistant turn may be missing: templates drop it on purpose. Reasoning written into the
-    content of the last turn may be missing as well; returns True if it is. Raises TemplateError if the template
-    changes a message.
+    content of the last turn may be missing as well. Returns the indices of the messages whose reasoning is missing.
+    Raises TemplateError if the template changes a message.
     """
     last = max(index for index, message in enumerate(skeleton.messages) if message["role"] == "assistant")
-    drops_reasoning = False
+    without_reasoning = set()
     for slot in [slot for slot in skeleton.slot_texts if slot not in slots]:
         prefix, _, kind = slot.partition(".")
         if kind.startswith("data"):
@@ -33,14 +33,14 @@ def check_omissions(template: ChatTemplate, skeleton: Skeleton, text: str, slots
         if kind.startswith("think"):
             if template.reasoning_key in message and index == last:
                 raise ContentOmitted(f"messages[{index}].reasoning ({message['role']})")
-            drops_reasoning = drops_reasoning or index == last
+            without_reasoning.add(index)
             continue
         name = "tool_calls" if kind.startswith("call") else "content"
         if name == "content" and _depends_on_content(template, skeleton, index, text):
             raise TemplateError(f"changes messages[{index}].content ({message['role']})")
         raise ContentOmitted(f"messages[{index}].{name} ({message['role']})")
     _check_tools(template, skeleton, text)
-    return drops_reasoning
+    return frozenset(without_reasoning)
 
 
 def _check_tools(template: ChatTemplate, skeleton: Skeleton, text: str) -> None:

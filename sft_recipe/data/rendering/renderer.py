@@ -31,13 +31,15 @@ class Encoded:
          0        0   0  0      0      0       0           0     0   1      1      0
 
     `has_special_text`: the data spells a special token, which was encoded as ordinary text. `drops_reasoning`: the
-    template leaves out reasoning in the last assistant turn.
+    template leaves out reasoning in the last assistant turn. `earlier_without_reasoning`: the number of earlier
+    supervised assistant turns whose reasoning it leaves out.
     """
 
     input_ids: list[int]
     loss_mask: list[int]
     has_special_text: bool = False
     drops_reasoning: bool = False
+    earlier_without_reasoning: int = 0
 
 
 class Renderer:
@@ -146,7 +148,8 @@ class Renderer:
                 self._check_decoded(ids[first:last], tokens.source_text(first, last))
             mask[first:last] = [1] * (last - first)
         mask[0] = 0
-        return Encoded(ids, mask, annotated.is_escaped, annotated.drops_reasoning)
+        reasoning = annotated.drops_reasoning, annotated.earlier_without_reasoning
+        return Encoded(ids, mask, annotated.is_escaped, *reasoning)
 
     def _check_decoded(self, ids: list[int], text: str | None) -> None:
         """Raise TemplateError if ids do not decode to their text; None stands for a text that they surely decode to."""
