@@ -14,7 +14,13 @@ from pydantic import Field, model_validator
 from sft_recipe.config import values
 from sft_recipe.config.group import Group, flag
 from sft_recipe.config.secrets import without_secrets
-from sft_recipe.config.trainer import VALIDATION_METRICS, EarlyStoppingConfig, EvalConfig, TrainerConfig
+from sft_recipe.config.trainer import (
+    GENERATION_METRICS,
+    VALIDATION_METRICS,
+    EarlyStoppingConfig,
+    EvalConfig,
+    TrainerConfig,
+)
 from sft_recipe.files import user_path
 
 ALL_LINEAR = "all-linear"
@@ -304,12 +310,23 @@ class Config(Group):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_generation(self) -> "Config":
+        if self.eval.generate and not (self.data.val_files or self.data.val_ratio):
+            raise ValueError("eval.generate answers validation conversations, but there is no validation data")
+        is_supported = self.fsdp.strategy != "megatron" and self.fsdp.ulysses_sequence_parallel_size == 1
+        if (self.eval.generate or self.eval.prompts) and not is_supported:
+            raise ValueError("eval.generate and eval.prompts need FSDP, and fsdp.ulysses_sequence_parallel_size=1")
+        return self
+
     def evaluation_metrics(self) -> list[str]:
         """Return the names of the metrics that evaluations compute, none without validation data."""
         files = self.data.val_files
         sets = [f"{name}/" for name in files] if isinstance(files, dict) else []
         prefixes = ["val/", *(f"val/{name}" for name in sets)] if files or self.data.val_ratio else []
-        return [f"{prefix}{metric}" for prefix in prefixes for metric in VALIDATION_METRICS]
+        generated = GENERATION_METRICS if prefixes and self.eval.generate else ()
+        losses = [f"{prefix}{metric}" for prefix in prefixes for metric in VALIDATION_METRICS]
+        return [*losses, *(f"eval/{metric}" for metric in generated)]
 
     def public(self) -> dict[str, Any]:
         """Return the configuration as plain values without secrets of the environment, for files and loggers."""

@@ -9,6 +9,7 @@ from sft_recipe.config import values
 from sft_recipe.config.group import Group, flag
 from sft_recipe.files import user_path
 
+GENERATION_METRICS = ("bleu4", "rouge_l", "exact_match", "tool_match", "truncated", "empty")
 VALIDATION_METRICS = ("loss", "perplexity", "token_accuracy", "tokens")
 
 
@@ -31,6 +32,9 @@ class EarlyStoppingConfig(Group):
 class EvalConfig(Group):
     """This group says what is evaluated, besides the loss on data.val_files."""
 
+    generate: int = Field(0, ge=0, description="validation conversations that are answered at each evaluation")
+    prompts: list[str] = Field([], description="further prompts that are answered at each evaluation")
+    max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
     limit: int | None = Field(None, ge=1, description="examples of each validation set that are used; null: all")
 
 

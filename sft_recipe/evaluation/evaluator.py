@@ -1,12 +1,14 @@
 """The evaluation of a run: everything that is computed of the model beside its training, and what it is called."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from tensordict import TensorDict
 
 from sft_recipe.data.token_store import Examples
+from sft_recipe.evaluation.generation import AnswerGenerator, GenerationResult
 from sft_recipe.evaluation.validation import evaluate, validation_metrics
 
 
@@ -31,15 +33,23 @@ class Model(Protocol):
 class Evaluator:
     """Evaluates a model on named sets; one without a name has an empty one. All methods are collective."""
 
-    def __init__(self, token_budget: int, sets: dict[str, Examples], batches: BatchSource, model: Model):
-        """Micro-batches hold up to `token_budget` tokens."""
+    def __init__(
+        self,
+        token_budget: int,
+        sets: dict[str, Examples],
+        batches: BatchSource,
+        model: Model,
+        answers: AnswerGenerator | None = None,
+    ):
+        """Micro-batches hold up to `token_budget` tokens; without `answers` nothing is generated."""
         self.token_budget = token_budget
         self.sets = sets
         self.batches = batches
         self.model = model
+        self.answers = answers
 
-    def run(self, progress: Callable[[int, int], None]) -> dict[str, float]:
-        """Return the metrics, none where there is no validation set.
+    def run(self, progress: Callable[[int, int], None]) -> "Evaluation":
+        """Return the metrics, none where there is no validation set, and the answers.
 
         `progress` is called with the number of completed examples and of all; what it raises ends the evaluation.
         """
@@ -56,4 +66,14 @@ class Evaluator:
                 lambda count, before=before: progress(before + count, total),
             )
             done += len(examples)
-        return validation_metrics(results) if results else {}
+        metrics = validation_metrics(results) if results else {}
+        generated = self.answers.run() if self.answers else GenerationResult([], None)
+        return Evaluation(metrics | generated.metrics(), generated)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: metrics by name, and the answers that some of them come from."""
+
+    metrics: dict[str, float]
+    generated: GenerationResult

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sft_recipe import timing
 from sft_recipe.config.schema import Config
 from sft_recipe.errors import CheckpointError, first_line
+from sft_recipe.evaluation.generation import GenerationResult, Sample
 from sft_recipe.tracking.console import console
 from sft_recipe.tracking.loggers import create_loggers
 from sft_recipe.tracking.metrics_file import FILE, MetricsFile
+
+SAMPLES = "samples.jsonl"
+SHOWN_SAMPLES, SAMPLE_WIDTH = 3, 160  # in the terminal; characters
 
 
 class RunLog:
@@ -36,6 +41,7 @@ class RunLog:
         path = config.trainer.run_folder / FILE
         try:
             self.rows = MetricsFile(path, completed_steps)
+            self.answers = MetricsFile(path.with_name(SAMPLES), completed_steps)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
         is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -96,6 +102,22 @@ class RunLog:
         if row.get("val/loss") is not None:
             self.say(_evaluation(row))
 
+    def samples(self, step: int, result: GenerationResult) -> None:
+        """Print some answers and how they were scored, and write all of them to samples.jsonl."""
+        if not self.enabled or not result.samples:
+            return
+        self.answers.add({"step": step, "samples": [asdict(sample) for sample in result.samples]})
+        for sample in result.samples[:SHOWN_SAMPLES]:
+            self.say(_sample(sample))
+        if result.scores:
+            found = result.metrics()
+            tools = f", tool calls {found['eval/tool_match']:.2f}" if "eval/tool_match" in found else ""
+            self.say(
+                f"step {step}: BLEU-4 {found['eval/bleu4']:.2f}, ROUGE-L {found['eval/rouge_l']:.3f}, exact match "
+                f"{found['eval/exact_match']:.2f}{tools} over {found['eval/samples']} answers, where "
+                f"{found['eval/truncated']} were cut off and {found['eval/empty']} empty ({result.scores.signature})"
+            )
+
     def record(self) -> None:
         """Write all rows to the disk. Raises OSError."""
         if self.enabled:
@@ -153,6 +175,15 @@ class RunLog:
         if self.rows.is_writable != was_writable:
             state = "is written again" if self.rows.is_writable else f"cannot be written: {self.rows.problem}"
             self.say(f"WARNING: {self.rows.path} {state}. Its rows are kept in memory until it can be.")
+
+
+def _sample(sample: Sample) -> str:
+    def short(text: str | None) -> str:
+        words = " ".join((text or "").split())
+        return words if len(words) <= SAMPLE_WIDTH else f"{words[:SAMPLE_WIDTH]} ..."
+
+    lines = [f"  prompt     {short(sample.prompt)}", f"  answer     {short(sample.answer) or '(empty)'}"]
+    return "\n".join(lines + ([] if sample.reference is None else [f"  reference  {short(sample.reference)}"]))
 
 
 def _evaluation(row: dict[str, Any]) -> str:

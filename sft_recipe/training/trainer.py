@@ -23,6 +23,7 @@ from sft_recipe.distributed.signals import EXIT_PREEMPTED, SignalHandler
 from sft_recipe.distributed.watchdog import COLLECTIVE_TIMEOUT, Watchdog
 from sft_recipe.errors import CheckpointError, TrainingError
 from sft_recipe.evaluation.evaluator import Evaluator
+from sft_recipe.evaluation.generation import AnswerGenerator
 from sft_recipe.export.huggingface import MODEL, ModelSaver
 from sft_recipe.models.stats import ModelStats
 from sft_recipe.tracking.console import notice
@@ -81,7 +82,7 @@ class SFTTrainer:
         )
         self.metrics.epoch_loss = restored.epoch_loss
         self.stopping = EarlyStopping(config.trainer.early_stopping, restored.early_stopping)
-        self.evaluator = Evaluator(config.data.token_budget, inputs.validation, self.batches, self.worker)
+        self.evaluator = self._build_evaluator()
         self.loss_difference = self._verify_first_step()
 
     def fit(self) -> int:
@@ -152,11 +153,20 @@ class SFTTrainer:
             self.state = MegatronState(engine)
             self.export = Export(lambda state, folder: None, 0)
 
+    def _build_evaluator(self) -> Evaluator:
+        data, evaluation, sets = self.config.data, self.config.eval, self.inputs.validation
+        answers = None
+        if evaluation.generate or evaluation.prompts:
+            ends, tokenizer = self.inputs.stop_token_ids(), self.inputs.tokenizer
+            answers = AnswerGenerator(evaluation, sets, tokenizer, ends, self.worker.generate, data.token_budget)
+        return Evaluator(data.token_budget, sets, self.batches, self.worker, answers)
+
     def _verify_first_step(self) -> float | None:
         """Return the difference from the loss that plain transformers computes; None where it is not compared."""
         steps = self._remaining_steps()
         if not self.config.model.verify_first_step or not steps:
             return None
+        self.watchdog.set_phase("verifying the first step")
         batch = self.batches.build(self.inputs.train, self.batches.indices(steps[0]))
         return self.worker.verify(batch)
 
@@ -234,7 +244,9 @@ class SFTTrainer:
 
         if not self.schedule.is_evaluation_due(self.config.trainer.test_freq, step):
             return {}
-        return self.evaluator.run(progress)
+        evaluation = self.evaluator.run(progress)
+        self.log.samples(step, evaluation.generated)
+        return evaluation.metrics
 
     def _evaluate_before_training(self) -> None:
         """Raises _StopRequested like `_evaluation`."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from verl.workers.utils.losses import sft_loss
 
 from sft_recipe.config.auto import shares_prefixes
 from sft_recipe.config.schema import Config
+from sft_recipe.engine.generation import greedy
 from sft_recipe.engine.model_checks import choose_packing, loss_difference
 from sft_recipe.engine.sft_engine import SFTEngine
 from sft_recipe.engine.verl_config import build_verl_config
@@ -104,6 +105,13 @@ class Worker:
         metrics = self._metrics(self._worker.infer_batch(batch))
         counts = metrics.get("correct")
         return metrics | {"correct": None if counts is None else int(np.sum(counts))}
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int], tokens: int
+    ) -> list[list[int]]:
+        """Continue this rank's prompts greedily; see engine.generation.greedy. Not under Megatron."""
+        with self.engine.eval_mode():
+            return greedy(self.engine, prompts, max_new_tokens, end_ids, tokens)
 
     def _metrics(self, output: TensorDict | None) -> dict[str, Any]:
         if self.is_sft_engine:
