@@ -145,6 +145,7 @@ class SFTTrainer:
         steps = self._remaining_steps()
         if not self.config.model.verify_first_step or not steps:
             return None
+        self.watchdog.set_phase("verifying the first step")
         batch = self.batches.build(self.inputs.train, self.batches.indices(steps[0]))
         return self.worker.verify(batch)
 

@@ -92,11 +92,12 @@ def fail_alone(rank: int) -> None:
 
 
 def hang_alone(rank: int) -> None:
-    """A setup: rank 1 does not come back from reading."""
+    """A setup: rank 1 does not come back from reading the examples of a step, which are read for its check before."""
     from sft_recipe.training.batches import BatchBuilder
 
+    real, calls = BatchBuilder.build, iter(range(2))
     if rank == 1:
-        BatchBuilder.build = lambda *_: time.sleep(1000)
+        BatchBuilder.build = lambda *given: real(*given) if next(calls) == 0 else time.sleep(1000)
 
 
 def fall_silent(rank: int) -> None:
