@@ -113,12 +113,16 @@ def run_command(command: Callable[[], int], reports_errors: Callable[[], bool] =
     """Run a command and return its exit code; a RecipeError, a missing package or a bad path is one message on stderr.
 
     `reports_errors` decides, after an error, whether this process prints it. SFT_DEBUG=1 adds the traceback. A reader
-    that closes the pipe early (`| head`) ends the command without a message; a full disk below stdout is one message.
+    that closes the pipe early (`| head`) ends the command without a message; a full disk below stdout is one message,
+    and so is a Ctrl-C.
     """
     try:
         code = command()
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer goes nowhere
         return 128 + signal.SIGPIPE

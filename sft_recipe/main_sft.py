@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,6 +20,7 @@ from sft_recipe.distributed.rendezvous import (
     recorded_exit,
     remove_rendezvous_dir,
 )
+from sft_recipe.distributed.signals import end_at_once
 from sft_recipe.errors import TrainingError, packages_required, run_command, silence_libraries
 
 with timing.paused_gc(), packages_required():
@@ -161,7 +163,7 @@ def start(args: list[str], launcher: int | None, config: Config | None = None) -
         die_with_parent(launcher)  # without their launcher, ranks would continue unnoticed
     # Before training starts, and handles signals itself, there is nothing to save.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _frame: os._exit(128 + number))
+        signal.signal(number, partial(_end_before_training, os.getpid()))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     code = main(args, config)
     if code == 0:
@@ -171,6 +173,13 @@ def start(args: list[str], launcher: int | None, config: Config | None = None) -
     # An ordinary exit may hang while other ranks wait in a collective, and threads of PyTorch that outlive the
     # interpreter may abort a process whose work is done.
     os._exit(code)
+
+
+def _end_before_training(rank: int, number: int, _frame: object) -> NoReturn:
+    """Processes that the rank has forked inherit this handler, and end without a message."""
+    if os.getpid() == rank:
+        end_at_once(number, "before training started")
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -65,3 +65,11 @@ def test_missing_module_of_ours_is_not_hidden(capsys):
         run_command(lambda: __import__("sft_recipe.nothing"))
     assert run_command(lambda: __import__("nothing.at.all")) == 2
     assert capsys.readouterr().err.startswith("error: the package nothing is not installed for ")
+
+
+def test_ctrl_c_is_one_message(capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    assert run_command(stopped) == 130
+    assert capsys.readouterr().err == "stopped by SIGINT\n"

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -162,6 +163,7 @@ _encode_in_worker: Callable[[Chunk], EncodedChunk]
 
 def _start_worker(parent: int, renderer: Renderer, options: StoreOptions) -> None:
     global _encode_in_worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to these processes as well: their parent decides
     die_with_parent(parent)  # else it would wait for work forever, with the lock of the unfinished store
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encode_in_worker = partial(_encode, renderer=renderer, options=options)

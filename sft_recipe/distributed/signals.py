@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 import time
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from sft_recipe.distributed.rendezvous import start_ticks
 
@@ -42,10 +44,21 @@ class SignalHandler:
         if self._stop_requested_at is None:
             self._stop_requested_at = now
         elif now - self._stop_requested_at > REPEAT_S and not self.is_over:
-            os._exit(128 + number)  # when it is over, torchrun sends one to the ranks of a stopped run
+            # When it is over, torchrun sends one to the ranks of a stopped run.
+            end_at_once(number, "without saving: it was the second signal")
 
     def _remember_save(self, _number: int, _frame: Any) -> None:
         self.wants_save = True
+
+
+def end_at_once(number: int, how: str) -> NoReturn:
+    """End this process with exit code 128 plus the number of the signal; local rank 0 prints its name and `how`."""
+    with suppress(Exception):  # the signal may have come in the middle of a write
+        sys.stdout.flush()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # progress bars hide it
+        os.write(2, f"{cursor}stopped by {signal.Signals(number).name} {how}\n".encode())
+    os._exit(128 + number)
 
 
 def seconds_since_launch() -> float:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from sft_recipe.distributed.rendezvous import is_error_reporter
 from sft_recipe.errors import RecipeError, first_line, is_debugging
@@ -22,6 +22,10 @@ HEARTBEAT_TIMEOUT_S = 40.0  # since the last heartbeat of a rank, until it count
 STARTUP_TIMEOUT_S = 300.0  # until the first heartbeat of a rank: its machine may import slowly
 COLLECTIVE_TIMEOUT = timedelta(hours=10)  # the watchdog ends a run long before
 FAILURE_KEY = "failure"  # of what ended the run, in the store
+PEER_LOST = (  # in the errors of gloo, of a store, of NCCL
+    "closed by peer", "reset by peer", "Broken pipe", "Connection refused", "pair closure",
+    "Socket Timeout", "Connection was likely closed", "ncclRemoteError", "communicator was aborted",
+)  # fmt: skip
 EXIT_PEER_LOST = 1  # exit code of a rank that aborts because of another one
 
 _chosen_port = 0  # of the store that this process serves, if it asked for any free port
@@ -208,6 +212,11 @@ def _machine() -> str:
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """Returns whether a collective failed because the process of another rank has ended."""
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "NCCL", "Socket Timeout")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    """Returns whether a collective failed because the process of another rank has ended.
+
+    NCCL, gloo (whose errors name their source file) and stores report other failures as well: a duplicate GPU, a lack
+    of memory. Those, and errors of other libraries, are this rank's own.
+    """
+    text = str(error)
+    is_collective = isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
+    return is_collective and any(sign in text for sign in PEER_LOST)

@@ -150,6 +150,7 @@ def _forward_signals(log_dir: Path | None = None) -> None:
         for rank in ranks:
             rank.send_signal(number)
         if not ranks and number != signal.SIGUSR1:
+            print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
             sys.exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -74,6 +74,19 @@ def test_second_signal_exits_at_once(warm, model, tmp_path):
     assert "a peer rank exited" in end.output and "Traceback" not in end.output
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_second_signal_to_all_ranks_is_reported_once(warm, model, tmp_path, ranks):
+    end = warm.run(arguments(model, tmp_path), ranks=ranks, setup=(f"{__name__}:stop_all_twice", {}))
+    assert end.codes == [143] * ranks and checkpoints(tmp_path) == []
+    assert end.output.count("stopped by SIGTERM without saving: it was the second signal") == 1, end.output
+
+
+def stop_all_twice(rank: int) -> None:
+    """A setup: two signals to every rank in its first step; the second comes late enough to count."""
+    signals.REPEAT_S = 0.0
+    send_signal_at(rank, "forward", on_rank=rank, call=1, sends=signal.SIGTERM, times=2)
+
+
 def die_alone(rank: int) -> None:
     """A setup: rank 1 is killed in its second step, and cannot say so."""
     if rank == 1:
@@ -91,12 +104,24 @@ def fail_alone(rank: int) -> None:
         BatchBuilder.build = fail
 
 
-def hang_alone(rank: int) -> None:
-    """A setup: rank 1 does not come back from reading."""
+def fail_with_a_familiar_word(rank: int) -> None:
+    """A setup: rank 1 meets an error of its own whose text has words of lost connections."""
     from sft_recipe.training.batches import BatchBuilder
 
+    def fail(*_: object) -> None:
+        raise RuntimeError("NCCL is too old; a download was reset by peer")
+
     if rank == 1:
-        BatchBuilder.build = lambda *_: time.sleep(1000)
+        BatchBuilder.build = fail
+
+
+def hang_alone(rank: int) -> None:
+    """A setup: rank 1 does not come back from reading the examples of a step, which are read for its check before."""
+    from sft_recipe.training.batches import BatchBuilder
+
+    real, calls = BatchBuilder.build, iter(range(2))
+    if rank == 1:
+        BatchBuilder.build = lambda *given: real(*given) if next(calls) == 0 else time.sleep(1000)
 
 
 def fall_silent(rank: int) -> None:
@@ -113,6 +138,7 @@ def fall_silent(rank: int) -> None:
     [
         (die_alone, "rank 0 aborts: a peer rank exited"),
         (fail_alone, "ArithmeticError: odd"),
+        (fail_with_a_familiar_word, "RuntimeError: NCCL is too old"),
         (hang_alone, "rank 1 on"),
         (fall_silent, "has sent no heartbeat for"),
     ],

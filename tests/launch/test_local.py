@@ -1,6 +1,7 @@
 """The launcher restarts failed ranks, forwards signals, and ranks never outlive it."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -133,6 +134,19 @@ def test_stop_before_training_ends_the_restarts(launch, model, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 143, (tmp_path / "output-0").read_text()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_while_data_is_tokenized_says_so_once(launch, model, tmp_path, ranks):
+    many = [f"data.train_files={tmp_path}/many.json", "data.num_workers=2", f"trainer.n_gpus_per_node={ranks}"]
+    run = arguments(model, tmp_path, *many)
+    records = [{"prompt": f"What is {i} and {i}?", "response": f"It is {2 * i}. " * 20} for i in range(60_000)]
+    (tmp_path / "many.json").write_text(json.dumps(records))
+    process = launch(*run)
+    wait_for(lambda: any(tmp_path.glob("cache/tokens/[!.]*.partial-*")), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 130
+    assert (tmp_path / "output-0").read_text() == "stopped by SIGINT before training started\n"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
