@@ -303,7 +303,7 @@ class Config(Group):
     @model_validator(mode="after")
     def _check_metric(self) -> "Config":
         compared, computed = self.trainer.early_stopping, self.evaluation_metrics()
-        if compared.metric not in computed and (computed or compared != EarlyStoppingConfig()):
+        if compared.metric not in computed and (computed or compared != EarlyStoppingConfig.model_validate({})):
             names = ", ".join(computed) or "none without validation data (--val_data)"
             raise ValueError(
                 f"trainer.early_stopping: the metric {compared.metric} is not computed by this run, which has {names}"

@@ -67,7 +67,7 @@ class TrainerConfig(Group):
         description="steps between evaluations, beside those at step 0 and after epochs; -1: at the end only",
     )
     save_best: bool = Field(True, description="save a checkpoint whenever an evaluation beats all before it")
-    early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
+    early_stopping: EarlyStoppingConfig = Field(default_factory=lambda: EarlyStoppingConfig.model_validate({}))
     max_ckpt_to_keep: int | None = Field(
         2, ge=1, description="newest checkpoints to keep, besides the best and the one resumed from; null: all"
     )

@@ -56,14 +56,17 @@ class Evaluator:
         results, done = {}, 0
         total = sum(len(examples) for examples in self.sets.values())
         for name, examples in self.sets.items():
-            before = done
+
+            def completed(count: int, before: int = done) -> None:
+                progress(before + count, total)
+
             results[name] = evaluate(
                 examples,
                 self.token_budget,
                 self.model.data_ranks,
                 self.batches.build,
                 self.model.evaluate,
-                lambda count, before=before: progress(before + count, total),
+                completed,
             )
             done += len(examples)
         metrics = validation_metrics(results) if results else {}

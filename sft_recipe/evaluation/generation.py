@@ -96,14 +96,14 @@ class AnswerGenerator:
     def _sample(self, prompt: Prompt, answer: list[int]) -> Sample:
         is_truncated = not answer or answer[-1] not in self.end_ids
         reference = None if prompt.reference is None else self._text(prompt.reference)
-        return Sample(prompt.set, self.tokenizer.decode(prompt.ids), reference, self._text(answer), is_truncated)
+        return Sample(prompt.set, self._text(prompt.ids), reference, self._text(answer), is_truncated)
 
     def _text(self, ids: list[int]) -> str:
         """The text before the end token. Other special tokens stay: some mark tool calls."""
-        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
+        return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.end_ids else ids))
 
     def _fixed_prompts(self) -> list[Prompt]:
-        rendered = [
+        rendered: list[Any] = [
             self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
             )
