@@ -31,7 +31,7 @@ from sft_recipe.files import user_path
 
 HOME = Path(__file__).resolve().parents[2]
 RESOLVED = "--resolved-config="
-GROUPS = ("model", "data", "optim", "fsdp", "lora")
+GROUPS = ("model", "data", "optim", "fsdp", "lora", "eval")
 
 
 def _if_else(*parts: Any) -> Any:
