@@ -35,6 +35,7 @@ HEADINGS = {
     "optim": "The optimizer and the learning-rate schedule.",
     "fsdp": "How the model is distributed over ranks, and its precision.",
     "lora": "Low-rank adapters instead of full fine-tuning.",
+    "eval": "What is evaluated, and how.",
     "trainer": "The length of the run, its output and its machines.",
 }
 

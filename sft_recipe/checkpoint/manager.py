@@ -25,6 +25,7 @@ from sft_recipe.errors import CheckpointError
 from sft_recipe.files import sync, user_path
 
 AUTO = "auto"
+BEST = "best"
 
 T = TypeVar("T")
 
@@ -109,9 +110,9 @@ def check_run_folder_is_free(folder: Path, resume: Path | None) -> None:
 class Checkpoints:
     """The checkpoints of one run in `folder`. Every rank makes one, and `save` is collective.
 
-    The newest `keep` stay (all where it is None), and beside them the one with the lowest validation loss and
-    `resumed`, which this run started from. Ranks communicate on `group`, a gloo group that nothing else uses while a
-    save runs.
+    The newest `keep` stay (all where it is None), and beside them the best evaluated one, which the link `best` names,
+    and `resumed`, which this run started from. Ranks communicate on `group`, a gloo group that nothing else uses while
+    a save runs.
     """
 
     def __init__(self, folder: Path, keep: int | None, resumed: Path | None, group: dist.ProcessGroup | None = None):
@@ -121,6 +122,12 @@ class Checkpoints:
         self.group = group
         if dist.get_rank() == 0:
             _remove_leftovers(folder)
+            self._link_best()
+
+    def best(self) -> Path | None:
+        """Return the link to the best evaluated checkpoint, or None where none was evaluated."""
+        link = self.folder / BEST
+        return link if link.is_dir() else None
 
     def save(
         self,
@@ -199,7 +206,17 @@ class Checkpoints:
         record()
         partial.rename(final)
         sync(self.folder)
+        self._link_best()
         self._prune(final)
+
+    def _link_best(self) -> None:
+        """Let `best` name the best evaluated checkpoint; it is replaced, so that it always names a complete one."""
+        with suppress(OSError, CheckpointError):  # not on all file systems; the next save tries again
+            if best := _best(list_checkpoints(self.folder)):
+                partial = self.folder / f".{BEST}.partial"
+                partial.unlink(missing_ok=True)
+                partial.symlink_to(best.name)
+                partial.replace(self.folder / BEST)
 
     def _prune(self, newest: Path) -> None:
         if self.keep is None:
@@ -285,16 +302,26 @@ def _named(path: Path) -> Path:
 
 
 def _best(checkpoints: list[Path]) -> Path | None:
-    """The one with the lowest validation loss, among those that were validated."""
-    losses = {}
+    """The best evaluated one, by the metric that the newest of them was compared by."""
+    evaluations = {}
     for path in checkpoints:
-        try:
-            loss = read_manifest(path)["validation_loss"]
-        except (ValueError, KeyError):
-            continue
-        if loss is not None:
-            losses[path] = loss
-    return min(losses, key=lambda path: losses[path], default=None)
+        with suppress(ValueError, KeyError):
+            if (found := _evaluation(path)) and found["value"] is not None:
+                evaluations[path] = found
+    compared = [(found["metric"], found["mode"]) for found in evaluations.values()][-1:]
+    values = {
+        path: found["value"] for path, found in evaluations.items() if (found["metric"], found["mode"]) in compared
+    }
+    sign = -1 if compared and compared[0][1] == "max" else 1
+    return min(values, key=lambda path: sign * values[path], default=None)
+
+
+def _evaluation(checkpoint: Path) -> dict[str, Any] | None:
+    """What a manifest says about the checkpoint's evaluation; older ones have the validation loss only."""
+    manifest = read_manifest(checkpoint)
+    if "validation_loss" in manifest:
+        return {"metric": "val/loss", "mode": "min", "value": manifest["validation_loss"]}
+    return manifest["evaluation"]
 
 
 def _step(checkpoint: Path) -> int:

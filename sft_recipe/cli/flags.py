@@ -61,7 +61,11 @@ FLAGS = (
         takes_several=True,
     ),
     Flag(
-        "val_data", "data.val_files", "none", "validation data, written as train_files; null: none", takes_several=True
+        "val_data",
+        "data.val_files",
+        "none",
+        "validation data, written as train_files, or several named sets {zh: ..., en: ...}; null: none",
+        takes_several=True,
     ),
     Flag("max_length", "data.max_length", "2048", "longest example, in tokens"),
     Flag("batch_size", "data.train_batch_size", "4", "examples per optimizer step, over all ranks"),

@@ -31,7 +31,7 @@ from sft_recipe.files import user_path
 
 HOME = Path(__file__).resolve().parents[2]
 RESOLVED = "--resolved-config="
-GROUPS = ("model", "data", "optim", "fsdp", "lora")
+GROUPS = ("model", "data", "optim", "fsdp", "lora", "eval")
 
 
 def _if_else(*parts: Any) -> Any:
@@ -246,6 +246,8 @@ def _resolve_data_paths(tree: dict[str, Any], config_dir: Path) -> dict[str, Any
     def resolve(path: Any) -> Any:
         if isinstance(path, list):
             return [resolve(part) for part in path]
+        if isinstance(path, dict):
+            return {name: resolve(part) for name, part in path.items()}
         if not isinstance(path, str) or not path or os.path.lexists(path) or glob.glob(path, recursive=True):
             return path
         if os.path.lexists(config_dir / path):

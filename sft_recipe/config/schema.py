@@ -5,37 +5,35 @@ scripts/generate_reference.py writes conf/, config.yaml, cli/flags.py and the re
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from sft_recipe.config import values
+from sft_recipe.config.group import Group, flag
 from sft_recipe.config.secrets import without_secrets
+from sft_recipe.config.trainer import (
+    GENERATION_METRICS,
+    VALIDATION_METRICS,
+    EarlyStoppingConfig,
+    EvalConfig,
+    TrainerConfig,
+)
 from sft_recipe.files import user_path
 
 ALL_LINEAR = "all-linear"
 
 
-def _flag(name: str, short: str | None = None, shown_default: str | None = None) -> dict[str, Any]:
-    """Name the flag of a key; `shown_default` is how --help writes a default that is null."""
-    return {"flag": name, "short": short, "shown_default": shown_default}
-
-
-class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
-
-    _fits_int64 = field_validator("*")(values.fits_int64)
-
-
-class ModelConfig(_Group):
+class ModelConfig(Group):
     """This group selects the model, its tokenizer, and how it computes attention and activations."""
 
     path: str = Field(
         "Qwen/Qwen2.5-0.5B",
         min_length=1,
         description="hub id, folder, .gguf file, or SmolLM2-135M-Instruct (the embedded model)",
-        json_schema_extra=_flag("model_path", "model"),
+        json_schema_extra=flag("model_path", "model"),
     )
     fallback: str | None = Field(
         "SmolLM2-135M-Instruct",
@@ -44,7 +42,7 @@ class ModelConfig(_Group):
     tokenizer_path: str | None = Field(
         None,
         description="hub id or folder of the tokenizer; null: the model's",
-        json_schema_extra=_flag("tokenizer_path", shown_default="the model's"),
+        json_schema_extra=flag("tokenizer_path", shown_default="the model's"),
     )
     chat_template: str | None = Field(
         None, description="file with a Jinja chat template, saved with the model; null: the tokenizer's"
@@ -67,18 +65,18 @@ class ModelConfig(_Group):
     )
 
 
-class DataConfig(_Group):
+class DataConfig(Group):
     """This group selects the training data, its supervised tokens, and its batches."""
 
     train_files: str | list[str] = Field(
         "./data/example_sft.json",
         description="file, glob, hub data set (owner/name), or a list; a*0.5: half of it, a*2: twice, a#9: 9 examples",
-        json_schema_extra=_flag("train_data"),
+        json_schema_extra=flag("train_data"),
     )
-    val_files: str | list[str] | None = Field(
+    val_files: str | list[str] | dict[str, str | list[str]] | None = Field(
         None,
-        description="validation data, written as train_files; null: none",
-        json_schema_extra=_flag("val_data", shown_default="none"),
+        description="validation data, written as train_files, or several named sets {zh: ..., en: ...}; null: none",
+        json_schema_extra=flag("val_data", shown_default="none"),
     )
     val_ratio: float = Field(
         0.0, ge=0.0, lt=1.0, description="fraction of train_files held out for validation, seeded; 0: none"
@@ -116,18 +114,18 @@ class DataConfig(_Group):
     parse_special_tokens: bool = Field(
         False, description="true: text such as <|im_end|> in the data becomes the special token"
     )
-    max_length: int = Field(2048, ge=2, description="longest example, in tokens", json_schema_extra=_flag("max_length"))
+    max_length: int = Field(2048, ge=2, description="longest example, in tokens", json_schema_extra=flag("max_length"))
     truncation: Literal["drop", "right", "error"] = Field(
         "drop", description="examples longer than max_length: drop, right (cut at the end), error"
     )
     train_batch_size: int = Field(
-        4, ge=1, description="examples per optimizer step, over all ranks", json_schema_extra=_flag("batch_size")
+        4, ge=1, description="examples per optimizer step, over all ranks", json_schema_extra=flag("batch_size")
     )
     micro_batch_size_per_gpu: int = Field(
         1,
         ge=1,
         description="times max_length: the most tokens in one micro-batch; bounds memory",
-        json_schema_extra=_flag("micro_batch_size"),
+        json_schema_extra=flag("micro_batch_size"),
     )
     shuffle: bool = Field(True, description="new seeded order in each epoch; false: the order of the files")
     num_workers: int | None = Field(None, ge=1, description="processes that tokenize; null: one per usable core")
@@ -139,6 +137,9 @@ class DataConfig(_Group):
     def _check_validation_source(self) -> "DataConfig":
         if self.val_files and self.val_ratio:
             raise ValueError("val_files and val_ratio are both set; set only one of them")
+        names = self.val_files if isinstance(self.val_files, dict) else {}
+        if wrong := [name for name in names if not re.fullmatch(r"[\w.-]+", name)]:
+            raise ValueError(f"val_files: {wrong[0]!r} is no name of a set; use letters, digits, - and _")
         return self
 
     @property
@@ -147,7 +148,7 @@ class DataConfig(_Group):
         return self.micro_batch_size_per_gpu * self.max_length
 
 
-class OptimConfig(_Group):
+class OptimConfig(Group):
     """This group sets the optimizer and the learning-rate schedule."""
 
     optimizer: str = Field("AdamW", description="class name in optimizer_impl")
@@ -162,7 +163,7 @@ class OptimConfig(_Group):
         gt=0,
         allow_inf_nan=False,
         description="peak learning rate; 2e-4 with LoRA unless set",
-        json_schema_extra=_flag("learning_rate", "lr") | {"yaml": "${if_else:${lora.enabled},2.0e-4,2.0e-5}"},
+        json_schema_extra=flag("learning_rate", "lr") | {"yaml": "${if_else:${lora.enabled},2.0e-4,2.0e-5}"},
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="schedule after the warmup: cosine, linear, constant"
@@ -172,7 +173,7 @@ class OptimConfig(_Group):
         ge=0,
         le=1,
         description="fraction of all steps in which the learning rate rises from 0 to lr",
-        json_schema_extra=_flag("warmup_ratio"),
+        json_schema_extra=flag("warmup_ratio"),
     )
     lr_warmup_steps: int = Field(-1, description="warmup steps; if above 0, used instead of the ratio")
     min_lr_ratio: float = Field(
@@ -184,13 +185,13 @@ class OptimConfig(_Group):
         ge=0,
         allow_inf_nan=False,
         description="decoupled weight decay, as in AdamW",
-        json_schema_extra=_flag("weight_decay"),
+        json_schema_extra=flag("weight_decay"),
     )
     clip_grad: float | None = Field(
         1.0,
         ge=0,
         description="maximum global gradient norm; 0 or null: no clipping",
-        json_schema_extra=_flag("grad_clip"),
+        json_schema_extra=flag("grad_clip"),
     )
 
     @property
@@ -199,7 +200,7 @@ class OptimConfig(_Group):
         return self.clip_grad or math.inf
 
 
-class MixedPrecisionConfig(_Group):
+class MixedPrecisionConfig(Group):
     """This group sets the precision of computation and of gradient reduction."""
 
     param_dtype: Literal["auto", "bf16", "fp32"] = Field(
@@ -208,11 +209,11 @@ class MixedPrecisionConfig(_Group):
     reduce_dtype: Literal["bf16", "fp32"] = Field("fp32", description="gradient reduction: bf16, fp32")
 
 
-class FsdpConfig(_Group):
+class FsdpConfig(Group):
     """This group sets how the model is distributed over ranks, and its precision."""
 
     strategy: Literal["fsdp", "fsdp2", "megatron"] = Field(
-        "fsdp", description="fsdp, fsdp2, megatron", json_schema_extra=_flag("strategy")
+        "fsdp", description="fsdp, fsdp2, megatron", json_schema_extra=flag("strategy")
     )
     param_offload: bool = Field(False, description="keep parameters in CPU memory between steps")
     optimizer_offload: bool = Field(False, description="keep the optimizer state in CPU memory between steps")
@@ -253,21 +254,21 @@ class FsdpConfig(_Group):
         return self
 
 
-class LoraConfig(_Group):
+class LoraConfig(Group):
     """This group replaces full fine-tuning by low-rank adapters."""
 
     enabled: bool = Field(
         False,
         description="train low-rank adapters; the model's weights stay frozen",
-        json_schema_extra=_flag("use_lora"),
+        json_schema_extra=flag("use_lora"),
     )
-    rank: int = Field(8, ge=1, description="inner dimension of the adapters", json_schema_extra=_flag("lora_rank"))
+    rank: int = Field(8, ge=1, description="inner dimension of the adapters", json_schema_extra=flag("lora_rank"))
     alpha: float = Field(
         16,
         gt=0,
         allow_inf_nan=False,
         description="the update is scaled by alpha / rank",
-        json_schema_extra=_flag("lora_alpha"),
+        json_schema_extra=flag("lora_alpha"),
     )
     target_modules: values.TargetModules = Field(
         ALL_LINEAR,
@@ -278,7 +279,7 @@ class LoraConfig(_Group):
         None, description="modules to leave out, written as target_modules; null: none"
     )
     merge: bool = Field(
-        False, description="save the merged model as well as the adapter", json_schema_extra=_flag("merge_lora")
+        False, description="save the merged model as well as the adapter", json_schema_extra=flag("merge_lora")
     )
 
     @model_validator(mode="after")
@@ -288,98 +289,7 @@ class LoraConfig(_Group):
         return self
 
 
-class TrainerConfig(_Group):
-    """This group sets the length of the run, its output, and its machines."""
-
-    total_epochs: int = Field(
-        3, ge=1, description="passes over the training data", json_schema_extra=_flag("num_epochs", "epochs")
-    )
-    total_training_steps: int | None = Field(
-        None, ge=1, description="optimizer steps; if set, used instead of total_epochs"
-    )
-    output_dir: str = Field(
-        "./outputs",
-        min_length=1,
-        description="run folder: config.yaml, metrics.jsonl, checkpoints/step_N",
-        json_schema_extra=_flag("output_dir"),
-    )
-    resume_from: str | None = Field(
-        None,
-        description="a checkpoint folder, or auto: the newest complete checkpoint in output_dir; null: a new run",
-        json_schema_extra=_flag("resume_from", shown_default="none"),
-    )
-    save_freq: values.StepInterval = Field(
-        values.AFTER_EACH_EPOCH,
-        description="optimizer steps between checkpoints, or after_each_epoch; -1: only at the end",
-    )
-    test_freq: values.StepInterval = Field(
-        values.AFTER_EACH_EPOCH,
-        description="optimizer steps between validations, or after_each_epoch; -1: only at the end",
-    )
-    max_ckpt_to_keep: int | None = Field(
-        2, ge=1, description="newest checkpoints to keep, besides the best and the one resumed from; null: all"
-    )
-    async_save: bool = Field(
-        True, description="write checkpoints while training continues, from a copy in host memory if it fits"
-    )
-    max_time: float | None = Field(
-        None, gt=0, description="seconds after the launch at which the run saves and exits with 75; null: no limit"
-    )
-    auto_restart: int = Field(
-        0,
-        ge=0,
-        description="restarts of a failed run, each from its newest checkpoint",
-        json_schema_extra=_flag("auto_restart"),
-    )
-    heartbeat_timeout: float | None = Field(
-        1800, gt=0, description="seconds without progress after which a rank is considered hung; null: never"
-    )
-    logger: list[values.Logger] = Field(
-        ["console"], description="console, and verl's: wandb, tensorboard, mlflow, swanlab, trackio, clearml, ..."
-    )
-    project_name: str = Field("sft_recipe", description="project name for the loggers")
-    experiment_name: str | None = Field(None, description="run name for the loggers; null: the output folder's name")
-    wandb_project: str | None = Field(
-        None,
-        description="if set, log to wandb under this project as well",
-        json_schema_extra=_flag("wandb_project", shown_default="none"),
-    )
-    seed: int = Field(42, ge=0, description="seed of data order, LoRA initialization, dropout and the validation split")
-    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: cuda if there is a GPU, else cpu")
-    n_gpus_per_node: int = Field(
-        1, ge=1, description="ranks on this machine; CPU ranks if there is no GPU", json_schema_extra=_flag("n_gpus")
-    )
-    nnodes: int = Field(1, ge=1, description="machines", json_schema_extra=_flag("nnodes"))
-    node_rank: int = Field(0, ge=0, description="this machine's number, from 0", json_schema_extra=_flag("node_rank"))
-    master_addr: str = Field("localhost", description="address of machine 0", json_schema_extra=_flag("master_addr"))
-    master_port: int | None = Field(
-        None,
-        ge=1,
-        le=65535,
-        description="port of machine 0; null: a free one on one machine, 29500 on several",
-        json_schema_extra=_flag("master_port", shown_default="free"),
-    )
-
-    @model_validator(mode="after")
-    def _check_nodes(self) -> "TrainerConfig":
-        if self.node_rank >= self.nnodes:
-            raise ValueError(f"node_rank is {self.node_rank}; with nnodes={self.nnodes} it ends at {self.nnodes - 1}")
-        if self.nnodes > 1 and self.master_addr == "localhost":
-            raise ValueError("several machines need master_addr, the address of machine 0, the same on all of them")
-        return self
-
-    @property
-    def run_folder(self) -> Path:
-        """`output_dir`, in which ~ is expanded."""
-        return user_path(self.output_dir)
-
-    @property
-    def world_size(self) -> int:
-        """The number of ranks on all machines."""
-        return self.n_gpus_per_node * self.nnodes
-
-
-class Config(_Group):
+class Config(Group):
     """The complete configuration of a run, validated and immutable."""
 
     model: ModelConfig
@@ -387,7 +297,36 @@ class Config(_Group):
     optim: OptimConfig
     fsdp: FsdpConfig
     lora: LoraConfig
+    eval: EvalConfig = Field(default_factory=lambda: EvalConfig.model_validate({}))
     trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig.model_validate({}))
+
+    @model_validator(mode="after")
+    def _check_metric(self) -> "Config":
+        compared, computed = self.trainer.early_stopping, self.evaluation_metrics()
+        if compared.metric not in computed and (computed or compared != EarlyStoppingConfig.model_validate({})):
+            names = ", ".join(computed) or "none without validation data (--val_data)"
+            raise ValueError(
+                f"trainer.early_stopping: the metric {compared.metric} is not computed by this run, which has {names}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_generation(self) -> "Config":
+        if self.eval.generate and not (self.data.val_files or self.data.val_ratio):
+            raise ValueError("eval.generate answers validation conversations, but there is no validation data")
+        is_supported = self.fsdp.strategy != "megatron" and self.fsdp.ulysses_sequence_parallel_size == 1
+        if (self.eval.generate or self.eval.prompts) and not is_supported:
+            raise ValueError("eval.generate and eval.prompts need FSDP, and fsdp.ulysses_sequence_parallel_size=1")
+        return self
+
+    def evaluation_metrics(self) -> list[str]:
+        """Return the names of the metrics that evaluations compute, none without validation data."""
+        files = self.data.val_files
+        sets = [f"{name}/" for name in files] if isinstance(files, dict) else []
+        prefixes = ["val/", *(f"val/{name}" for name in sets)] if files or self.data.val_ratio else []
+        generated = GENERATION_METRICS if prefixes and self.eval.generate else ()
+        losses = [f"{prefix}{metric}" for prefix in prefixes for metric in VALIDATION_METRICS]
+        return [*losses, *(f"eval/{metric}" for metric in generated)]
 
     def public(self) -> dict[str, Any]:
         """Return the configuration as plain values without secrets of the environment, for files and loggers."""

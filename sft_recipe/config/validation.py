@@ -94,7 +94,7 @@ def _explain_all(problems: list[Any]) -> list[str]:
     for problem in problems:
         key = ".".join(str(part) for part in problem["loc"] if _is_key_part(part))
         complaints.setdefault(key, []).append(_explain(key, problem))
-    return [key + texts[-1] for key, texts in complaints.items()]
+    return [(key + texts[-1]).removeprefix(": ") for key, texts in complaints.items()]
 
 
 def _explain(key: str, problem: Any) -> str:

@@ -28,6 +28,7 @@ from sft_recipe.files import write_text
 from sft_recipe.models.resolve import ResolvedModel, resolve_model, resolve_tokenizer
 from sft_recipe.models.tokenizer import check_vocabulary, load_tokenizer
 
+VALIDATION = "validation "  # in front of the name of a validation set, in the names of stores
 READY_FILE = "prepared.json"
 SAMPLES, SAMPLE_BYTES = 32, 4096  # of a weight file, in the digest of a model
 
@@ -39,7 +40,7 @@ class RunInputs:
     model: ResolvedModel
     tokenizer: PreTrainedTokenizerBase
     train: Examples
-    validation: Examples | None
+    validation: dict[str, Examples]  # by the name of the set; one without a name has an empty one
     source_counts: list[SourceCounts]
 
     def stop_token_ids(self, sample: int = 1000) -> list[int]:
@@ -109,8 +110,9 @@ def _prepare_machine(config: Config, say: Callable[[str], None]) -> tuple[PreTra
     """Return the tokenizer, and the paths of everything as JSON for the other ranks."""
     data, cache_dir = config.data, config.cache_dir()
     sources = {"train": resolve_files(data.train_files, cache_dir)}
-    if data.val_files:
-        sources["validation"] = resolve_files(data.val_files, cache_dir)
+    sources |= {
+        f"{VALIDATION}{name}": resolve_files(files, cache_dir) for name, files in _validation_files(data).items()
+    }
     model = resolve_model(config.model, cache_dir)
     if model.notice:
         say(model.notice)
@@ -129,7 +131,7 @@ def _prepare_machine(config: Config, say: Callable[[str], None]) -> tuple[PreTra
         if is_rank_0 and store.report.rejected:
             with rejected.open("ab") as file:
                 file.write((store.folder / REJECTED).read_bytes())
-        for notice in data_notices(store.report, part, data, rejected):
+        for notice in data_notices(store.report, part.strip(), data, rejected):
             say(notice)
         stores[part] = str(store.folder)
         source_counts[part] = [asdict(counts) for counts in _count_examples(part_sources, store)]
@@ -178,10 +180,23 @@ def _open_inputs(config: Config, paths: dict[str, Any], tokenizer: PreTrainedTok
     for part, store_folder in paths["stores"].items():
         counts = [(item.examples, item.target_count) for item in source_counts[part]]
         parts[part] = Examples(TokenStore.open(Path(store_folder)), sample_mixture(counts, seed))
-    train, validation = parts["train"], parts.get("validation")
+    train = parts.pop("train")
+    validation = {part.removeprefix(VALIDATION): examples for part, examples in parts.items()}
     if val_ratio:
-        train, validation = _hold_out(train, val_ratio, seed)
+        train, validation[""] = _hold_out(train, val_ratio, seed)
+    limit = config.eval.limit
+    validation = {name: _first(limit, examples) if limit else examples for name, examples in validation.items()}
     return RunInputs(ResolvedModel(Path(folder), name), tokenizer, train, validation, source_counts["train"])
+
+
+def _validation_files(data: DataConfig) -> dict[str, str | list[str]]:
+    if isinstance(data.val_files, dict):
+        return data.val_files
+    return {"": data.val_files} if data.val_files else {}
+
+
+def _first(count: int, examples: Examples) -> Examples:
+    return Examples(examples.store, examples.numbers[:count])
 
 
 def _hold_out(train: Examples, ratio: float, seed: int) -> tuple[Examples, Examples]:

@@ -32,7 +32,8 @@ def patch_chunked_cross_entropy(model: PreTrainedModel) -> list[nn.Parameter] | 
     The loss is the negative log-likelihood of `targets` at `positions`, summed, times `ranks` and divided by `tokens`,
     in fp32. `tokens` is an integer tensor with one number: FSDP would round a floating input to the dtype that the
     model computes in. `positions` may contain a position more than once. Call backward on the loss unchanged: the
-    head's weights may get their gradients in the forward pass. Without `targets` the forward is the model's own.
+    head's weights may get their gradients in the forward pass. The second value returned is, with `counts_correct`, the
+    number of targets that have the largest logit. Without `targets` the forward is the model's own.
 
     Returns the weights of the head, which must be unsharded wherever the model's own forward runs (else the new forward
     raises ModelError). Returns None and changes nothing where body and head cannot be called separately.
@@ -50,19 +51,10 @@ def patch_chunked_cross_entropy(model: PreTrainedModel) -> list[nn.Parameter] | 
     # Tied weights have a name in the body too.
     parameters = model.named_parameters(remove_duplicate=False)
     head = {weight: name for name, weight in parameters if not name.startswith(f"{prefix}.")}
-    trained = [weight for weight in head if weight.requires_grad]
-    width = model.config.get_text_config().hidden_size
-    try:
-        with torch.enable_grad():
-            hidden = next(model.parameters()).new_zeros(1, 2, width, requires_grad=True)
-            logits = logits_of(hidden)
-        _, *gradients = torch.autograd.grad(logits.sum(), [hidden, *trained], allow_unused=True)
-    except Exception:  # the head needs more of the body's outputs than the last hidden states, or does not call it
+    probed = _probe_head(model, logits_of, [weight for weight in head if weight.requires_grad])
+    if probed is None:
         return None
-    if logits.shape[:2] != hidden.shape[:2]:
-        return None
-    vocabulary = logits.shape[2]
-    used = {weight for weight, gradient in zip(trained, gradients, strict=True) if gradient is not None}
+    vocabulary, used = probed
     shapes = {name: weight.shape for weight, name in head.items() if weight in used}
 
     def forward(
@@ -70,6 +62,7 @@ def patch_chunked_cross_entropy(model: PreTrainedModel) -> list[nn.Parameter] | 
         targets: torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
         ranks: int = 1,
+        counts_correct: bool = False,
         **inputs: Any,
     ) -> Any:
         if positions is None or targets is None or tokens is None:
@@ -80,12 +73,34 @@ def patch_chunked_cross_entropy(model: PreTrainedModel) -> list[nn.Parameter] | 
         for weight, (name, shape) in zip(weights, shapes.items(), strict=True):
             if isinstance(weight, DTensor) or weight.shape != shape:
                 raise ModelError(f"{name} is sharded where the loss needs all of it, so it would not be trained")
+        scale = ranks / tokens.float()
         return _SummedCrossEntropy.apply(
-            hidden, targets, ranks / tokens.float(), logits_of, vocabulary, torch.is_grad_enabled(), *weights
+            hidden, targets, scale, logits_of, vocabulary, torch.is_grad_enabled(), counts_correct, *weights
         )
 
     model.forward = forward  # type: ignore[method-assign]
     return list(head)
+
+
+def _probe_head(
+    model: PreTrainedModel, logits_of: Callable[[torch.Tensor], torch.Tensor], trained: list[nn.Parameter]
+) -> tuple[int, set[nn.Parameter]] | None:
+    """The size of the vocabulary, and those of the `trained` weights of the head that logits depend on.
+
+    None where the head needs more of the body's outputs than the last hidden states, or does not call the body.
+    """
+    hidden = next(model.parameters()).new_zeros(1, 2, model.config.get_text_config().hidden_size, requires_grad=True)
+    try:
+        with torch.enable_grad():
+            logits = logits_of(hidden)
+        _, *gradients = torch.autograd.grad(logits.sum(), [hidden, *trained], allow_unused=True)
+    except Exception:  # the model's code raises anything
+        return None
+    if logits.shape[:2] != hidden.shape[:2]:
+        return None
+    return logits.shape[2], {
+        weight for weight, gradient in zip(trained, gradients, strict=True) if gradient is not None
+    }
 
 
 def _body(model: PreTrainedModel) -> nn.Module | None:
@@ -107,10 +122,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         logits_of: Callable[[torch.Tensor], torch.Tensor],
         vocabulary: int,
         is_training: bool,
+        counts_correct: bool,
         *weights: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         trained = [weight for weight in weights if weight.requires_grad]
         losses, grad_hidden = [], []
+        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         totals: list[torch.Tensor | None] = [None] * len(trained)
         rows = max(1, LOGITS_CHUNK[hidden.device.type] // vocabulary)
         for part, target in zip(hidden.split(rows, dim=1), targets.split(rows), strict=True):
@@ -120,6 +137,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 logits = logits_of(part)
             # The gradient overwrites the logits, unless their own backward needs them.
             values = logits.detach()
+            if counts_correct:
+                correct += (values[0].argmax(-1) == target).sum()
             gradient = torch.empty_like(values) if _address(values) in saved else values
             losses.append(_loss_and_gradient(values[0], target, scale, gradient[0], is_training))
             if is_training:
@@ -135,14 +154,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
             grad_weights = (by_weight.get(id(weight)) for weight in weights)
             rounded = (None if grad is None else grad.to(hidden.dtype) for grad in grad_weights)
             ctx.save_for_backward(torch.cat(grad_hidden, dim=1), *rounded)
-        return torch.stack(losses).sum()
+        ctx.mark_non_differentiable(correct)
+        return torch.stack(losses).sum(), correct
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        [upstream] = gradients
+        upstream, _ = gradients
         patches.assert_async(upstream == 1, "the loss was changed after its gradients were computed")
         grad_hidden, *grad_weights = ctx.saved_tensors
-        return grad_hidden, *[None] * 5, *grad_weights
+        return grad_hidden, *[None] * 6, *grad_weights
 
 
 def _accumulated(weight: torch.Tensor) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tensordict import TensorDict
+from transformers import PreTrainedModel
 from verl.utils.device import get_device_name
 
 from sft_recipe.engine import patches
@@ -42,7 +43,7 @@ def choose_packing(engine: "SFTEngine", token_budget: int) -> None:
         engine.shares_prefixes = engine.packs_documents = False
         log.warning("This model counts positions in rows of a pack: each document is computed by itself.")
         return
-    with _evaluating(engine):
+    with evaluating(engine):
         _require_mask_support(engine)
         _require_causality(engine)
         if engine.shares_prefixes and not _is_isolated(engine, is_shared=True):
@@ -64,9 +65,9 @@ def loss_difference(engine: "SFTEngine", data: TensorDict) -> float:
     vocabulary = engine.model.config.get_text_config().vocab_size
     limit = max(1, LOGITS_CHUNK[get_device_name()] // vocabulary)
     documents = [_with_at_most(limit, document) for document in next(planned_documents(data))]
-    with _evaluating(engine):
+    with evaluating(engine):
         packed = pack(documents, engine.shares_prefixes)
-        ours = engine.micro_batch_loss(packed, tokens=torch.ones((), dtype=torch.long)).double()
+        ours = engine.micro_batch_loss(packed, tokens=torch.ones((), dtype=torch.long))[0].double()
         reference = _plain_loss(engine, documents).double()
     sums = torch.stack([ours, reference, torch.tensor(float(len(packed.targets)), device=ours.device).double()])
     dist.all_reduce(sums)
@@ -82,7 +83,7 @@ def loss_difference(engine: "SFTEngine", data: TensorDict) -> float:
 
 
 @contextmanager
-def _evaluating(engine: "SFTEngine") -> Iterator[None]:
+def evaluating(engine: "SFTEngine") -> Iterator[None]:
     """Inside, the model computes without dropout, which would draw random numbers, and without gradients."""
     was_training = engine.module.training
     engine.module.eval()
@@ -103,7 +104,7 @@ def _plain_loss(engine: "SFTEngine", documents: list[Document]) -> torch.Tensor:
     count = torch.tensor(len(documents), device=get_device_name())
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     used = patches.attention_implementation(engine.model.config)
-    engine.model.set_attn_implementation(_attention_of_transformers(engine))
+    engine.model.set_attn_implementation(attention_of_transformers(engine))
     try:
         losses = [_document_loss(engine, document) for document in documents]
         for _ in range(int(count) - len(documents)):
@@ -116,14 +117,20 @@ def _plain_loss(engine: "SFTEngine", documents: list[Document]) -> torch.Tensor:
 def _document_loss(engine: "SFTEngine", document: Document) -> torch.Tensor:
     ids, mask = (tensor.to(get_device_name()) for tensor in document)
     targets = (mask[1:] > 0).nonzero()[:, 0] + 1
-    selects = "logits_to_keep" in inspect.signature(type(engine.model).forward).parameters
+    selects = accepts(engine.model, "logits_to_keep")
     chosen = {"logits_to_keep": targets - 1} if selects else {}
     with engine.autocast():
         logits = engine.module(input_ids=ids[None], use_cache=False, **chosen).logits[0]
     return F.cross_entropy((logits if selects else logits[targets - 1]).float(), ids[targets], reduction="sum")
 
 
-def _attention_of_transformers(engine: "SFTEngine") -> str:
+def accepts(model: PreTrainedModel, name: str) -> bool:
+    """Return whether the model's own forward has a parameter of this name."""
+    return name in inspect.signature(type(model).forward).parameters
+
+
+def attention_of_transformers(engine: "SFTEngine") -> str:
+    """Return the best attention of transformers itself that the model supports."""
     return "sdpa" if patches.supports_sdpa(type(engine.model)) else "eager"
 
 
@@ -141,7 +148,7 @@ def _require_mask_support(engine: "SFTEngine") -> None:
     try:
         _probe_loss(engine, None, is_shared=False)
     except MaskUnsupported as problem:
-        other = _attention_of_transformers(engine)
+        other = attention_of_transformers(engine)
         log.warning("Attention is computed for all pairs of tokens, with %s: %s", other, problem)
         engine.model.set_attn_implementation(other)
         engine.shares_prefixes = False
@@ -205,4 +212,4 @@ def _probe_loss(engine: "SFTEngine", changed: int | None, is_shared: bool) -> fl
         positions=torch.arange(2 * size, 2 * size + 4),
         targets=torch.arange(4),
     )
-    return float(engine.micro_batch_loss(probe, tokens=torch.ones((), dtype=torch.long)))
+    return float(engine.micro_batch_loss(probe, tokens=torch.ones((), dtype=torch.long))[0])

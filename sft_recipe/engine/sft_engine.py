@@ -79,13 +79,14 @@ class SFTEngine(FSDPEngineWithLMHead):
         """Run the planned micro-batches. `loss_function` is not used: logits exist at supervised positions only.
 
         Returns verl's dictionary; `loss` holds one number: this rank's part of the global mean times the number of
-        data-parallel ranks (verl averages over those).
+        data-parallel ranks (verl averages over those). With `forward_only` its metrics have `correct`, the number of
+        this rank's supervised tokens with the largest logit.
         """
         group = self.get_data_parallel_group()
         tokens = data["loss_mask"].values().sum().to(get_device_name())
         torch.distributed.all_reduce(tokens, group=group)
         tokens = tokens.clamp(min=1)
-        losses = []
+        losses, correct = [], torch.zeros((), dtype=torch.long, device=get_device_name())
         with self.computing():
             planned = list(micro_batches(data, self.shares_prefixes))
             for index, micro_batch in enumerate(planned):
@@ -95,14 +96,21 @@ class SFTEngine(FSDPEngineWithLMHead):
                     nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)
                 )
                 with sync, torch.set_grad_enabled(not forward_only):
-                    loss = self.micro_batch_loss(micro_batch, tokens, ranks=torch.distributed.get_world_size())
+                    loss, hits = self.micro_batch_loss(
+                        micro_batch, tokens, torch.distributed.get_world_size(), counts_correct=forward_only
+                    )
                     if not forward_only:
                         loss.backward()
                 losses.append(loss.detach())
+                correct += hits
                 del loss  # and its graph: thousands of small allocations among the activations of the next micro-batch
         if forward_only:
             self._reshard()
-        return {"model_output": {}, "loss": [self._over_sequence_ranks(torch.stack(losses).sum())], "metrics": {}}
+        if self.use_ulysses_sp:
+            torch.distributed.all_reduce(correct, group=self.ulysses_parallel_group)
+        metrics = {"correct": int(correct)} if forward_only else {}
+        loss_sum = self._over_sequence_ranks(torch.stack(losses).sum())
+        return {"model_output": {}, "loss": [loss_sum], "metrics": metrics}
 
     def optimizer_step(self) -> float:
         """Clip and step; a norm that is not finite skips the step. Returns the norm before clipping."""
@@ -142,10 +150,13 @@ class SFTEngine(FSDPEngineWithLMHead):
         finally:
             self.to(device="cpu", model=has_model, optimizer=has_optimizer, grad=False)
 
-    def micro_batch_loss(self, micro_batch: MicroBatch, tokens: torch.Tensor, ranks: int = 1) -> torch.Tensor:
+    def micro_batch_loss(
+        self, micro_batch: MicroBatch, tokens: torch.Tensor, ranks: int = 1, counts_correct: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed negative log-likelihood of the supervised tokens, times `ranks` over `tokens`, in fp32.
 
-        `tokens` is an integer tensor with one number.
+        `tokens` is an integer tensor with one number. With `counts_correct`, the second value is the number of
+        supervised tokens that have the largest logit.
         """
         input_ids, position_ids = micro_batch.input_ids, micro_batch.position_ids
         positions, targets = micro_batch.positions, micro_batch.targets
@@ -170,10 +181,16 @@ class SFTEngine(FSDPEngineWithLMHead):
         with self.autocast():
             if self._returns_loss:
                 return self.module(
-                    **inputs, positions=positions, targets=targets, tokens=tokens.to(device), ranks=ranks
+                    **inputs,
+                    positions=positions,
+                    targets=targets,
+                    tokens=tokens.to(device),
+                    ranks=ranks,
+                    counts_correct=counts_correct,
                 )
             logits = self.module(**inputs).logits[0, positions]
-        return F.cross_entropy(logits.float(), targets, reduction="sum") * (ranks / tokens.to(device).float())
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum") * (ranks / tokens.to(device).float())
+        return loss, (logits.argmax(-1) == targets).sum()
 
     def autocast(self) -> AbstractContextManager:
         """Inside, the model computes in its compute dtype."""

@@ -40,7 +40,7 @@ def print_banner(
         "model": inputs.model.name,
         "parameters": share + adapters,
         **_data_rows(config, inputs),
-        "validation": f"{len(inputs.validation):,} examples" if inputs.validation else "none",
+        "validation": ", ".join(_validation_sets(inputs)) or "none",
         "batches": f"{data.train_batch_size} examples a step over all ranks, {budget}",
         "steps": f"{total_steps:,} ({steps_per_epoch:,} an epoch), {rate}",
         "first step": _verification(config, loss_difference),
@@ -75,6 +75,10 @@ def _data_rows(config: Config, inputs: RunInputs) -> dict[str, str]:
         "lengths": f"median {median:,}, p95 {p95:,}, max {lengths[-1]:,} tokens"
         + (f"; {repeated:,} examples repeat others" if repeated else ""),
     }
+
+
+def _validation_sets(inputs: RunInputs) -> list[str]:
+    return [f"{name}: {len(examples):,} examples".removeprefix(": ") for name, examples in inputs.validation.items()]
 
 
 def _verification(config: Config, difference: float | None) -> str:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sft_recipe import timing
 from sft_recipe.config.schema import Config
 from sft_recipe.errors import CheckpointError, first_line
+from sft_recipe.evaluation.generation import GenerationResult, Sample
 from sft_recipe.tracking.console import console
 from sft_recipe.tracking.loggers import create_loggers
 from sft_recipe.tracking.metrics_file import FILE, MetricsFile
+
+SAMPLES = "samples.jsonl"
+SHOWN_SAMPLES, SAMPLE_WIDTH = 3, 160  # in the terminal; characters
 
 
 class RunLog:
@@ -36,6 +41,7 @@ class RunLog:
         path = config.trainer.run_folder / FILE
         try:
             self.rows = MetricsFile(path, completed_steps)
+            self.answers = MetricsFile(path.with_name(SAMPLES), completed_steps)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
         is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -82,27 +88,52 @@ class RunLog:
             self.say(f"validating {total:,} examples")
 
     def step(self, row: dict[str, Any]) -> None:
-        """Record one optimizer step: on the disk first, where it can be written, then everywhere else."""
+        """Record one optimizer step, or the evaluation before the first: on the disk first, then everywhere else."""
         if not self.enabled:
             return
         self._write(row)
         numbers = {key: value for key, value in row.items() if key != "step" and value is not None}
         self._log_elsewhere(lambda loggers: loggers.log(data=numbers, step=row["step"]))
-        state = _state(row)
-        self.bar.update(self.task, completed=row["step"], state=state)
-        if not self.console.is_terminal:
-            self.say(f"step {row['step']}/{self.total}  {state}")
+        if "train/loss" in row:
+            state = _state(row)
+            self.bar.update(self.task, completed=row["step"], state=state)
+            if not self.console.is_terminal:
+                self.say(f"step {row['step']}/{self.total}  {state}")
         if row.get("val/loss") is not None:
-            self.say(f"step {row['step']}: validation loss {row['val/loss']:.4f} over {row['val/tokens']:,} tokens")
+            self.say(_evaluation(row))
+
+    def samples(self, step: int, result: GenerationResult) -> None:
+        """Print some answers and how they were scored, and write all of them to samples.jsonl."""
+        if not self.enabled or not result.samples:
+            return
+        self.answers.add({"step": step, "samples": [asdict(sample) for sample in result.samples]})
+        for sample in result.samples[:SHOWN_SAMPLES]:
+            self.say(_sample(sample))
+        if result.scores:
+            found = result.metrics()
+            tools = f", tool calls {found['eval/tool_match']:.2f}" if "eval/tool_match" in found else ""
+            self.say(
+                f"step {step}: BLEU-4 {found['eval/bleu4']:.2f}, ROUGE-L {found['eval/rouge_l']:.3f}, exact match "
+                f"{found['eval/exact_match']:.2f}{tools} over {found['eval/samples']} answers, where "
+                f"{found['eval/truncated']} were cut off and {found['eval/empty']} empty ({result.scores.signature})"
+            )
 
     def record(self) -> None:
         """Write all rows to the disk. Raises OSError."""
         if self.enabled:
             self.rows.flush()
 
-    def conclude(self, model: Path, saves: list[tuple[float, float]], seconds: float, skipped_steps: int) -> None:
+    def conclude(
+        self,
+        model: Path,
+        best: Path | None,
+        saves: list[tuple[float, float]],
+        seconds: float,
+        skipped_steps: int,
+    ) -> None:
         """Print how the loss changed over all steps, what saving cost, and where the model is.
 
+        `model` is the folder of the newest model, `best` that of the best evaluated one, if any was.
         `saves` holds two durations in seconds for each save: until it was complete, and how long it blocked training.
         `seconds` is the duration of the training since it was started or resumed, `skipped_steps` the number of steps
         whose gradients were not finite.
@@ -124,6 +155,8 @@ class RunLog:
         count = f"{len(saves)} checkpoint{'s' * (len(saves) != 1)}"
         self.say(f"{count} took {took:.1f} s (training blocked {blocked:.1f} s, {share:.1f}% of its time).")
         self.say(f"The model is in {model}")
+        if best and best.resolve() != model.resolve():
+            self.say(f"The best evaluated model ({best.resolve().parent.name}) is in {best}")
 
     def _log_elsewhere(self, act: Callable[[Any], None]) -> None:
         """A logger that fails, such as one whose process was stopped with the job, does not end the run."""
@@ -142,6 +175,26 @@ class RunLog:
         if self.rows.is_writable != was_writable:
             state = "is written again" if self.rows.is_writable else f"cannot be written: {self.rows.problem}"
             self.say(f"WARNING: {self.rows.path} {state}. Its rows are kept in memory until it can be.")
+
+
+def _sample(sample: Sample) -> str:
+    def short(text: str | None) -> str:
+        words = " ".join((text or "").split())
+        return words if len(words) <= SAMPLE_WIDTH else f"{words[:SAMPLE_WIDTH]} ..."
+
+    lines = [f"  prompt     {short(sample.prompt)}", f"  answer     {short(sample.answer) or '(empty)'}"]
+    return "\n".join(lines + ([] if sample.reference is None else [f"  reference  {short(sample.reference)}"]))
+
+
+def _evaluation(row: dict[str, Any]) -> str:
+    def describe(prefix: str) -> str:
+        accuracy = row.get(f"{prefix}token_accuracy")
+        right = f", {100 * accuracy:.1f}% of tokens right" if accuracy is not None else ""
+        return f"{row[f'{prefix}loss']:.4f} over {row[f'{prefix}tokens']:,} tokens{right}"
+
+    names = [key.split("/")[1] for key in row if key.startswith("val/") and key.endswith("/loss") and key != "val/loss"]
+    lines = [f"step {row['step']}: validation loss {describe('val/')}"]
+    return "\n".join([*lines, *(f"  {name}: {describe(f'val/{name}/')}" for name in names)])
 
 
 def _state(row: dict[str, Any]) -> str:

@@ -16,7 +16,12 @@ from sft_recipe.training.schedule import Schedule
 
 
 class StepMetrics:
-    """Makes the rows of a run on `train`; `skipped_steps` counts those whose gradients were not finite."""
+    """Makes the rows of a run on `train`; `skipped_steps` counts those whose gradients were not finite.
+
+    `epoch_loss` holds the sums over the steps of the current epoch: of negative log-likelihoods, and of tokens.
+    """
+
+    epoch_loss: tuple[float, int] = (0.0, 0)
 
     def __init__(
         self,
@@ -43,7 +48,7 @@ class StepMetrics:
         lengths = self.train.lengths[indices]
         tokens = int(lengths.sum())
         supervised = sum(int(self.train[index][1].sum()) for index in indices)
-        return {
+        return self._epoch_loss(step, metrics["loss"], supervised) | {
             "step": step,
             "epoch": round(self.schedule.epoch(step), 4),
             "train/loss": metrics["loss"],
@@ -57,6 +62,15 @@ class StepMetrics:
             "perf/mfu": self._mfu(lengths, supervised, seconds),
             "perf/memory_gb": metrics["perf/max_memory_allocated_gb"],
         }
+
+    def _epoch_loss(self, step: int, loss: float, supervised: int) -> dict[str, float]:
+        """Add a step to the mean loss of its epoch; returns that mean after the epoch's last step."""
+        nll, tokens = self.epoch_loss
+        if math.isfinite(loss):
+            nll, tokens = nll + loss * supervised, tokens + supervised
+        is_complete = self.schedule.ends_epoch(step)
+        self.epoch_loss = (0.0, 0) if is_complete else (nll, tokens)
+        return {"train/epoch_loss": nll / tokens} if is_complete and tokens else {}
 
     def _mfu(self, lengths: np.ndarray, supervised: int, seconds: float) -> float | None:
         """Return the share of the matrix products' peak (see models/flops.py); None where sizes or peak are unknown."""

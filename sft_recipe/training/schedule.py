@@ -28,6 +28,18 @@ class Schedule:
         """Return whether the run ends after `step`."""
         return step == self.total_steps
 
+    def ends_epoch(self, step: int) -> bool:
+        """Return whether an epoch is complete after `step`."""
+        return step > 0 and step % self.steps_per_epoch == 0
+
+    def is_evaluation_due(self, interval: StepInterval, step: int) -> bool:
+        """Return whether the model is evaluated after `step`: at this interval, before training, and after epochs.
+
+        An interval of 0 or less means: after the last step only.
+        """
+        is_only_at_end = interval != AFTER_EACH_EPOCH and int(interval) <= 0
+        return self.is_due(interval, step) or (not is_only_at_end and (step == 0 or self.ends_epoch(step)))
+
     def is_due(self, interval: StepInterval, step: int) -> bool:
         """Return whether something that happens at this interval, and after the last step, happens after `step`.
 

@@ -22,12 +22,14 @@ from sft_recipe.data.run_inputs import RunInputs
 from sft_recipe.distributed.signals import EXIT_PREEMPTED, SignalHandler
 from sft_recipe.distributed.watchdog import COLLECTIVE_TIMEOUT, Watchdog
 from sft_recipe.errors import CheckpointError, TrainingError
-from sft_recipe.evaluation.validation import evaluate
+from sft_recipe.evaluation.evaluator import Evaluator
+from sft_recipe.evaluation.generation import AnswerGenerator
 from sft_recipe.export.huggingface import MODEL, ModelSaver
 from sft_recipe.models.stats import ModelStats
 from sft_recipe.tracking.console import notice
 from sft_recipe.tracking.run_log import RunLog
 from sft_recipe.training.batches import BatchBuilder
+from sft_recipe.training.early_stopping import EarlyStopping
 from sft_recipe.training.metrics import StepMetrics
 from sft_recipe.training.schedule import Schedule
 from sft_recipe.training.worker import Worker
@@ -78,6 +80,9 @@ class SFTTrainer:
         self.metrics = StepMetrics(
             self.schedule, inputs.train, stats.products, device, dtype, skipped_steps=restored.skipped_steps
         )
+        self.metrics.epoch_loss = restored.epoch_loss
+        self.stopping = EarlyStopping(config.trainer.early_stopping, restored.early_stopping)
+        self.evaluator = self._build_evaluator()
         self.loss_difference = self._verify_first_step()
 
     def fit(self) -> int:
@@ -90,22 +95,30 @@ class SFTTrainer:
         steps = self._remaining_steps()
         self._open_log(steps)
         self.signals.listen()
+        step, row = 0, None
         try:
+            self._evaluate_before_training()
             for step in steps:
                 row = self._unvalidated_row() or self.train_step(step)
-                try:
-                    row |= self._validation_metrics(step)
-                except _StopRequested:
-                    self._save(step, self._metadata(step, unvalidated=row))
-                    return self._stop(step)
+                found = self._evaluation(step)
+                row |= found
                 self._log_step(step, row)
+                row, is_best = None, bool(found) and self.stopping.update(found)
+                reason = self.stopping.reason()
+                is_over = self.schedule.is_last(step) or reason is not None
                 requests = self._gather_requests(step)
-                if requests.stop or requests.save or self._is_save_due(step):
-                    self._save(step, self._metadata(step, row.get("val/loss")))
-                if self.schedule.is_last(step):
-                    self._finish(step, started)
-                elif requests.stop:
+                is_wanted = requests.stop or requests.save or (is_best and self.config.trainer.save_best)
+                if is_wanted or is_over or self._is_save_due(step):
+                    self._save(step, self._metadata(step, found))
+                if is_over:
+                    self._finish(step, started, reason)
+                    break
+                if requests.stop:
                     return self._stop(step)
+        except _StopRequested:
+            if row is not None:
+                self._save(step, self._metadata(step, unvalidated=row))
+            return self._stop(step)
         finally:
             self.signals.is_over = True
             self.log.stop()
@@ -140,6 +153,14 @@ class SFTTrainer:
             self.state = MegatronState(engine)
             self.export = Export(lambda state, folder: None, 0)
 
+    def _build_evaluator(self) -> Evaluator:
+        data, evaluation, sets = self.config.data, self.config.eval, self.inputs.validation
+        answers = None
+        if evaluation.generate or evaluation.prompts:
+            ends, tokenizer = self.inputs.stop_token_ids(), self.inputs.tokenizer
+            answers = AnswerGenerator(evaluation, sets, tokenizer, ends, self.worker.generate, data.token_budget)
+        return Evaluator(data.token_budget, sets, self.batches, self.worker, answers)
+
     def _verify_first_step(self) -> float | None:
         """Return the difference from the loss that plain transformers computes; None where it is not compared."""
         steps = self._remaining_steps()
@@ -165,12 +186,22 @@ class SFTTrainer:
                 f"The run was planned for {manifest['total_steps']} steps and now goes to {total_steps}: "
                 "the learning rate follows the schedule for the new number."
             )
-        return _Restored(manifest["step"], manifest["skipped_steps"], manifest["unvalidated"])
+        return _Restored(
+            manifest["step"],
+            manifest["skipped_steps"],
+            manifest["unvalidated"],
+            manifest.get("early_stopping"),
+            tuple(manifest.get("epoch_loss", (0.0, 0))),
+        )
 
     def _remaining_steps(self) -> range:
-        """A step whose validation was interrupted comes again, without being trained again."""
+        """A step whose evaluation was interrupted comes again, without being trained again.
+
+        None remain where the run had stopped early, unless its early stopping is configured otherwise now.
+        """
         completed = self.resumed_step - (self.unvalidated is not None)
-        return range(completed + 1, self.schedule.total_steps + 1)
+        is_over = self.stopping.reason() is not None and self.unvalidated is None
+        return range(completed + 1, completed + 1 if is_over else self.schedule.total_steps + 1)
 
     def _unvalidated_row(self) -> dict[str, Any] | None:
         row, self.unvalidated = self.unvalidated, None
@@ -202,11 +233,8 @@ class SFTTrainer:
         if self.metrics.skipped_steps == self.schedule.total_steps or self.nonfinite_steps == MAX_NONFINITE_STEPS:
             raise TrainingError(_nonfinite_advice(step, self.nonfinite_steps, self.config))
 
-    def _validation_metrics(self, step: int) -> dict[str, Any]:
-        """Validate where that is due. Raises _StopRequested, on all ranks, as soon as one of them must stop."""
-        examples = self.inputs.validation
-        if not examples or not self.schedule.is_due(self.config.trainer.test_freq, step):
-            return {}
+    def _evaluation(self, step: int) -> dict[str, Any]:
+        """Evaluate where that is due. Raises _StopRequested, on all ranks, as soon as one of them must stop."""
 
         def progress(done: int, total: int) -> None:
             self.watchdog.set_phase(f"step {step}: validating, {done} of {total} examples")
@@ -214,9 +242,16 @@ class SFTTrainer:
             if self._any_rank(self.signals.wants_stop)[0]:
                 raise _StopRequested
 
-        budget = self.config.data.token_budget
-        result = evaluate(examples, budget, self.worker.data_ranks, self.batches.build, self.worker.evaluate, progress)
-        return {"val/loss": result.loss, "val/tokens": result.tokens}
+        if not self.schedule.is_evaluation_due(self.config.trainer.test_freq, step):
+            return {}
+        evaluation = self.evaluator.run(progress)
+        self.log.samples(step, evaluation.generated)
+        return evaluation.metrics
+
+    def _evaluate_before_training(self) -> None:
+        """Raises _StopRequested like `_evaluation`."""
+        if self.resume is None and (found := self._evaluation(0)):
+            self.log.step({"step": 0, "epoch": 0.0} | found)
 
     def _is_save_due(self, step: int) -> bool:
         return self.schedule.is_due(self.config.trainer.save_freq, step) or step == self.saver.retry_at
@@ -228,15 +263,20 @@ class SFTTrainer:
             self.saver.start(step, metadata)
 
     def _metadata(
-        self, step: int, validation_loss: float | None = None, unvalidated: dict[str, Any] | None = None
+        self, step: int, evaluation: dict[str, Any] | None = None, unvalidated: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What a checkpoint's manifest says about the run; `unvalidated` is the row of an interrupted validation."""
+        """What a checkpoint's manifest says about the run; `unvalidated` is the row of an interrupted evaluation."""
+        compared = self.config.trainer.early_stopping
         return {
             "step": step,
             "total_steps": self.schedule.total_steps,
             "epoch": self.schedule.epoch(step),
             "skipped_steps": self.metrics.skipped_steps,
-            "validation_loss": validation_loss,
+            "epoch_loss": self.metrics.epoch_loss,
+            "evaluation": {"metric": compared.metric, "mode": compared.mode, "value": evaluation[compared.metric]}
+            if evaluation
+            else None,
+            "early_stopping": self.stopping.state(),
             "unvalidated": unvalidated,
             "world_size": dist.get_world_size(),
             "identity": self.inputs.identity(self.config),
@@ -247,7 +287,9 @@ class SFTTrainer:
 
     def _finish_again(self, checkpoint: Path, step: int) -> None:
         """Raises CheckpointError where the export failed once more."""
-        self.log.say(f"Nothing is left to train: {checkpoint} is at step {step} of {self.schedule.total_steps}.")
+        reason = self.stopping.reason()
+        why = f", where the run stopped early: {reason}" if reason else ""
+        self.log.say(f"Nothing is left to train: {checkpoint} is at step {step} of {self.schedule.total_steps}{why}.")
         is_own = checkpoint.parent.resolve() == self.checkpoints.folder.resolve()
         if dist.get_rank() == 0 and is_own and self.worker.is_sft_engine and not (checkpoint / MODEL).exists():
             self.saver.export_again(checkpoint)
@@ -261,12 +303,18 @@ class SFTTrainer:
                 "solved, --resume_from auto exports the model."
             )
 
-    def _finish(self, step: int, started: float) -> None:
+    def _finish(self, step: int, started: float, reason: str | None) -> None:
+        """End the run after `step`, early where there is a `reason`. Raises CheckpointError."""
         self.saver.close(step)
         assert self.saver.newest is not None
         self._check_exported(self.saver.newest)
+        if reason:
+            self.log.say(f"Stopped early at step {step} of {self.schedule.total_steps}: {reason}.")
         seconds = time.perf_counter() - started
-        self.log.conclude(self.saver.newest / MODEL, self.saver.timings, seconds, self.metrics.skipped_steps)
+        best = self.checkpoints.best()
+        self.log.conclude(
+            self.saver.newest / MODEL, best and best / MODEL, self.saver.timings, seconds, self.metrics.skipped_steps
+        )
 
     def _stop(self, step: int) -> int:
         self.saver.close(step)
@@ -294,11 +342,13 @@ class SFTTrainer:
 
 
 class _Restored(NamedTuple):
-    """What the manifest of a checkpoint restores; `unvalidated` is the row of an interrupted validation."""
+    """What the manifest of a checkpoint restores; `unvalidated` is the row of an interrupted evaluation."""
 
     step: int = 0
     skipped_steps: int = 0
     unvalidated: dict[str, Any] | None = None
+    early_stopping: dict[str, Any] | None = None
+    epoch_loss: tuple[float, int] = (0.0, 0)
 
 
 class _Requests(NamedTuple):
@@ -309,7 +359,7 @@ class _Requests(NamedTuple):
 
 
 class _StopRequested(Exception):
-    """Validation was interrupted."""
+    """An evaluation was interrupted."""
 
 
 def _nonfinite_advice(step: int, count: int, config: Config) -> str:

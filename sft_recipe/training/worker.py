@@ -2,10 +2,11 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
@@ -14,6 +15,7 @@ from verl.workers.utils.losses import sft_loss
 
 from sft_recipe.config.auto import shares_prefixes
 from sft_recipe.config.schema import Config
+from sft_recipe.engine.generation import greedy
 from sft_recipe.engine.model_checks import choose_packing, loss_difference
 from sft_recipe.engine.sft_engine import SFTEngine
 from sft_recipe.engine.verl_config import build_verl_config
@@ -96,8 +98,20 @@ class Worker:
         return self._metrics(self._worker.train_batch(batch))
 
     def evaluate(self, batch: TensorDict) -> dict[str, Any]:
-        """Run a forward pass without gradients. Returns verl's metrics, with the global `loss`."""
-        return self._metrics(self._worker.infer_batch(batch))
+        """Run a forward pass without gradients. Returns verl's metrics, with the global `loss`.
+
+        `correct` is the number of supervised tokens of all ranks that have the largest logit; None under Megatron.
+        """
+        metrics = self._metrics(self._worker.infer_batch(batch))
+        counts = metrics.get("correct")
+        return metrics | {"correct": None if counts is None else int(np.sum(counts))}
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int], tokens: int
+    ) -> list[list[int]]:
+        """Continue this rank's prompts greedily; see engine.generation.greedy. Not under Megatron."""
+        with self.engine.eval_mode():
+            return greedy(self.engine, prompts, max_new_tokens, end_ids, tokens)
 
     def _metrics(self, output: TensorDict | None) -> dict[str, Any]:
         if self.is_sft_engine:

@@ -276,11 +276,11 @@ def test_saved_files_hold_no_secret(model, tmp_path, monkeypatch):
     from sft_recipe.config.compose import load_config
 
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
-    override = "model.override_config={note: 'read with ${oc.env:HF_TOKEN}'}"
+    override = "trainer.experiment_name='read with ${oc.env:HF_TOKEN}'"
     assert run_here(*arguments(model, tmp_path, override, "trainer.total_training_steps=1")) == 0
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert written and not [
         path for path in written if "huggingface" not in path.parts and b"verysecret" in path.read_bytes()
     ]
     again = load_config([], config_dir=tmp_path / "out")
-    assert again.model.override_config == {"note": "read with hf_verysecret"}
+    assert again.trainer.experiment_name == "read with hf_verysecret"

@@ -13,7 +13,7 @@ from sft_recipe.config.validation import all_keys, build_config, nearest, text_k
 from sft_recipe.errors import ConfigError
 
 HOME = Path(__file__).resolve().parents[2]
-GROUPS = ["model", "data", "optim", "fsdp", "lora"]
+GROUPS = ["model", "data", "optim", "fsdp", "lora", "eval"]
 GROUP_FILES = sorted(HOME.glob("conf/*/*.yaml"))
 
 

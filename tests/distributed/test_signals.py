@@ -105,7 +105,7 @@ def fail_alone(rank: int) -> None:
 
 
 def fail_with_a_familiar_word(rank: int) -> None:
-    """A setup: rank 1 meets an error of its own whose text has words of lost connections."""
+    """A setup: rank 1 meets an error whose text has words of lost connections."""
     from sft_recipe.training.batches import BatchBuilder
 
     def fail(*_: object) -> None:

@@ -64,7 +64,7 @@ def test_loss_without_supervised_tokens_is_zero():
     model = build()
     assert patch_chunked_cross_entropy(model)
     none = torch.empty(0, dtype=torch.long)
-    result = model(input_ids=inputs(model)[0], positions=none, targets=none, tokens=TOKENS, ranks=2)
+    result, _ = model(input_ids=inputs(model)[0], positions=none, targets=none, tokens=TOKENS, ranks=2)
     result.backward()
     assert result == 0 and all(not parameter.grad.any() for parameter in model.parameters())
 
@@ -77,7 +77,7 @@ def test_weights_may_be_views_of_another_tensor():
     del model.lm_head.weight
     model.lm_head.weight = flat.view(64, 32)
     ids, positions = inputs(model)
-    model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2).backward()
+    model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2)[0].backward()
     expected = expected_loss(reference)[1]["lm_head.weight"]
     torch.testing.assert_close(flat.grad.view(64, 32), expected, rtol=1e-4, atol=1e-5)
 
@@ -107,7 +107,7 @@ def test_backward_of_a_changed_loss_is_refused():
     assert patch_chunked_cross_entropy(model)
     ids, positions = inputs(model)
     with pytest.raises(RuntimeError, match="changed after its gradients were computed"):
-        doubled = 2 * model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS)
+        doubled = 2 * model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS)[0]
         doubled.backward()
 
 
@@ -116,7 +116,7 @@ def test_weights_that_no_logit_uses_get_no_gradient():
     model.other = torch.nn.Linear(3, 3)
     assert patch_chunked_cross_entropy(model)
     ids, positions = inputs(model)
-    model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2).backward()
+    model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2)[0].backward()
     assert model.other.weight.grad is None and model.lm_head.weight.grad.any()
 
 
@@ -174,7 +174,7 @@ def test_evaluation_computes_the_loss_without_gradients():
     assert patch_chunked_cross_entropy(model)
     ids, positions = inputs(model)
     with torch.no_grad():
-        result = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2)
+        result, _ = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2)
     torch.testing.assert_close(result, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -201,7 +201,7 @@ def expected_loss(model):
 def chunked_loss(model):
     assert patch_chunked_cross_entropy(model.get_base_model() if isinstance(model, PeftModel) else model)
     ids, positions = inputs(model)
-    result = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2)
+    result, _ = model(input_ids=ids, positions=positions, targets=ids[0, positions + 1], tokens=TOKENS, ranks=2)
     assert result.dtype == torch.float32
     return result, gradients_of(result, model)
 
@@ -213,3 +213,17 @@ def gradients_of(loss, model):
 
 def trainable(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_targets_with_the_largest_logit_are_counted():
+    model = build()
+    ids, positions = inputs(model)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, positions]
+        targets = logits.argmax(-1)
+        targets[:2] = (targets[:2] + 1) % 64
+        assert patch_chunked_cross_entropy(model)
+        _, correct = model(
+            input_ids=ids, positions=positions, targets=targets, tokens=TOKENS, ranks=2, counts_correct=True
+        )
+    assert int(correct) == len(targets) - 2

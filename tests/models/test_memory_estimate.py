@@ -172,7 +172,7 @@ def test_autograd_saves_what_the_estimate_says(family, settings, dtype, kind):
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         inputs = dict(input_ids=ids, position_ids=positions, use_cache=False, attention_mask=documents)
-        loss = model(**inputs, positions=targets, targets=targets, tokens=torch.ones((), dtype=torch.long))
+        loss, _ = model(**inputs, positions=targets, targets=targets, tokens=torch.ones((), dtype=torch.long))
     assert loss.requires_grad
     dims, width = ModelDims.of(config.to_dict()), dtype.itemsize
     planned = 128 * dims.layers * dims.activation_bytes_per_token(width, on_cpu, is_unsharded)

@@ -51,7 +51,7 @@ def test_mixture_trains_the_requested_numbers_of_examples(tmp_path):
     assert prepared(tmp_path, spec).train.fingerprint == found.train.fingerprint
     assert prepared(tmp_path, spec, "trainer.seed=7").train.fingerprint != found.train.fingerprint
     split = prepared(tmp_path, spec, "data.val_ratio=0.3")
-    held_out, trained = set(texts(split, split.validation)), set(texts(split, split.train))
+    held_out, trained = set(texts(split, split.validation[""])), set(texts(split, split.train))
     assert held_out and not held_out & trained
     assert held_out | trained == set(texts(found, found.train))
 

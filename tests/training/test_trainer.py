@@ -60,7 +60,7 @@ def test_graph_of_a_micro_batch_is_freed_before_the_next(work, tmp_path, monkeyp
     def loss(self, *inputs, **settings):
         alive.append(sum(one() is not None for one in made))
         found = real(self, *inputs, **settings)
-        made.append(weakref.ref(found))
+        made.append(weakref.ref(found[0]))
         return found
 
     monkeypatch.setattr(SFTEngine, "micro_batch_loss", loss)
@@ -87,7 +87,7 @@ def test_val_ratio_holds_out_training_examples(work, tmp_path):
     assert rows[0]["epoch"] == pytest.approx(1 / 5, abs=1e-3)  # 18 of 21 examples train, 4 a step
 
 
-@pytest.mark.parametrize(("freq", "steps"), [("1", [1, 2]), ("0", [2]), ("-1", [2]), ("after_each_epoch", [2])])
+@pytest.mark.parametrize(("freq", "steps"), [("1", [1, 2]), ("-1", [2]), ("after_each_epoch", [2])])
 def test_save_freq_sets_the_saved_steps(work, tmp_path, freq, steps):
     assert run_here(*arguments(work, tmp_path, f"trainer.save_freq={freq}")) == 0
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step_{step}" for step in steps]
@@ -121,7 +121,7 @@ def no_tokens_in(monkeypatch, is_broken):
         steps.append(len(steps) + 1)
         if is_broken(steps[-1]):
             loss = self.micro_batch_loss
-            self.micro_batch_loss = lambda batch, tokens, ranks: loss(batch, tokens * 0, ranks)
+            self.micro_batch_loss = lambda batch, tokens, *rest, **more: loss(batch, tokens * 0, *rest, **more)
         try:
             return real(self, *inputs, **settings)
         finally:

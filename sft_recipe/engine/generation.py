@@ -1,0 +1,106 @@
+"""Greedy decoding with the model that is being trained, on all ranks: a batch with left padding and a KV cache."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from transformers import DynamicCache
+from verl.utils.device import get_device_name
+
+from sft_recipe.engine import patches
+from sft_recipe.engine.model_checks import accepts, attention_of_transformers, evaluating
+
+if TYPE_CHECKING:
+    from sft_recipe.engine.sft_engine import SFTEngine
+
+
+def greedy(
+    engine: "SFTEngine", prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int], tokens: int
+) -> list[list[int]]:
+    """Return the continuation of each of this rank's prompts, in order, up to and including the token that ends it.
+
+    Without one of `end_ids` a continuation has `max_new_tokens` tokens. A batch holds about `tokens` tokens, answers
+    counted. Collective: ranks may have different numbers of prompts, but all run the model equally often, as FSDP
+    needs.
+    """
+    answers: dict[int, list[int]] = {}
+    batches = list(_batches(prompts, max_new_tokens, tokens))
+    count = _largest(len(batches))
+    with evaluating(engine), _attention_with_cache(engine):
+        for number in range(count):
+            indices = batches[number] if number < len(batches) else []
+            chosen = [prompts[index] for index in indices] or [[0]]  # nothing, for ranks that are done
+            found = _decode(engine, chosen, max_new_tokens if indices else 0, set(end_ids))
+            answers |= dict(zip(indices, found, strict=False))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int, tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts of about the same length, longest first: what does not fit fails at once."""
+    batch: list[int] = []
+    for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
+        longest = len(prompts[batch[0]]) if batch else len(prompts[index])
+        if batch and (len(batch) + 1) * (longest + max_new_tokens) > tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _decode(
+    engine: "SFTEngine", prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: set[int]
+) -> list[list[int]]:
+    """Continue one batch; all ranks go on until the last of them has ended."""
+    device = get_device_name()
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    answers: list[list[int]] = [[] for _ in prompts]
+    cache: Any = DynamicCache(config=engine.model.config.get_text_config())
+    while _largest(any(_is_open(answer, max_new_tokens, end_ids) for answer in answers)):
+        engine.on_micro_batch()
+        inputs = ids if not cache.get_seq_length() else ids[:, -1:]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+        chosen = {"logits_to_keep": 1} if accepts(engine.model, "logits_to_keep") else {}
+        with engine.autocast():
+            output = engine.module(
+                input_ids=inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **chosen,
+            )
+        cache = output.past_key_values
+        best = output.logits[:, -1].float().argmax(-1)
+        for answer, token in zip(answers, best.tolist(), strict=True):
+            if _is_open(answer, max_new_tokens, end_ids):
+                answer.append(token)
+        ids = torch.cat([ids, best[:, None]], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+    return answers
+
+
+def _is_open(answer: list[int], max_new_tokens: int, end_ids: set[int]) -> bool:
+    return len(answer) < max_new_tokens and not (answer and answer[-1] in end_ids)
+
+
+def _largest(number: int) -> int:
+    """The largest number of all ranks."""
+    found = torch.tensor(int(number), device=get_device_name())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
+@contextmanager
+def _attention_with_cache(engine: "SFTEngine") -> Iterator[None]:
+    """Inside, the model attends as transformers does: that of packed documents knows no cache."""
+    used = patches.attention_implementation(engine.model.config)
+    engine.model.set_attn_implementation(attention_of_transformers(engine))
+    try:
+        yield
+    finally:
+        engine.model.set_attn_implementation(used)

@@ -1,0 +1,126 @@
+"""Answers of the model to prompts of the validation data and to fixed ones, with their scores."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from sft_recipe.config.trainer import EvalConfig
+from sft_recipe.data.token_store import Examples
+from sft_recipe.evaluation.scores import Scores, score
+
+# prompts, largest number of new tokens, tokens that end an answer, tokens of a batch -> continuations
+Generate = Callable[[Sequence[Sequence[int]], int, Sequence[int], int], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens up to the start of an assistant turn; `reference` is what the data answers, None for fixed prompts."""
+
+    set: str
+    ids: list[int]
+    reference: list[int] | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Holds one answer of the model. `is_truncated`: it reached the largest number of tokens before its end token."""
+
+    set: str
+    prompt: str
+    reference: str | None
+    answer: str
+    is_truncated: bool
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """All answers, and the scores of those with a reference; None where there is none."""
+
+    samples: list[Sample]
+    scores: Scores | None
+
+    def metrics(self) -> dict[str, float]:
+        """Return eval/bleu4 and the others; eval/truncated and eval/empty count answers with a reference."""
+        if self.scores is None:
+            return {}
+        scored = [sample for sample in self.samples if sample.reference is not None]
+        found = {
+            "eval/bleu4": self.scores.bleu4,
+            "eval/rouge_l": self.scores.rouge_l,
+            "eval/exact_match": self.scores.exact_match,
+            "eval/truncated": sum(sample.is_truncated for sample in scored),
+            "eval/empty": sum(not sample.answer.strip() for sample in scored),
+            "eval/samples": len(scored),
+        }
+        return found | ({} if self.scores.tool_match is None else {"eval/tool_match": self.scores.tool_match})
+
+
+class AnswerGenerator:
+    """Answers the same prompts at each evaluation: `generate` of the validation data, and `prompts`."""
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        sets: dict[str, Examples],
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Sequence[int],
+        generate: Generate,
+        token_budget: int,
+    ):
+        """`end_ids` end an answer; a batch holds about `token_budget` tokens."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self.end_ids = list(end_ids)
+        self.generate = generate
+        self.token_budget = token_budget
+        self.prompts = [*_validation_prompts(sets, config.generate), *self._fixed_prompts()]
+
+    def run(self) -> GenerationResult:
+        """Answer all prompts, shared among the ranks. Collective; all ranks get the same result."""
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        own = self.prompts[rank::ranks]
+        answers = self.generate(
+            [prompt.ids for prompt in own], self.config.max_new_tokens, self.end_ids, self.token_budget
+        )
+        gathered: list[Any] = [None] * ranks
+        dist.all_gather_object(gathered, answers)
+        ordered = [gathered[number % ranks][number // ranks] for number in range(len(self.prompts))]
+        samples = [self._sample(prompt, answer) for prompt, answer in zip(self.prompts, ordered, strict=True)]
+        pairs = [(sample.answer, sample.reference) for sample in samples if sample.reference is not None]
+        return GenerationResult(samples, score(*map(list, zip(*pairs, strict=True))) if pairs else None)
+
+    def _sample(self, prompt: Prompt, answer: list[int]) -> Sample:
+        is_truncated = not answer or answer[-1] not in self.end_ids
+        reference = None if prompt.reference is None else self._text(prompt.reference)
+        return Sample(prompt.set, self._text(prompt.ids), reference, self._text(answer), is_truncated)
+
+    def _text(self, ids: list[int]) -> str:
+        """The text before the end token. Other special tokens stay: some mark tool calls."""
+        return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.end_ids else ids))
+
+    def _fixed_prompts(self) -> list[Prompt]:
+        rendered: list[Any] = [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            for text in self.config.prompts
+        ]
+        return [Prompt("prompts", list(ids), None) for ids in rendered]
+
+
+def _validation_prompts(sets: dict[str, Examples], count: int) -> list[Prompt]:
+    """The first examples of each set, `count` together, each up to its last supervised turn."""
+    prompts = []
+    for number, (name, examples) in enumerate(sets.items()):
+        share = count // len(sets) + (number < count % len(sets))
+        for index in range(min(share, len(examples))):
+            ids, mask = examples[index]
+            supervised = np.flatnonzero(mask)
+            gaps = np.flatnonzero(np.diff(supervised) > 1)
+            begin, end = int(supervised[gaps[-1] + 1 if len(gaps) else 0]), int(supervised[-1]) + 1
+            prompts.append(Prompt(name, ids[:begin].tolist(), ids[begin:end].tolist()))
+    return prompts
