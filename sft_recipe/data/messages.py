@@ -81,6 +81,11 @@ class Conversation:
             problem = f"{name} has no assistant turn, so there is nothing to train on; add one"
             raise data_error(self.source, problem, "roles")
 
+    @property
+    def size(self) -> int:
+        """Return the number of characters in all contents."""
+        return sum(len(message.content) + len(message.reasoning) for message in self.messages)
+
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return the turns as chat templates expect them."""
         return [message.as_dict() for message in self.messages]

@@ -26,7 +26,7 @@ def data_notices(report: StoreReport, part: str, data: DataConfig, rejected: Pat
         notices.append(
             f"{part}: {report.too_long} of {report.records} examples ({percent:.1f}%) are longer than "
             f"{data.max_length} tokens and {action} (data.truncation={data.truncation}); "
-            f"the longest has {report.longest} tokens."
+            f"the longest has {report.longest_text} tokens."
         )
     if report.without_target:
         examples = f"{report.without_target} of {report.records} examples"

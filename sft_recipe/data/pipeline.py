@@ -4,7 +4,7 @@ sources.resolve_files      paths, globs, hub data sets  -> files
 readers.read_records       file                         -> records
 Columns.rename             record                       -> record with our field names
 formats.to_conversation    record                       -> Conversation
-Renderer.encode_batch      conversations                -> ids and mask     (in tokenize, in several processes)
+Renderer.encode_within     conversations                -> ids and mask     (in tokenize, in several processes)
 tokenize._admit            ids and mask                 -> truncated, or dropped
 store_writer.StoreWriter   ids and mask                 -> files of the store
 token_store.TokenStore     files of the store           -> examples by index
@@ -28,6 +28,7 @@ from sft_recipe.distributed.processes import available_cores
 from sft_recipe.errors import DataError
 
 CHUNK_RECORDS = 512  # records that a worker encodes at a time
+CHUNK_CHARACTERS = 1 << 26  # after which a chunk ends earlier; the digest of a store depends on where chunks end
 MAX_OTHER_ERRORS = 20  # bad records shown after the first
 LOOK_AHEAD = 10_000  # records read after the first bad one, to show others with it
 
@@ -81,8 +82,20 @@ def build_store(
 def _read_chunks(files: Sequence[Path], format: str, columns: Columns) -> Iterator[tuple[int, Chunk]]:
     for number, path in enumerate(files):
         items = read_data(path, format, columns)
-        while chunk := list(islice(items, CHUNK_RECORDS)):
+        while chunk := _read_chunk(items):
             yield number, chunk
+
+
+def _read_chunk(items: Iterator[Conversation | BadRecord]) -> Chunk:
+    """Return the next records, fewer if they are long."""
+    chunk: Chunk = []
+    characters = 0
+    for item in islice(items, CHUNK_RECORDS):
+        chunk.append(item)
+        characters += item.size if isinstance(item, Conversation) else 0
+        if characters > CHUNK_CHARACTERS:
+            break
+    return chunk
 
 
 def read_data(path: Path, format: str = "auto", columns: Columns | None = None) -> Iterator[Conversation | BadRecord]:
@@ -144,11 +157,11 @@ def _check_not_empty(report: StoreReport, files: Sequence[Path], options: StoreO
     if not usable:
         raise DataError(f"{names}: none of the {report.records} records can be used ({report.rejected_kinds})")
     if report.too_long == usable:
-        advice = f"set MAX_LENGTH to {report.longest}" + (
+        advice = f"set MAX_LENGTH to {report.longest_text}" + (
             ", or data.truncation=right to cut off their ends" if options.truncation == "drop" else ""
         )
         raise DataError(
             f"{names}: all {usable} examples are longer than max_length={options.max_length} tokens "
-            f"(the longest has {report.longest}) and nothing is left to train on; {advice}"
+            f"(the longest has {report.longest_text}) and nothing is left to train on; {advice}"
         )
     raise DataError(f"{names}: no token is supervised in any of the {usable} records; there is nothing to train on")

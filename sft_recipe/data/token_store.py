@@ -39,12 +39,15 @@ class StoreOptions:
 class StoreReport:
     """StoreReport counts what became of the records: examples, tokens, and bad records by kind (`rejected`).
 
-    `longest` is the largest number of tokens of a record before truncation; `digest` identifies ids and masks.
+    `longest` is the largest number of tokens of a record before truncation. `untokenized` records are surely too long,
+    and may be longer than `longest`, which has the least number of tokens that they have. `digest` identifies ids and
+    masks.
     """
 
     records: int = 0
     examples: int = 0
     too_long: int = 0
+    untokenized: int = 0
     longest: int = 0
     without_target: int = 0
     special_text: int = 0
@@ -59,13 +62,27 @@ class StoreReport:
 
     def add(self, other: "StoreReport") -> None:
         """Add the counts of another part of the records."""
-        counts = ("records", "examples", "too_long", "without_target", "special_text", "tokens", "supervised")
+        counts = (
+            "records",
+            "examples",
+            "too_long",
+            "untokenized",
+            "without_target",
+            "special_text",
+            "tokens",
+            "supervised",
+        )
         for name in (*counts, "dropped_reasoning", "earlier_without_reasoning"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         for kind, count in other.rejected.items():
             self.rejected[kind] = self.rejected.get(kind, 0) + count
         self.remarks.merge(other.remarks)
+
+    @property
+    def longest_text(self) -> str:
+        """Return `longest` as text: `9000`, or `more than 9000`."""
+        return f"more than {self.longest}" if self.untokenized else f"{self.longest}"
 
     @property
     def rejected_kinds(self) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -17,13 +17,14 @@ import numpy as np
 
 from sft_recipe.data.messages import Conversation
 from sft_recipe.data.readers import BadRecord
-from sft_recipe.data.rendering.renderer import Encoded, Renderer
+from sft_recipe.data.rendering.renderer import Encoded, Renderer, TooLong
 from sft_recipe.data.token_store import StoreOptions, StoreReport
 from sft_recipe.distributed.processes import die_with_parent
 from sft_recipe.errors import DataError
 from sft_recipe.progress import progress_bar
 
 MIN_CHUNKS = 3  # with fewer chunks starting processes takes longer than it saves
+BATCH_CHARACTERS = 1 << 21  # content that is rendered and tokenized at a time
 
 Chunk = list[Conversation | BadRecord]
 
@@ -80,7 +81,7 @@ def _encode(chunk: Chunk, renderer: Renderer, options: StoreOptions) -> EncodedC
     ids: list[np.ndarray] = []
     mask: list[np.ndarray] = []
     rejected = []
-    encoded = iter(renderer.encode_batch([item for item in chunk if isinstance(item, Conversation)]))
+    encoded = _encode_all([item for item in chunk if isinstance(item, Conversation)], renderer, options)
     for item in chunk:
         outcome = item.error if isinstance(item, BadRecord) else next(encoded)
         if isinstance(outcome, DataError):
@@ -88,7 +89,9 @@ def _encode(chunk: Chunk, renderer: Renderer, options: StoreOptions) -> EncodedC
             report.rejected[outcome.kind] = report.rejected.get(outcome.kind, 0) + 1
         elif isinstance(item, Conversation):
             report.remarks.add(item)
-            if example := _admit(item.source, outcome, options, report):
+            if isinstance(outcome, TooLong):
+                _count_too_long(item.source, outcome, options, report)
+            elif example := _admit(item.source, outcome, options, report):
                 ids.append(np.asarray(example.input_ids, dtype=np.int32))
                 mask.append(np.frombuffer(bytes(example.loss_mask), dtype=np.uint8))
     lengths = np.asarray([len(values) for values in ids], dtype=np.int64)
@@ -96,6 +99,28 @@ def _encode(chunk: Chunk, renderer: Renderer, options: StoreOptions) -> EncodedC
     digests = np.asarray([digest_of(*example) for example in zip(ids, mask, strict=True)], dtype=np.uint64)
     report.examples, report.tokens, report.supervised = len(ids), int(lengths.sum()), int(supervised.sum())
     return EncodedChunk(_concatenate(ids), _concatenate(mask), lengths, supervised, digests, report, rejected)
+
+
+def _encode_all(
+    conversations: list[Conversation], renderer: Renderer, options: StoreOptions
+) -> Iterator[Encoded | DataError | TooLong]:
+    limit = None if options.truncation == "right" else options.max_length
+    for batch in split_by_size(conversations):
+        yield from renderer.encode_within(batch, limit)
+
+
+def split_by_size(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """Yield conversations in lists of at most BATCH_CHARACTERS of content, or of one, since encoding takes memory."""
+    batch: list[Conversation] = []
+    characters = 0
+    for conversation in conversations:
+        if batch and characters + conversation.size > BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+        batch.append(conversation)
+        characters += conversation.size
+    if batch:
+        yield batch
 
 
 def _concatenate(arrays: list[np.ndarray]) -> bytes:
@@ -117,10 +142,7 @@ def _admit(source: str, example: Encoded, options: StoreOptions, report: StoreRe
     if length > options.max_length:
         report.too_long += 1
         if options.truncation == "error":
-            raise DataError(
-                f"{source}: {length} tokens, longer than max_length={options.max_length}; raise MAX_LENGTH, "
-                "or set data.truncation to drop or right"
-            )
+            raise _too_long(source, f"{length}", options)
         if options.truncation == "drop":
             return None
         example = Encoded(example.input_ids[: options.max_length], example.loss_mask[: options.max_length])
@@ -128,6 +150,21 @@ def _admit(source: str, example: Encoded, options: StoreOptions, report: StoreRe
         report.without_target += 1
         return None
     return example
+
+
+def _count_too_long(source: str, example: TooLong, options: StoreOptions, report: StoreReport) -> None:
+    if options.truncation == "error":
+        raise _too_long(source, f"more than {example.least_tokens}", options)
+    report.longest = max(report.longest, example.least_tokens)
+    report.too_long += 1
+    report.untokenized += 1
+
+
+def _too_long(source: str, length: str, options: StoreOptions) -> DataError:
+    return DataError(
+        f"{source}: {length} tokens, longer than max_length={options.max_length}; raise MAX_LENGTH, "
+        "or set data.truncation to drop or right"
+    )
 
 
 @contextmanager

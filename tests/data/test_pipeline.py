@@ -134,12 +134,13 @@ def test_error_says_what_to_set_if_all_examples_are_too_long(truncation, data, t
 
 def test_data_without_supervised_tokens_is_refused(data, tokenizer, cache_dir, monkeypatch):
     """No template does that by itself: the renderer refuses those that mark nothing."""
-    encode_batch = Renderer.encode_batch
+    encode_within = Renderer.encode_within
 
-    def unmasked(renderer, conversations):
-        return [replace(item, loss_mask=[0] * len(item.loss_mask)) for item in encode_batch(renderer, conversations)]
+    def unmasked(renderer, conversations, limit):
+        encoded = encode_within(renderer, conversations, limit)
+        return [replace(item, loss_mask=[0] * len(item.loss_mask)) for item in encoded]
 
-    monkeypatch.setattr(Renderer, "encode_batch", unmasked)
+    monkeypatch.setattr(Renderer, "encode_within", unmasked)
     with pytest.raises(DataError, match="data.json: no token is supervised in any of the 4 records"):
         build(data, tokenizer, cache_dir)
     assert cache_contents(cache_dir) == ["tokens"]

@@ -16,7 +16,7 @@ from sft_recipe.data.messages import Conversation
 from sft_recipe.data.remarks import Remarks
 from sft_recipe.data.rendering.renderer import Encoded, Renderer
 from sft_recipe.data.sources import SourceCounts
-from sft_recipe.data.tokenize import digest_of
+from sft_recipe.data.tokenize import digest_of, split_by_size
 from sft_recipe.errors import DataError
 
 CHUNK = 256  # conversations that are rendered and tokenized at a time
@@ -135,7 +135,8 @@ class DatasetStats:
         """
         for chunk in _chunks(records):
             conversations = [item for item in chunk if isinstance(item, Conversation)]
-            encoded = iter(renderer.encode_batch(conversations))
+            batches = split_by_size(conversations)
+            encoded = (result for batch in batches for result in renderer.encode_batch(batch))
             for item in chunk:
                 result = item if isinstance(item, DataError) else next(encoded)
                 if isinstance(result, DataError):

@@ -42,6 +42,13 @@ class Encoded:
     earlier_without_reasoning: int = 0
 
 
+@dataclass(frozen=True)
+class TooLong:
+    """Says that a conversation has at least `least_tokens` tokens, which is too long; it has not been tokenized."""
+
+    least_tokens: int
+
+
 class Renderer:
     """Encodes conversations with the tokenizer's chat template, or with the Jinja source `chat_template`.
 
@@ -87,12 +94,31 @@ class Renderer:
 
         conversation -> text with the spans to train on -> tokens -> ids and mask
         """
-        annotated = [self._attempt(conversation, self._annotate, conversation) for conversation in conversations]
+        encoded = self.encode_within(conversations, None)
+        return [item for item in encoded if not isinstance(item, TooLong)]  # no item is one
+
+    def encode_within(
+        self, conversations: Sequence[Conversation], limit: int | None
+    ) -> list[Encoded | DataError | TooLong]:
+        """Do as `encode_batch`, but give TooLong for a text that surely has more tokens than `limit`, by its length.
+
+        Tokenizing such a text would take more than a hundred times its memory.
+        """
+        annotated = [
+            self._attempt(conversation, self._annotate_within, conversation, limit) for conversation in conversations
+        ]
         tokens = iter(self._tokenize([item for item in annotated if isinstance(item, AnnotatedText)]))
         return [
             self._attempt(conversation, self._mask, item, next(tokens)) if isinstance(item, AnnotatedText) else item
             for conversation, item in zip(conversations, annotated, strict=True)
         ]
+
+    def _annotate_within(self, conversation: Conversation, limit: int | None) -> AnnotatedText | TooLong:
+        annotated = self._annotate(conversation)
+        if limit is None or len(annotated.text) <= 4 * limit:  # spares the search for the longest token
+            return annotated
+        least = self.tokenize.least_tokens(annotated.text, added_bytes=len(ESCAPE.encode()))
+        return TooLong(least) if least > limit else annotated
 
     def _annotate(self, conversation: Conversation) -> AnnotatedText:
         variables = conversation.chat_template_kwargs

@@ -1,9 +1,12 @@
 """Tokenizes texts, and maps between tokens and characters."""
 
+import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
+from unicodedata import normalize
 
 from tokenizers import Encoding, Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -84,6 +87,33 @@ class TextTokenizer:
         """
         return _token_bytes(self.core)
 
+    @cached_property
+    def _form(self) -> str:
+        """The Unicode form of the texts before they are tokenized ("NFC", or "" for the given one), "?" if unknown."""
+        settings = json.loads(self.core.to_str())
+        normalizers = [step["type"] for step in _steps(settings["normalizer"])]
+        keeps_text = set(normalizers) <= {"NFC"} and all(map(_keeps_text, _steps(settings["pre_tokenizer"])))
+        takes_space = any(token["lstrip"] or token["rstrip"] for token in settings["added_tokens"])
+        is_known = bool(self.token_bytes) and keeps_text and not takes_space
+        return "".join(normalizers[:1]) if is_known else "?"
+
+    def least_tokens(self, text: str, added_bytes: int = 0) -> int:
+        """Return a number of tokens that a text has at least, found without tokenizing it; 0 if nothing is certain.
+
+        No token of a byte-level vocabulary has more bytes than the longest one; bytes that the vocabulary lacks may
+        become no token. `added_bytes` is the number of bytes by which tokens of the text may be longer.
+        """
+        if self._form == "?":
+            return 0
+        normal = normalize("NFC", text) if self._form else text
+        # Half: the libraries know different versions of Unicode, and normalize around special tokens differently.
+        known = normal.encode().translate(None, delete=self._lacking_bytes)
+        return len(known) // (max(map(len, self.token_bytes)) + added_bytes) // 2
+
+    @cached_property
+    def _lacking_bytes(self) -> bytes:
+        return bytes(set(range(256)) - {piece[0] for piece in self.token_bytes if len(piece) == 1})
+
     def __call__(self, texts: Sequence[str]) -> Iterator[Tokens]:
         """Tokenize texts as one batch; yields the tokens of each text in order.
 
@@ -101,6 +131,22 @@ class TextTokenizer:
                 yield ByteTokens(text, ids, pieces)
             else:
                 yield OffsetTokens(text, self.core, self.core.encode(text, add_special_tokens=False))
+
+
+def _steps(settings: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, which may be a sequence of others."""
+    if settings is None:
+        return []
+    if settings["type"] != "Sequence":
+        return [settings]
+    parts = settings["normalizers"] if "normalizers" in settings else settings["pretokenizers"]
+    return [step for part in parts for step in _steps(part)]
+
+
+def _keeps_text(pre_tokenizer: dict[str, Any]) -> bool:
+    if pre_tokenizer["type"] == "Split":
+        return pre_tokenizer["behavior"] != "Removed"
+    return pre_tokenizer["type"] in ("ByteLevel", "Digits")
 
 
 def _token_bytes(core: Tokenizer) -> list[bytes]:
