@@ -109,7 +109,7 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     from sft_recipe.checkpoint.manager import check_identity
     from sft_recipe.distributed.consistency import check_consistency, share_checkpoint
     from sft_recipe.engine.loss import LOGITS_CHUNK
-    from sft_recipe.export.huggingface import read_generation_config
+    from sft_recipe.export.generation import read_generation_config
     from sft_recipe.models.memory_estimate import resolve_activation_checkpointing
     from sft_recipe.models.stats import model_stats
     from sft_recipe.tracking.banner import print_banner

@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from sft_recipe.config.schema import Config
 from sft_recipe.data.run_inputs import RunInputs
 from sft_recipe.engine.patches import without_fsdp1
 from sft_recipe.errors import ModelError, first_line
+from sft_recipe.export.generation import generation_settings
+from sft_recipe.export.layout import ADAPTER, MODEL
 from sft_recipe.export.merge import merge_adapters, probe_logits, require_same_logits
 from sft_recipe.models.hf_config import load_hf_config
 from sft_recipe.models.loading import build_model, load_model
-
-ADAPTER = "lora_adapter"
-MODEL = "huggingface"
 
 
 class ModelSaver:
@@ -45,7 +43,7 @@ class ModelSaver:
         self.module = module
         with torch.device("meta"):  # not in `save`: building changes torch's default dtype for a while
             self.shell = build_model(self.hf_config, self.trusts_code)
-        self.generation_config = self._generation_config()
+        self.generation_config = generation_settings(self.model.folder, self.hf_config, self.stop_token_ids)
 
     def check(self) -> None:
         """Export everything but the weights into a temporary folder, as a trial; on one rank.
@@ -131,43 +129,3 @@ class ModelSaver:
         config = AutoConfig.from_pretrained(target, trust_remote_code=self.trusts_code)
         saved = load_model(target, config, torch.float32, self.trusts_code).eval()
         require_same_logits(expected, probe_logits(saved), f"saving the merged model in {target}")
-
-    def _generation_config(self) -> dict[str, Any]:
-        """The model's generation config, with the tokens that end a turn in the data added to its end tokens.
-
-        It is a copy: transformers refuses to save some that it loads, such as a temperature without do_sample.
-        """
-        generation = read_generation_config(self.model.folder)
-        if generation is None:
-            generation = json.loads(GenerationConfig.from_model_config(self.hf_config).to_json_string())
-        known = generation.get("eos_token_id")
-        ends = known if isinstance(known, list) else [known] if known is not None else []
-        ends = [*ends, *(token for token in self.stop_token_ids if token not in ends)]
-        return generation | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
-
-
-def read_generation_config(model: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, Any] | None:
-    """Return the content of a model folder's generation_config.json, or None where there is none.
-
-    One that is not JSON, which transformers ignores, is as none; `say` gets a message. Raises ModelError for one that
-    transformers refuses to load.
-    """
-    path = model / GENERATION_CONFIG_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        say(f"{path} is not JSON ({error}). The exported model gets one that is made from config.json.")
-        return None
-    except (OSError, RecursionError) as error:
-        raise _unusable(path, error) from None
-    try:
-        GenerationConfig.from_pretrained(model)
-    except Exception as error:  # of many types, depending on the value
-        raise _unusable(path, error) from None
-    return content
-
-
-def _unusable(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"{path} cannot be used: {first_line(error).rstrip('.')}. Correct it, or remove it.")

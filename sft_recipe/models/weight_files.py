@@ -15,13 +15,14 @@ LARGEST_HEADER = 100 * 2**20  # bytes, the limit of the safetensors format
 
 def check_weight_files(folder: Path) -> None:
     """Raise ModelError where the folder's weights are missing, pickled, truncated, or pointers of Git LFS."""
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         if not path.is_file():
             raise ModelError(f"{folder} lacks {path.name}, a part of its weights: get the complete model")
         _check_file(path)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of the folder's weights, by its index. Raises ModelError where there are none."""
     index = folder / INDEX
     if index.is_file():
         try:

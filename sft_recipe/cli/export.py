@@ -1,0 +1,90 @@
+"""scripts/export_model.py: writes a trained model for other programs, and verifies it by loading it back.
+
+Its command line is read with the standard library only, so that --help works before the installation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from sft_recipe.cli.flags import Parser
+from sft_recipe.errors import ConfigError, run_command, silence_libraries
+from sft_recipe.files import user_path
+
+if TYPE_CHECKING:
+    from sft_recipe.export.exporter import Export
+
+USAGE = "scripts/export_model.py RUN --out DIR [FLAGS]   or   --adapter DIR --model BASE --out DIR [FLAGS]"
+DESCRIPTION = """\
+Writes a trained model into a new folder, with tokenizer, generation config and model card, loads it back, and
+compares what it computes with the trained checkpoint. Needs no GPU and contacts no network."""
+
+
+def main(args: list[str]) -> int:
+    """Run a command line; returns the exit code: 0 done, 2 an error that the message explains."""
+    return run_command(lambda: run(parse_arguments(args)))
+
+
+def parse_arguments(args: list[str]) -> argparse.Namespace:
+    """Return the parsed command line. Raises ConfigError if it is invalid; --help prints the help and exits."""
+    options = _parser().parse_args(args)
+    if not options.out:
+        raise ConfigError("--out needs a value")
+    if (options.run is None) == (options.adapter is None):
+        raise ConfigError("name what to export: RUN (a run, checkpoint or model folder) or --adapter DIR, one of them")
+    return options
+
+
+def _parser() -> Parser:
+    parser = Parser(USAGE, DESCRIPTION)
+    parser.add_argument(
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="run folder (its checkpoints/best, else its newest checkpoint), checkpoint, or Hugging Face folder",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder to write to")
+    parser.add_argument("--step", type=int, metavar="N", help="the run's checkpoint step_N")
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter made elsewhere, instead of RUN")
+    parser.add_argument("--model", metavar="BASE", help="the adapter's base model (default: the one that it names)")
+    parser.add_argument("--merge", action="store_true", help="merge the adapter, in fp32; without: the adapter alone")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as the model is stored)"
+    )
+    parser.add_argument("--shard_size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Export the model and return 0. Raises RecipeError of several kinds; nothing is left then."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    silence_libraries()
+    from sft_recipe.export.exporter import ExportOptions, export_model
+    from sft_recipe.export.source import find_source
+    from sft_recipe.export.weights import parse_size
+
+    settings = ExportOptions(options.merge, options.dtype, parse_size(options.shard_size))
+    source = find_source(options.run, options.step, options.adapter, options.model)
+    export = export_model(source, settings, user_path(options.out), show_progress=True)
+    _print(export, options.json)
+    return 0
+
+
+def _print(export: Export, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(export.as_dict()))
+        return
+    size = sum(export.files.values())
+    print(f"{export.folder}: {export.kind} in {export.dtype}, {len(export.files)} files, {size:,} bytes")
+    print(f"verified: {export.verification}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes what was written
+    sys.exit(main(sys.argv[1:]))
