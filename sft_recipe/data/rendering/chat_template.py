@@ -65,6 +65,7 @@ class ChatTemplate:
         self.variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._thinking(enable_thinking)}
         named = re.findall(rf"(?:\.|\[?['\"])({'|'.join(REASONING_KEYS)})(?!\w)", self.source)
         self.reasoning_key = next((key for key in REASONING_KEYS if key in named), REASONING_KEYS[0])
+        self.reads_reasoning = bool(named)
         self.needs_json_arguments = False  # some templates need the arguments of calls as JSON text, not as objects
         self.special_tokens = special_tokens(tokenizer)
         self.special_pattern = pattern_of(self.special_tokens)
@@ -81,6 +82,12 @@ class ChatTemplate:
                 "switch; leave data.enable_thinking out, or use a template that has it (model.chat_template)."
             )
         return {} if enable is None else dict.fromkeys(switches, enable)
+
+    @property
+    def can_enable_thinking(self) -> bool:
+        """Return whether the template has a thinking switch that is not on."""
+        switches = THINKING_SWITCH.findall(self.source)
+        return bool(switches) and not any(self.variables.get(switch) for switch in switches)
 
     def with_variables(self, variables: Mapping[str, Any]) -> "ChatTemplate":
         """Return this template with other values for some of its variables.

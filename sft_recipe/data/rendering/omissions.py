@@ -9,9 +9,9 @@ from sft_recipe.data.rendering.skeleton import SLOT, Skeleton
 class ContentOmitted(TemplateError):
     """Says that the template leaves out a part of the conversation."""
 
-    def __init__(self, part: str):
+    def __init__(self, part: str, advice: str = ""):
         super().__init__(
-            f"omits {part}; remove it from the data, or use a template that renders it (model.chat_template)"
+            f"omits {part}; {advice}remove it from the data, or use a template that renders it (model.chat_template)"
         )
 
 
@@ -32,7 +32,8 @@ def check_omissions(template: ChatTemplate, skeleton: Skeleton, text: str, slots
         message = skeleton.messages[index]
         if kind.startswith("think"):
             if template.reasoning_key in message and index == last:
-                raise ContentOmitted(f"messages[{index}].reasoning ({message['role']})")
+                advice = "set data.enable_thinking=true, " if template.can_enable_thinking else ""
+                raise ContentOmitted(f"messages[{index}].reasoning ({message['role']})", advice)
             without_reasoning.add(index)
             continue
         name = "tool_calls" if kind.startswith("call") else "content"

@@ -59,6 +59,7 @@ class Skeletonizer:
         if text that is kept contains U+FDD0.
         """
         skeleton = Skeleton()
+        ids: dict[str, str] = {}
         for index, message in enumerate(conversation.messages):
             turn = message.as_dict()
             slots = _Slots(skeleton.slot_texts, f"{index}.")
@@ -72,10 +73,10 @@ class Skeletonizer:
                 reasoning = self.reasoning_pattern.match(message.content) if may_reason else None
                 turn["content"] = self._content(message.content, reasoning, slots)
             if message.tool_calls:
-                turn["tool_calls"] = [self._call(call, slots) for call in message.tool_calls]
+                turn["tool_calls"] = [self._call(call, slots, ids) for call in message.tool_calls]
             for name in ("name", "tool_call_id"):
                 if name in turn:
-                    turn[name] = self._verbatim(turn[name], slots)
+                    turn[name] = ids.get(turn[name]) or self._verbatim(turn[name], slots)
             skeleton.messages.append(turn)
         if conversation.tools:
             slots = _Slots(skeleton.slot_texts, "tools.")
@@ -98,14 +99,21 @@ class Skeletonizer:
             pieces[index] = slots.insert(pieces[index], "text")
         return before + "".join(pieces)
 
-    def _call(self, call: dict[str, Any], slots: "_Slots") -> dict[str, Any]:
+    def _call(self, call: dict[str, Any], slots: "_Slots", ids: dict[str, str]) -> dict[str, Any]:
+        """A call with a slot as the name, also inside its id: some templates show the id `functions.NAME:0` alone.
+
+        Ids that contain a slot are added to `ids`, by the id, for the results that name them.
+        """
         function = call["function"]
         name = slots.insert(function["name"], "call")
         fields = {key: self._verbatim(value, slots) for key, value in function.items() if key != "name"}
-        return {
-            **{key: self._verbatim(value, slots) for key, value in call.items()},
-            "function": {"name": name, **fields},
-        }
+        rest = {key: self._verbatim(value, slots) for key, value in call.items() if key != "function"}
+        identifier = call.get("id")
+        if isinstance(identifier, str) and rest["id"] == identifier and function["name"].strip():
+            rest["id"] = re.sub(rf"\b{re.escape(function['name'])}\b", lambda match: name, identifier, count=1)
+            if rest["id"] != identifier:
+                ids[identifier] = rest["id"]
+        return {**rest, "function": {"name": name, **fields}}
 
     def _verbatim(self, value: Any, slots: "_Slots") -> Any:
         """A JSON value unchanged, except that text which spells a special token becomes a slot."""

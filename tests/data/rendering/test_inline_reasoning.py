@@ -6,6 +6,7 @@ import pytest
 
 from sft_recipe.data.messages import Message
 from sft_recipe.data.rendering.renderer import Renderer, RenderOptions
+from sft_recipe.errors import DataError
 from tests.data.rendering.random_conversations import chat, function
 from tests.data.rendering.styles import IM, own_ids, trained
 from tests.data.rendering.templates import CHATML, MARKS, STYLES
@@ -21,7 +22,7 @@ OWN_BLOCK = (
 BLOCKS = {
     "think": ("'<think>'", "'</think>'"),
     "newlines": ("'<think>\n'", "'\n</think>\n\n'"),
-    "colon": ("'<a:b>'", "'</a:b>'"),
+    "named": ("'<mm:think>'", "'</mm:think>'"),
 }
 CALL = (function("f", {"city": "Oslo"}),)
 
@@ -63,6 +64,25 @@ def test_inline_reasoning_stays_where_the_template_writes_no_block_before_it(tem
     encoded = Renderer(tokenizer).encode(conversation)
     assert encoded.input_ids == own_ids(tokenizer, conversation)
     assert trained(tokenizer, encoded) == ["<think>\n2 + 2 = 4\n</think>\n\nFour.<|im_end|>"]
+
+
+@pytest.mark.parametrize("answer", [inline("Four.", "hm"), Message("assistant", "Four.", "hm")])
+def test_reasoning_that_needs_the_thinking_switch_says_so(answer):
+    problem = r"omits messages\[1\].reasoning \(assistant\); set data.enable_thinking=true, remove it"
+    template = OWN_BLOCK.replace("(m.reasoning_content or '')", "(enable_thinking and m.reasoning_content or '')")
+    template = template.replace("OPEN", "'<think>'").replace("CLOSE", "'</think>'")
+    conversation = chat(USER, answer)
+    with pytest.raises(DataError, match=problem):
+        encode(template, conversation)
+    encoded = encode(template, conversation, enable_thinking=True)
+    assert trained(tiny.build_tokenizer(template), encoded) == ["hm</think>Four.<|im_end|>"]
+
+
+def test_inline_reasoning_stays_in_a_template_without_a_field_for_it():
+    template = CHATML.translate(MARKS).replace("{{ m.content +", "{{ '<think>\n\n</think>\n\n' + m.content +", 1)
+    conversation = chat(USER, inline("Four.", "hm"))
+    expected = "<think>\n\n</think>\n\n<think>\nhm\n</think>\n\nFour.<|im_end|>"
+    assert trained(tiny.build_tokenizer(template), encode(template, conversation)) == [expected]
 
 
 @pytest.mark.parametrize("in_content", [True, False])

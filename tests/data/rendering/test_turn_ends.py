@@ -92,3 +92,21 @@ def test_calls_may_end_otherwise_than_the_last_turn():
 def test_a_header_that_only_users_turns_ask_for_is_not_trained():
     template = CHATML.replace("{% if add_gen", "{% if messages[-1].role == 'user' and add_gen")
     assert supervised_texts(template, U, A, C) == ["Hello.<|im_end|>", "In France.<|im_end|>"]
+
+
+@pytest.mark.parametrize("identifier", ["functions.weather:0", "weather", "call_weather_0", ""])
+def test_a_template_may_show_the_id_of_a_call_in_place_of_its_name(identifier):
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.id }}{{ call.function.arguments | tojson }}{% endfor %}"
+        "{{ (m.tool_call_id or '') + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    call = Message("assistant", "", tool_calls=(function("weather", {"city": "Oslo"}, identifier),))
+    turns = U, call, Message("tool", "It rains.", tool_call_id=identifier), C
+    if identifier in ("call_weather_0", ""):  # no word of the id is the name
+        with pytest.raises(DataError, match=r"omits messages\[1\].tool_calls"):
+            supervised_texts(template, *turns, tools=TOOLS)
+    else:
+        expected = [identifier + '{"city": "Oslo"}<|im_end|>', "In France.<|im_end|>"]
+        assert supervised_texts(template, *turns, tools=TOOLS) == expected
