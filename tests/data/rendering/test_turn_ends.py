@@ -104,7 +104,7 @@ def test_a_template_may_show_the_id_of_a_call_in_place_of_its_name(identifier):
     )
     call = Message("assistant", "", tool_calls=(function("weather", {"city": "Oslo"}, identifier),))
     turns = U, call, Message("tool", "It rains.", tool_call_id=identifier), C
-    if identifier in ("call_weather_0", ""):  # it cannot be told from an id without the name
+    if identifier in ("call_weather_0", ""):  # no word of the id is the name
         with pytest.raises(DataError, match=r"omits messages\[1\].tool_calls"):
             supervised_texts(template, *turns, tools=TOOLS)
     else:
