@@ -1,0 +1,188 @@
+"""The OpenAI protocol: requests become messages and sampling options; answers and errors become its objects."""
+
+import difflib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from sft_recipe.chat.model import Reply
+from sft_recipe.chat.sampling import LIMITS, Sampling
+from sft_recipe.chat.text_stream import Piece
+from sft_recipe.data.messages import json_type
+from sft_recipe.errors import ConfigError
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# Parameters without effect, with the values that mean so; other values are errors.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+OPTIONS = {*LIMITS, "stop"} - {"max_new_tokens"} | {*OTHER_NAMES}
+KNOWN = {"model", "messages", "stream", "stream_options", "chat_template_kwargs", *OPTIONS, *NEUTRAL, *IGNORED}
+TEXTS = ("content", "reasoning_content", "name")  # of a message
+
+
+class ApiError(Exception):
+    """A request is refused: `status` is that of HTTP, `param` the parameter, `code` a name for programs."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        """Return the error as an object of the protocol."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A ChatRequest has been checked; `options` are those of Sampling that it gives."""
+
+    model: str
+    messages: list[dict[str, str]]
+    options: dict[str, Any]
+    template_variables: dict[str, Any]
+    stream: bool
+    include_usage: bool
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """Return the request in a body. Raises ApiError for what is invalid, unknown or not supported."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not JSON") from None
+    if not isinstance(content, dict):
+        raise ApiError(400, f"the body is {json_type(content)}; expected an object")
+    given = {name: value for name, value in content.items() if value is not None}
+    for name, value in given.items():
+        _check_parameter(name, value)
+    stream_options = _typed(given, "stream_options", dict, {})
+    return ChatRequest(
+        _typed(given, "model", str),
+        _messages(_typed(given, "messages", list)),
+        _options(given),
+        _typed(given, "chat_template_kwargs", dict, {}),
+        _typed(given, "stream", bool, False),
+        _typed(stream_options, "include_usage", bool, False),
+    )
+
+
+def _check_parameter(name: str, value: Any) -> None:
+    if name not in KNOWN:
+        near = difflib.get_close_matches(name, KNOWN, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ApiError(400, f"unknown parameter {name}{hint}", name, "unknown_parameter")
+    if name in NEUTRAL and value not in NEUTRAL[name]:
+        raise ApiError(400, f"{name}={json.dumps(value)[:80]} is not supported", name, "unsupported_parameter")
+
+
+def _typed(given: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    if name not in given and default is None:
+        raise ApiError(400, f"{name} is missing", name)
+    value = given.get(name, default)
+    if not isinstance(value, kind):
+        expected = {str: "text", list: "a list", dict: "an object", bool: "true or false"}[kind]
+        raise ApiError(400, f"{name} is {json_type(value)}; expected {expected}", name)
+    return value
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    for name in OPTIONS & given.keys():
+        option = OTHER_NAMES.get(name, name)
+        try:
+            Sampling().updated({option: given[name]})
+        except ConfigError as error:
+            raise ApiError(400, str(error).replace(option, name, 1), name) from None
+    return {OTHER_NAMES.get(name, name): given[name] for name in OPTIONS & given.keys()}
+
+
+def _messages(messages: list[Any]) -> list[dict[str, str]]:
+    if not messages:
+        raise ApiError(400, "messages is empty", "messages")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise ApiError(400, f"{where} is {json_type(message)}; expected an object", where)
+    given = {name: value for name, value in message.items() if value is not None}
+    role = given.pop("role", None)
+    if role not in ROLES:
+        raise ApiError(400, f"{where}.role is {role!r}; expected {', '.join(ROLES)}", f"{where}.role")
+    if unknown := next((name for name in given if name not in TEXTS and given[name]), None):
+        raise ApiError(400, f"{where}.{unknown} is not supported", f"{where}.{unknown}")
+    if "content" not in given:
+        raise ApiError(400, f"{where}.content is missing", f"{where}.content")
+    texts = {name: _text(given[name], f"{where}.{name}") for name in TEXTS if name in given}
+    return {"role": ROLES[role], **texts}
+
+
+def _text(value: Any, where: str) -> str:
+    """The text of a content, which may also be a list of parts."""
+    parts = [{"type": "text", "text": value}] if isinstance(value, str) else value
+    if not isinstance(parts, list):
+        raise ApiError(400, f"{where} is {json_type(value)}; expected text", where)
+    if not all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    ):
+        raise ApiError(400, f"{where} has a part that is not text, which this model does not read", where)
+    return "".join(part["text"] for part in parts)
+
+
+class Answer:
+    """Makes the objects of one answer: a completion, or the chunks of a stream."""
+
+    def __init__(self, model: str):
+        self._common = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def completion(self, reply: Reply) -> dict[str, Any]:
+        """Return the complete answer."""
+        reasoning = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
+        message = {"role": "assistant", "content": reply.content, **reasoning}
+        choice = {"index": 0, "message": message, "finish_reason": _reason(reply), "logprobs": None}
+        return self._common | {"object": "chat.completion", "choices": [choice], "usage": _usage(reply)}
+
+    def first_chunk(self) -> dict[str, Any]:
+        """Return the chunk that begins a stream."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """Return the chunk of a piece."""
+        return self._chunk({"content" if piece.kind == "answer" else "reasoning_content": piece.text})
+
+    def last_chunks(self, reply: Reply, include_usage: bool) -> list[dict[str, Any]]:
+        """Return the chunks that end a stream: why it ended, and the numbers of tokens if they were asked for."""
+        end = self._chunk({}, _reason(reply))
+        return [end, self._chunk() | {"usage": _usage(reply)}] if include_usage else [end]
+
+    def _chunk(self, delta: dict[str, str] | None = None, finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        return self._common | {"object": "chat.completion.chunk", "choices": [] if delta is None else [choice]}
+
+
+def _reason(reply: Reply) -> str:
+    return "length" if reply.finish_reason == "length" else "stop"
+
+
+def _usage(reply: Reply) -> dict[str, int]:
+    total = reply.prompt_tokens + reply.completion_tokens
+    return {
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "total_tokens": total,
+    }
