@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import tiny
 from tests.support.plain import plain_loss
-from tests.support.runs import metrics
+from tests.support.runs import all_rows
 
 TRAIN = [{"prompt": f"What is {i} and {i}?", "response": f"It is {2 * i}. " * (1 + i % 5)} for i in range(12)]
 SETS = {
@@ -59,7 +59,7 @@ def accuracy(folder, records):
 @pytest.mark.parametrize("step", [0, 6])
 def test_metrics_of_all_sets_equal_plain_transformers(work, ranks, step):
     run = work / f"run-{ranks}"
-    row = next(row for row in metrics(run) if row["step"] == step)
+    row = next(row for row in all_rows(run) if row["step"] == step)
     model = run / "checkpoints/step_6/huggingface" if step else work / "model"
     nll, right, tokens = 0.0, 0, 0
     for name, records in SETS.items():
@@ -73,7 +73,7 @@ def test_metrics_of_all_sets_equal_plain_transformers(work, ranks, step):
 
 
 def test_evaluations_come_before_training_at_the_interval_after_epochs_and_at_the_end(work):
-    rows = metrics(work / "run-1")
+    rows = all_rows(work / "run-1")
     assert [row["step"] for row in rows] == list(range(7))
     assert [row["step"] for row in rows if "val/loss" in row] == [0, 2, 3, 4, 6]
     assert not any(key.startswith("train/") for key in rows[0]) and rows[0]["epoch"] == 0
@@ -81,26 +81,26 @@ def test_evaluations_come_before_training_at_the_interval_after_epochs_and_at_th
 
 def test_only_the_end_is_evaluated_with_an_interval_of_minus_one(work, warm):
     assert warm.run(arguments(work, "end", "trainer.test_freq=-1")).code == 0
-    assert [row["step"] for row in metrics(work / "end") if "val/loss" in row] == [6]
+    assert [row["step"] for row in all_rows(work / "end") if "val/loss" in row] == [6]
 
 
 def test_a_resumed_run_does_not_evaluate_step_0_again(work, warm):
     stop = [*arguments(work, "resumed", "trainer.test_freq=2"), "trainer.save_freq=1", "trainer.total_training_steps=2"]
     assert warm.run(stop).code == 0
     assert warm.run([*stop[:-1], "trainer.total_training_steps=3", "trainer.resume_from=auto"]).code == 0
-    assert [row["step"] for row in metrics(work / "resumed") if "val/loss" in row] == [0, 2, 3]
+    assert [row["step"] for row in all_rows(work / "resumed") if "val/loss" in row] == [0, 2, 3]
 
 
 def test_limit_bounds_each_set(work, warm):
     assert warm.run(arguments(work, "limited", "eval.limit=1")).code == 0
-    row = metrics(work / "limited")[0]
+    row = all_rows(work / "limited")[0]
     assert row["val/en/loss"] == pytest.approx(plain_loss(work / "model", SETS["en"][:1]), rel=1e-6)
     assert row["val/zh/loss"] == pytest.approx(plain_loss(work / "model", SETS["zh"][:1]), rel=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_last_row_of_an_epoch_has_its_mean_loss(work, ranks):
-    rows = [row for row in metrics(work / f"run-{ranks}") if row["step"]]
+    rows = [row for row in all_rows(work / f"run-{ranks}") if row["step"]]
     for epoch in (rows[:3], rows[3:]):
         nll = sum(row["train/loss"] * row["train/supervised_tokens"] for row in epoch)
         assert epoch[-1]["train/epoch_loss"] == pytest.approx(

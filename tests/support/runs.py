@@ -33,6 +33,11 @@ def launch(*args: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def metrics(output_dir: Path) -> list[dict]:
-    """Return the rows of metrics.jsonl."""
+def all_rows(output_dir: Path) -> list[dict]:
+    """Return the rows of metrics.jsonl, that of the evaluation before training among them."""
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics(output_dir: Path) -> list[dict]:
+    """Return the rows of the optimizer steps."""
+    return [row for row in all_rows(output_dir) if row["step"]]

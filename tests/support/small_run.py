@@ -28,4 +28,4 @@ def arguments(model: Path, folder: Path, *extra: str) -> list[str]:
 
 def checkpoints(folder: Path) -> list[str]:
     """Return the names in the run's folder of checkpoints."""
-    return sorted(path.name for path in (folder / "out/checkpoints").iterdir())
+    return sorted(path.name for path in (folder / "out/checkpoints").iterdir() if not path.is_symlink())

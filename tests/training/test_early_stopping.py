@@ -12,7 +12,7 @@ from sft_recipe.training.early_stopping import EarlyStopping
 from tests.support import tiny
 from tests.support.chaos import differences
 from tests.support.composing import load_config
-from tests.support.runs import metrics, run_here
+from tests.support.runs import all_rows, run_here
 
 RECORDS = [{"prompt": f"What is {i} and {i}?", "response": f"It is {2 * i}. " * (1 + i % 5)} for i in range(24)]
 
@@ -112,7 +112,7 @@ def whole(work):
 
 
 def evaluated(output):
-    return {row["step"]: row["val/loss"] for row in metrics(output) if "val/loss" in row}
+    return {row["step"]: row["val/loss"] for row in all_rows(output) if "val/loss" in row}
 
 
 def test_the_best_checkpoint_is_kept_and_named(whole):
