@@ -41,7 +41,8 @@ class RunLog:
         path = config.trainer.run_folder / FILE
         try:
             self.rows = MetricsFile(path, completed_steps)
-            self.answers = MetricsFile(path.with_name(SAMPLES), completed_steps)
+            generates = config.eval.generate or config.eval.prompts
+            self.answers = MetricsFile(path.with_name(SAMPLES), completed_steps) if generates else None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
         is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -104,7 +105,7 @@ class RunLog:
 
     def samples(self, step: int, result: GenerationResult) -> None:
         """Print some answers and how they were scored, and write all of them to samples.jsonl."""
-        if not self.enabled or not result.samples:
+        if not self.enabled or not self.answers:
             return
         self.answers.add({"step": step, "samples": [asdict(sample) for sample in result.samples]})
         for sample in result.samples[:SHOWN_SAMPLES]:
