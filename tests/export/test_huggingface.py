@@ -150,4 +150,4 @@ def never_export_and_stop(rank: int) -> None:
 def test_stopped_run_whose_export_fails_exits_with_75(warm, model, tmp_path):
     end = warm.run(arguments(model, tmp_path), setup=(f"{__name__}:never_export_and_stop", {}))
     assert end.code == 75 and "cannot be exported" in end.output, end.output
-    assert len(metrics(tmp_path / "out")) == 1 and checkpoints(tmp_path) == ["step_1"]
+    assert metrics(tmp_path / "out")[-1]["step"] == 1 and (tmp_path / "out/checkpoints/step_1/state").is_dir()
