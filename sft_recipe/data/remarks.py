@@ -7,6 +7,7 @@ from typing import Any
 from sft_recipe.data.messages import Conversation, Message
 
 SHOWN = 3  # records that are named
+SHOWN_KEYS = 20  # keys that a sentence names, the most frequent ones
 MAX_KEYS = 100  # keys that are counted by name; the others together
 OTHER_KEYS = "other keys"
 OPEN_REASONING = "a <think> that is never closed; the model is trained to leave it open"
@@ -68,7 +69,9 @@ class Remarks:
         """Yield a sentence without a final period for each kind of remark that there is."""
         if self.unread:
             counts = sorted(self.unread.items(), key=lambda item: -item[1])
-            yield "keys that are not read: " + ", ".join(f"{key} ({_records(count)})" for key, count in counts)
+            named = ", ".join(f"{key} ({_records(count)})" for key, count in counts[:SHOWN_KEYS])
+            more = f" and {len(counts) - SHOWN_KEYS} more" if len(counts) > SHOWN_KEYS else ""
+            yield f"keys that are not read: {named}{more}"
         for finding, problem in ((self.open_reasoning, OPEN_REASONING), (self.only_reasoning, ONLY_REASONING)):
             if finding.count:
                 more = "; ..." if finding.count > len(finding.sources) else ""

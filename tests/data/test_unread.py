@@ -10,7 +10,7 @@ from sft_recipe.data.notices import data_notices
 from sft_recipe.data.preview.html import page
 from sft_recipe.data.preview.stats import DatasetStats
 from sft_recipe.data.preview.terminal import summary
-from sft_recipe.data.remarks import MAX_KEYS, Remarks
+from sft_recipe.data.remarks import MAX_KEYS, OTHER_KEYS, Remarks
 from sft_recipe.data.rendering.renderer import Renderer
 from sft_recipe.data.token_store import TokenStore
 from sft_recipe.errors import DataError
@@ -191,5 +191,8 @@ def test_remarks_of_chunks_add_up_and_stay_small():
         total.merge(chunk)
     assert total == expected
     assert len(total.unread) == MAX_KEYS + 1 and sum(total.unread.values()) == 3 * MAX_KEYS
+    named = next(total.sentences())
+    assert named.startswith(f"keys that are not read: {OTHER_KEYS} ({2 * MAX_KEYS} records), key0 (1 record), key1 (1")
+    assert named.endswith(f"key18 (1 record) and {MAX_KEYS + 1 - 20} more")
     assert total.open_reasoning.count == 3 * MAX_KEYS
     assert total.open_reasoning.sources == ["record 0", "record 1", "record 2"]
