@@ -1,0 +1,1 @@
+"""Runs the renderer over published chat templates, and checks every mask."""
