@@ -61,9 +61,11 @@ def model_config(name: str, trust_remote_code: bool) -> ModelConfig:
 
 
 def _find_checkpoint(path: Path) -> Path | None:
-    """Return the checkpoint that a run folder, its folder of checkpoints, or a checkpoint itself means."""
+    """Return the checkpoint that a run folder, its folder of checkpoints, a checkpoint or its exported model means."""
     if (path / MANIFEST).is_file():
         return path
+    if path.name == EXPORT and (path.parent / MANIFEST).is_file():
+        return path.parent
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     best, checkpoints = folder / "best", list_checkpoints(folder)
     if best.is_dir() and checkpoints:

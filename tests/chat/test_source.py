@@ -48,11 +48,13 @@ def test_run_means_its_newest_checkpoint_and_best_comes_first(run):
     assert (source.trained_from, source.enable_thinking) == ("owner/base", False)
 
 
-def test_checkpoints_and_model_folders(run):
+def test_checkpoints_and_model_folders(run, tmp_path):
     source = find_source(str(run / "checkpoints/step_2"))
     assert source.model.folder == run / "checkpoints/step_2/huggingface" and source.trained_from == "owner/base"
-    source = find_source(str(run / "checkpoints/step_2/huggingface"))
-    assert source.model.folder == run / "checkpoints/step_2/huggingface" and source.trained_from is None
+    assert find_source(str(run / "checkpoints/step_2/huggingface")).trained_from == "owner/base"
+    copied = shutil.copytree(run / "checkpoints/step_2/huggingface", tmp_path / "copied")
+    source = find_source(str(copied))
+    assert source.model.folder == copied and source.trained_from is None
 
 
 def test_adapter_is_loaded_over_its_base(adapter, scripted):
