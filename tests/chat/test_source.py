@@ -12,7 +12,7 @@ from sft_recipe.chat.sampling import Sampling
 from sft_recipe.chat.session import Session
 from sft_recipe.chat.source import find_source
 from sft_recipe.checkpoint.manifest import write_manifest
-from sft_recipe.errors import ConfigError, ModelError
+from sft_recipe.errors import CheckpointError, ConfigError, ModelError
 from tests.chat.conftest import ADAPTED, ANSWER, load
 from tests.chat.scripted import build_scripted_model
 
@@ -67,7 +67,9 @@ def test_adapter_of_a_run_keeps_its_tokenizer_and_stop_tokens(adapter, scripted,
     """With --merge_lora the adapter is beside the merged model, which has the settings."""
     folder = checkpoint(tmp_path / "run", 2, scripted)
     shutil.copytree(adapter, folder / "lora_adapter")
-    assert find_source(str(folder / "lora_adapter")).settings == folder / "huggingface"
+    source = find_source(str(folder / "lora_adapter"))
+    assert (source.adapter, source.settings) == (folder / "lora_adapter", folder / "huggingface")
+    assert find_source(str(folder)).adapter is None
     own = shutil.copytree(adapter, tmp_path / "own")
     shutil.copy(scripted / "tokenizer.json", own)
     shutil.copy(scripted / "tokenizer_config.json", own)
@@ -167,7 +169,7 @@ def bad_generation_config(folder, _):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (empty_run, "is a run folder without a complete checkpoint"),
+        (empty_run, "has no complete checkpoint yet"),
         (without_export, "step_2 has no exported model"),
         (lost_base, "needs its base model /moved/away: there is no model at /moved/away. If the model has moved, set "),
         (no_base, "names no base model"),
@@ -180,6 +182,6 @@ def bad_generation_config(folder, _):
     ],
 )
 def test_what_cannot_be_used_is_one_message(make, message, adapter, tmp_path):
-    with pytest.raises(ModelError) as error:
+    with pytest.raises((CheckpointError, ModelError)) as error:
         load(make(tmp_path / "folder", adapter))
     assert message in str(error.value) and "\n" not in str(error.value)
