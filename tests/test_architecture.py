@@ -68,7 +68,7 @@ def test_there_is_something_to_check():
 # Packages in the order in which data flows; a module may import from its own package and from those before it.
 ORDER = (
     "errors", "timing", "files", "progress", "config", "distributed", "models", "data", "engine", "checkpoint",
-    "evaluation", "chat", "export", "tracking", "training", "main_sft", "launch", "cli",
+    "evaluation", "export", "chat", "tracking", "training", "main_sft", "launch", "cli",
 )  # fmt: skip
 USES_VERL = ("engine", "checkpoint", "tracking", "training")
 

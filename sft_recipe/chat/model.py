@@ -16,9 +16,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from sft_recipe.chat.prompt import Prompt, PromptRenderer
 from sft_recipe.chat.sampling import Sampling
-from sft_recipe.chat.source import ADAPTER, ModelSource, model_config
+from sft_recipe.chat.source import ModelSource, model_config
 from sft_recipe.chat.text_stream import IncrementalDecoder, Piece, ReasoningSplitter, StopStrings
 from sft_recipe.errors import ModelError, first_line
+from sft_recipe.export.source import ADAPTER_CONFIG
 from sft_recipe.models.hf_config import load_hf_config
 from sft_recipe.models.loading import load_model
 from sft_recipe.models.tokenizer import check_vocabulary, load_tokenizer
@@ -68,7 +69,12 @@ class ChatModel:
         module.generation_config = GenerationConfig()  # all options are given with each answer
         if source.adapter:
             module = _with_adapter(module, source.adapter)
-        self._module = module.to(device).eval()
+        try:
+            self._module = module.to(device).eval()
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"{source.name} does not fit into the free memory of {device}; --device cpu needs no GPU"
+            ) from None
         self._context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def without_adapter(self, name: str) -> "ChatModel":
@@ -90,7 +96,8 @@ class ChatModel:
     ) -> Reply:
         """Return the answer to a prompt that leaves room for one.
 
-        `emit` receives its pieces while they are generated; `cancel` ends it after the next token.
+        `emit` receives its pieces while they are generated; `cancel` ends it after the next token. Raises ModelError
+        where the device has too little memory.
         """
         room = self.room(prompt)
         length = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room)
@@ -98,14 +105,20 @@ class ChatModel:
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         ids = torch.tensor([prompt.ids], device=self.device)
-        with self._context(), torch.inference_mode():
-            self._module.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=self._generation_config(sampling, length),
-                streamer=stream,
-                stopping_criteria=StoppingCriteriaList([stream.criterion]),
-            )
+        try:
+            with self._context(), torch.inference_mode():
+                self._module.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=self._generation_config(sampling, length),
+                    streamer=stream,
+                    stopping_criteria=StoppingCriteriaList([stream.criterion]),
+                )
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"{self.device} has too little free memory for {len(prompt.ids)} tokens and an answer; shorten the "
+                "conversation, or start a new one"
+            ) from None
         return stream.reply(len(prompt.ids))
 
     def _generation_config(self, sampling: Sampling, length: int) -> GenerationConfig:
@@ -233,7 +246,7 @@ def _with_adapter(module: Any, adapter: Path) -> Any:
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if missing := sorted(expected - found):
         raise ModelError(
-            f"{adapter / ADAPTER_WEIGHTS} lacks {len(missing)} weights that {ADAPTER} asks for, such as {missing[0]}: "
-            "the adapter is incomplete, or was made for another model"
+            f"{adapter / ADAPTER_WEIGHTS} lacks {len(missing)} weights that {ADAPTER_CONFIG} asks for, such as "
+            f"{missing[0]}: the adapter is incomplete, or was made for another model"
         )
     return adapted

@@ -157,7 +157,7 @@ class _Job:
             code = "context_length_exceeded" if error.kind == "length" else None
             self._put(ApiError(400, str(error), "messages", code))
         except RecipeError as error:
-            self._put(ApiError(400, str(error)))
+            self._put(ApiError(500, str(error)))
         except Exception as error:  # of torch or transformers, such as too little memory; the server goes on
             self._put(ApiError(500, f"the answer failed: {first_line(error)}"))
 

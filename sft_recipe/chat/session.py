@@ -74,7 +74,8 @@ class Session:
         """Return the model's answer to the messages so far, which becomes the next message.
 
         `emit` receives its pieces while they are generated; `cancel` ends it early; `variables` are for the chat
-        template. Raises DataError where the template refuses the messages, or they leave no room in the context.
+        template. Raises DataError where the template refuses the messages, or they leave no room in the context, and
+        ModelError where the device has too little memory.
         """
         prompt = self.model.prompts.encode(self.messages, variables)
         if self.model.room(prompt) == 0:

@@ -1,22 +1,17 @@
 """Finds the model that an argument means: a run, a checkpoint, a folder with a model or an adapter, or a hub id."""
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sft_recipe.checkpoint.manager import list_checkpoints
-from sft_recipe.checkpoint.manifest import MANIFEST, read_manifest
+from sft_recipe.checkpoint.manifest import read_manifest
 from sft_recipe.config.schema import ModelConfig
 from sft_recipe.errors import ModelError
+from sft_recipe.export.layout import MODEL
+from sft_recipe.export.source import ADAPTER_CONFIG, locate_checkpoint, resolve_named, run_config
 from sft_recipe.files import user_path
-from sft_recipe.models.resolve import ResolvedModel, resolve_model
-
-ADAPTER = "adapter_config.json"
-EXPORT = "huggingface"  # the folder of a checkpoint with the exported model or adapter
+from sft_recipe.models.resolve import ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -38,70 +33,58 @@ class ModelSource:
 def find_source(name: str, trust_remote_code: bool = False) -> ModelSource:
     """Return the model that `name` means; a run means its checkpoint `best`, or its newest one.
 
-    Raises ModelError for a run without a checkpoint, a checkpoint without a model, an adapter without its base model,
-    and for what `resolve_model` refuses. Only a hub id contacts a network.
+    Raises CheckpointError for a run without a checkpoint, ModelError for a checkpoint without a model, an adapter
+    without its base model, and for what `resolve_model` refuses. Only a hub id contacts a network.
     """
     path = user_path(name)
-    checkpoint = _find_checkpoint(path)
+    if not path.is_dir():
+        return _source_of_model(name, None, trust_remote_code)
+    checkpoint = locate_checkpoint(path)
     if checkpoint is None:
-        return _source_of_model(name, path if path.is_dir() else None, trust_remote_code)
-    folder = checkpoint / EXPORT
+        return _source_of_model(name, path, trust_remote_code)
+    folder = path if (path / ADAPTER_CONFIG).is_file() else checkpoint / MODEL
     if not folder.is_dir():
         raise ModelError(
-            f"{checkpoint} has no exported model ({EXPORT}/); --resume_from auto continues its run and exports it"
+            f"{checkpoint} has no exported model ({MODEL}/); --resume_from auto continues its run and exports it"
         )
     source = _source_of_model(name, folder, trust_remote_code)
     trained_from = source.trained_from or _model_of_run(checkpoint)
-    return replace(source, trained_from=trained_from, enable_thinking=_thinking_of_run(checkpoint.resolve().parents[1]))
+    return replace(source, trained_from=trained_from, enable_thinking=_thinking_of_run(checkpoint.parents[1]))
 
 
 def model_config(name: str, trust_remote_code: bool) -> ModelConfig:
-    """Return the configuration that names a model, without a fallback."""
+    """Return the configuration that names a model."""
     return ModelConfig.model_validate({"path": name, "fallback": None, "trust_remote_code": trust_remote_code})
-
-
-def _find_checkpoint(path: Path) -> Path | None:
-    """Return the checkpoint that a run folder, its folder of checkpoints, or a checkpoint itself means."""
-    if (path / MANIFEST).is_file():
-        return path
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    best, checkpoints = folder / "best", list_checkpoints(folder)
-    if best.is_dir() and checkpoints:
-        return best
-    if not checkpoints and folder != path:
-        raise ModelError(f"{path} is a run folder without a complete checkpoint; wait for the first one, or train more")
-    return checkpoints[-1] if checkpoints else None
 
 
 def _source_of_model(name: str, folder: Path | None, trust_remote_code: bool) -> ModelSource:
     """`folder` is where the model is, None for one that only its name says."""
-    if folder is None or not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         model = _resolve(str(folder) if folder else name, trust_remote_code)
         return ModelSource(name, model, model.folder)
-    base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
+    base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ModelError(f"{folder / ADAPTER} names no base model: set base_model_name_or_path in it")
+        raise ModelError(f"{folder / ADAPTER_CONFIG} names no base model: set base_model_name_or_path in it")
     try:
         model = _resolve(base, trust_remote_code)
     except ModelError as error:
         raise ModelError(
             f"the adapter {folder} needs its base model {base}: {str(error).rstrip('.')}. If the model has moved, set "
-            f"base_model_name_or_path in {folder / ADAPTER}."
+            f"base_model_name_or_path in {folder / ADAPTER_CONFIG}."
         ) from None
     return ModelSource(name, model, _settings_folder(folder, model.folder), folder, trained_from=base)
 
 
 def _settings_folder(adapter: Path, base: Path) -> Path:
     """The adapter's own settings; those beside it, where a run has merged it as well; else those of its base model."""
-    for folder in (adapter, adapter.parent / EXPORT):
+    for folder in (adapter, adapter.parent / MODEL):
         if (folder / "tokenizer_config.json").is_file():
             return folder
     return base
 
 
 def _resolve(name: str, trust_remote_code: bool) -> ResolvedModel:
-    cache = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sft_recipe"
-    return resolve_model(model_config(name, trust_remote_code), cache)
+    return resolve_named(name, model_config(name, trust_remote_code))
 
 
 def _model_of_run(checkpoint: Path) -> str | None:
@@ -114,10 +97,8 @@ def _model_of_run(checkpoint: Path) -> str | None:
 
 def _thinking_of_run(run: Path) -> bool | None:
     """The value of data.enable_thinking in a run's configuration, None where it has none."""
-    try:
-        thinking = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["enable_thinking"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        return None
+    data = run_config(run).get("data")
+    thinking = data.get("enable_thinking") if isinstance(data, dict) else None
     return thinking if isinstance(thinking, bool) else None
 
 

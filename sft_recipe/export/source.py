@@ -55,7 +55,7 @@ def find_source(run: str | None, step: int | None, adapter: str | None, base: st
     folder = user_path(run or adapter or "")
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder.absolute()}; name a run folder, a checkpoint or a model folder")
-    checkpoint = None if adapter else _checkpoint(folder, step)
+    checkpoint = None if adapter else locate_checkpoint(folder, step)
     if step is not None and checkpoint is None:
         raise ConfigError(f"--step {step} needs a run folder; {folder} is none")
     settings = _settings(checkpoint)
@@ -81,14 +81,15 @@ def _with_base(
     if adapter is None:
         if base:
             raise ConfigError(f"--model names the base of an adapter; {name} is a complete model")
-        return Source(name, _resolve(str(model), settings), None, model, checkpoint, settings)
+        return Source(name, resolve_named(str(model), settings), None, model, checkpoint, settings)
     base = base or _named_base(adapter)
-    resolved = _resolve(base, settings)
+    resolved = resolve_named(base, settings)
     has_tokenizer = (model / "tokenizer_config.json").is_file()
     return Source(name, resolved, adapter, model if has_tokenizer else resolved.folder, checkpoint, settings)
 
 
-def _resolve(path: str, settings: ModelConfig) -> ResolvedModel:
+def resolve_named(path: str, settings: ModelConfig) -> ResolvedModel:
+    """Return the model at `path`, with no fallback, read with these settings. Raises ModelError."""
     config = settings.model_copy(update={"path": path, "fallback": None})
     cache = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sft_recipe"
     return resolve_model(config, cache)
@@ -110,8 +111,12 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def _checkpoint(folder: Path, step: int | None) -> Path | None:
-    """The checkpoint that `folder` is, or holds, or that holds it; None for another folder."""
+def locate_checkpoint(folder: Path, step: int | None = None) -> Path | None:
+    """Return the checkpoint that `folder` is, or that holds it, or the one of the run folder; None for another folder.
+
+    That of a run is `step_N`, or `best` if there is one, or the newest. Raises CheckpointError for a run without
+    it, ConfigError for a `step` where `folder` is no run.
+    """
     folder = folder.resolve()
     if (folder / MANIFEST).is_file():
         if step is not None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+import torch
 import uvicorn
 
 from sft_recipe.chat.protocol import ApiError, parse_request
@@ -264,18 +265,27 @@ def test_answers_end_when_the_server_does(scripted, monkeypatch):
         assert second.result().status_code == 503
 
 
-def test_failure_of_one_answer_does_not_end_the_server(scripted, monkeypatch):
-    original = Session.answer
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "cpu has too little free memory for 19 tokens"),
+        (RuntimeError("device-side assert"), "the answer failed: device-side assert"),
+    ],
+)
+def test_failure_of_one_answer_does_not_end_the_server(scripted, monkeypatch, failure, message):
+    model = load(scripted)
+    original = model._module.generate
 
-    def answer(self, *args):
-        if self.sampling.max_new_tokens == 99:
-            raise RuntimeError("CUDA out of memory")
-        return original(self, *args)
+    def generate(**options):
+        if options["generation_config"].max_new_tokens == 99:
+            raise failure
+        return original(**options)
 
-    monkeypatch.setattr(Session, "answer", answer)
-    with serving(load(scripted)) as url:
+    monkeypatch.setattr(model._module, "generate", generate)
+    with serving(model) as url:
         failed = post(url, BODY | {"max_tokens": 99})
         assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
+        assert message in failed.json()["error"]["message"]
         assert post(url, BODY).status_code == 200
 
 

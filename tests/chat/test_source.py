@@ -12,7 +12,7 @@ from sft_recipe.chat.sampling import Sampling
 from sft_recipe.chat.session import Session
 from sft_recipe.chat.source import find_source
 from sft_recipe.checkpoint.manifest import write_manifest
-from sft_recipe.errors import ConfigError, ModelError
+from sft_recipe.errors import CheckpointError, ConfigError, ModelError
 from tests.chat.conftest import ADAPTED, ANSWER, load
 from tests.chat.scripted import build_scripted_model
 
@@ -48,11 +48,13 @@ def test_run_means_its_newest_checkpoint_and_best_comes_first(run):
     assert (source.trained_from, source.enable_thinking) == ("owner/base", False)
 
 
-def test_checkpoints_and_model_folders(run):
+def test_checkpoints_and_model_folders(run, tmp_path):
     source = find_source(str(run / "checkpoints/step_2"))
     assert source.model.folder == run / "checkpoints/step_2/huggingface" and source.trained_from == "owner/base"
-    source = find_source(str(run / "checkpoints/step_2/huggingface"))
-    assert source.model.folder == run / "checkpoints/step_2/huggingface" and source.trained_from is None
+    assert find_source(str(run / "checkpoints/step_2/huggingface")).trained_from == "owner/base"
+    copied = shutil.copytree(run / "checkpoints/step_2/huggingface", tmp_path / "copied")
+    source = find_source(str(copied))
+    assert source.model.folder == copied and source.trained_from is None
 
 
 def test_adapter_is_loaded_over_its_base(adapter, scripted):
@@ -65,7 +67,9 @@ def test_adapter_of_a_run_keeps_its_tokenizer_and_stop_tokens(adapter, scripted,
     """With --merge_lora the adapter is beside the merged model, which has the settings."""
     folder = checkpoint(tmp_path / "run", 2, scripted)
     shutil.copytree(adapter, folder / "lora_adapter")
-    assert find_source(str(folder / "lora_adapter")).settings == folder / "huggingface"
+    source = find_source(str(folder / "lora_adapter"))
+    assert (source.adapter, source.settings) == (folder / "lora_adapter", folder / "huggingface")
+    assert find_source(str(folder)).adapter is None
     own = shutil.copytree(adapter, tmp_path / "own")
     shutil.copy(scripted / "tokenizer.json", own)
     shutil.copy(scripted / "tokenizer_config.json", own)
@@ -165,7 +169,7 @@ def bad_generation_config(folder, _):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (empty_run, "is a run folder without a complete checkpoint"),
+        (empty_run, "has no complete checkpoint yet"),
         (without_export, "step_2 has no exported model"),
         (lost_base, "needs its base model /moved/away: there is no model at /moved/away. If the model has moved, set "),
         (no_base, "names no base model"),
@@ -178,6 +182,6 @@ def bad_generation_config(folder, _):
     ],
 )
 def test_what_cannot_be_used_is_one_message(make, message, adapter, tmp_path):
-    with pytest.raises(ModelError) as error:
+    with pytest.raises((CheckpointError, ModelError)) as error:
         load(make(tmp_path / "folder", adapter))
     assert message in str(error.value) and "\n" not in str(error.value)

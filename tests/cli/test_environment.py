@@ -53,6 +53,8 @@ COMMANDS = {
     "train.sh": (["--epoch", "3"], "error: unknown flag --epoch. Did you mean --epochs?\n"),
     "scripts/preview_data.py": (["--html"], "error: --html needs a value\n"),
     "scripts/prepare_sft_data.py": (["--in", "x", "--out", "y", "--small", "0"], "error: --small is 0;"),
+    "scripts/chat.py": (["x", "--top_p", "2"], "error: --top_p is 2.0;"),
+    "scripts/serve.py": (["x", "--port", "-1"], "error: --port is -1;"),
 }
 
 
