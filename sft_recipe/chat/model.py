@@ -25,6 +25,7 @@ from sft_recipe.models.loading import load_model
 from sft_recipe.models.tokenizer import check_vocabulary, load_tokenizer
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LOWEST_TEMPERATURE = 0.01  # lower ones are greedy decoding, without dividing logits by almost nothing
 DEFAULT_TOP_K = 50  # of transformers, for a generation config that samples and does not set it
 
 FinishReason = Literal["stop", "length", "canceled"]
@@ -123,13 +124,13 @@ class ChatModel:
 
     def _generation_config(self, sampling: Sampling, length: int) -> GenerationConfig:
         choice: dict[str, Any] = {"do_sample": False}
-        if sampling.temperature:
+        if sampling.temperature >= LOWEST_TEMPERATURE:
             names = ("temperature", "top_p", "top_k")
             choice = {"do_sample": True} | {name: getattr(sampling, name) for name in names}
         return GenerationConfig(
             max_new_tokens=length,
             repetition_penalty=sampling.repetition_penalty,
-            eos_token_id=self.stop_token_ids,
+            eos_token_id=self.stop_token_ids or None,
             pad_token_id=self.stop_token_ids[0] if self.stop_token_ids else 0,
             **choice,
         )

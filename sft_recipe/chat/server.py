@@ -118,8 +118,9 @@ class ChatServer:
             job.cancel.set()
 
     def _authorize(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._key and not secrets.compare_digest(given.encode("latin-1"), self._key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_right = secrets.compare_digest(given.encode("latin-1"), (self._key or "").encode())
+        if self._key and not (is_right and scheme.lower() == "bearer"):
             raise ApiError(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key")
 
     def _require_model(self, name: str) -> None:

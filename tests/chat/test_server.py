@@ -123,7 +123,8 @@ def test_health_and_models(url):
 
 def test_key_is_required_everywhere_but_for_health(scripted):
     with serving(load(scripted), api_key="sécret") as url:
-        for answer in (post(url, BODY), post(url, BODY, headers={"Authorization": "Bearer no"})):
+        wrong = ("Bearer no", "Bearer", "Basic sécret", "sécret")
+        for answer in (post(url, BODY), *(post(url, BODY, headers={"Authorization": text.encode()}) for text in wrong)):
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(f"{url}/v1/models").status_code == 401
         assert httpx.get(f"{url}/health").status_code == 200

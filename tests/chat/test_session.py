@@ -46,6 +46,21 @@ def test_sampled_answers_equal_those_of_transformers(model_dir):
     assert reply.content == generate_with_transformers(model_dir, [{"role": "user", "content": QUESTION}], **sampled)
 
 
+def test_a_temperature_near_0_is_greedy_decoding(model_dir):
+    """Logits divided by it would overflow."""
+    model = load(model_dir)
+    greedy, cold = (
+        Session(model, Sampling(temperature, max_new_tokens=12)).ask(QUESTION).content for temperature in (0, 1e-40)
+    )
+    assert greedy == cold
+
+
+def test_model_without_stop_tokens_answers_up_to_the_limit(model_dir):
+    model = load(model_dir)
+    model.stop_token_ids = []
+    assert Session(model, Sampling(max_new_tokens=3)).ask(QUESTION).completion_tokens == 3
+
+
 def test_answer_ends_with_the_stop_token_and_is_streamed(model):
     pieces = []
     reply = Session(model, Sampling()).ask(QUESTION, pieces.append)

@@ -179,6 +179,7 @@ def test_invalid_lists_are_one_message(tmp_path, name, content, message):
         (["MODEL", "--greedy", "--top_k", "5"], "--greedy and --top_k contradict each other"),
         (["MODEL", "--device", "cuda:99"], "--device cuda:99"),
         (["MODEL", "--device", "gpu"], "it must be auto, cpu"),
+        (["MODEL", "--device", "meta"], "it must be auto, cpu"),
         (["MODEL", "--compare"], "--compare BASE"),
         (["MODEL", "--enable_thinking", "true"], "no such switch"),
         (["/nowhere/model"], "there is no model at /nowhere/model"),
