@@ -14,9 +14,8 @@ if sys.version_info >= (3, 11):
 else:
     from pip._vendor import tomli as tomllib
 
-# Declared since other packages import them at run time without declaring them: transformers reads GGUF files with gguf,
-# and verl's TrainingWorker imports the others.
-IMPORTED_BY_OTHERS = {"gguf", "uvicorn", "fastapi", "cachetools", "msgspec", "pyzmq"}
+# Declared since verl's TrainingWorker imports them at run time without declaring them.
+IMPORTED_BY_OTHERS = {"uvicorn", "fastapi", "cachetools", "msgspec", "pyzmq"}
 
 
 def normalized(name: str) -> str:

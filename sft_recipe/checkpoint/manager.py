@@ -211,12 +211,14 @@ class Checkpoints:
 
     def _link_best(self) -> None:
         """Let `best` name the best evaluated checkpoint; it is replaced, so that it always names a complete one."""
+        link, partial = self.folder / BEST, self.folder / f".{BEST}.partial"
         with suppress(OSError, CheckpointError):  # not on all file systems; the next save tries again
+            partial.unlink(missing_ok=True)
             if best := _best(list_checkpoints(self.folder)):
-                partial = self.folder / f".{BEST}.partial"
-                partial.unlink(missing_ok=True)
+                if link.is_dir() and not link.is_symlink():  # a copy of the folder in which links became folders
+                    shutil.rmtree(link)
                 partial.symlink_to(best.name)
-                partial.replace(self.folder / BEST)
+                partial.replace(link)
 
     def _prune(self, newest: Path) -> None:
         if self.keep is None:

@@ -37,6 +37,8 @@ def parse_arguments(args: list[str]) -> argparse.Namespace:
         raise ConfigError("--out needs a value")
     if (options.run is None) == (options.adapter is None):
         raise ConfigError("name what to export: RUN (a run, checkpoint or model folder) or --adapter DIR, one of them")
+    if options.quant and options.format != "gguf":
+        raise ConfigError(f"--quant {options.quant} is for --format gguf; for --format hf there is --dtype")
     return options
 
 
@@ -56,6 +58,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as the model is stored)"
     )
+    parser.add_argument("--format", default="hf", choices=["hf", "gguf"], help="hf: a Hugging Face folder (default)")
+    parser.add_argument("--quant", choices=["f16", "q8_0"], help="of the weights of --format gguf (default: f16)")
     parser.add_argument("--shard_size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -64,12 +68,15 @@ def _parser() -> Parser:
 def run(options: argparse.Namespace) -> int:
     """Export the model and return 0. Raises RecipeError of several kinds; nothing is left then."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    silence_libraries()
-    from sft_recipe.export.exporter import ExportOptions, export_model
+    silence_libraries(shows_progress=False)
+    from sft_recipe.export.exporter import export_model
+    from sft_recipe.export.options import ExportOptions
     from sft_recipe.export.source import find_source
     from sft_recipe.export.weights import parse_size
 
-    settings = ExportOptions(options.merge, options.dtype, parse_size(options.shard_size))
+    settings = ExportOptions(
+        options.merge, options.dtype, parse_size(options.shard_size), options.format, options.quant or "f16"
+    )
     source = find_source(options.run, options.step, options.adapter, options.model)
     export = export_model(source, settings, user_path(options.out), show_progress=True)
     _print(export, options.json)
@@ -83,6 +90,8 @@ def _print(export: Export, as_json: bool) -> None:
     size = sum(export.files.values())
     print(f"{export.folder}: {export.kind} in {export.dtype}, {len(export.files)} files, {size:,} bytes")
     print(f"verified: {export.verification}")
+    for remark in export.remarks:
+        print(remark)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from sft_recipe.checkpoint.manifest import read_manifest
+from sft_recipe.export.options import Written
 from sft_recipe.export.source import Source, run_config
 from sft_recipe.export.verification import PROMPTS, Verification
 
@@ -24,8 +25,9 @@ SETTINGS = {
 ADAPTERS = {"LoRA rank": "lora.rank", "LoRA alpha": "lora.alpha", "LoRA modules": "lora.target_modules"}
 
 
-def model_card(source: Source, kind: str, dtype: str, verification: Verification, title: str, usage: str) -> str:
-    """Return the text of README.md; `usage` is the section that says how to load the export."""
+def model_card(source: Source, written: Written, verification: Verification, title: str) -> str:
+    """Return the text of README.md."""
+    kind, dtype = written.kind, written.dtype
     config = run_config(source.run) if source.run else {}
     base = _public(_get(config, "model.path") or (source.base.name if source.adapter else ""))
     parts = [_front_matter(kind, base), f"# {title}", _summary(source, kind, dtype, base)]
@@ -33,13 +35,13 @@ def model_card(source: Source, kind: str, dtype: str, verification: Verification
         manifest = read_manifest(source.checkpoint)
         parts += [_data(config, manifest), _settings(config, manifest), _scores(source, manifest["step"])]
         parts += [_findings(source)]
-    parts += [_verification(verification, dtype), usage]
+    parts += [_verification(verification, dtype), f"## Use\n\n{written.usage}", *written.remarks]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _front_matter(kind: str, base: str) -> str:
     matter: dict[str, Any] = {"pipeline_tag": "text-generation", "tags": ["sft", "sft_recipe"]}
-    matter["library_name"] = {"adapter": "peft", "GGUF file": "gguf"}.get(kind, "transformers")
+    matter["library_name"] = "peft" if kind == "adapter" else "gguf" if "GGUF" in kind else "transformers"
     if kind == "adapter":
         matter["tags"].append("lora")
     if base.count("/") == 1 and not Path(base).exists() and not base.startswith("."):

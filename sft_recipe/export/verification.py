@@ -1,7 +1,7 @@
 """Verifies an export: the logits and the greedy choices of the loaded export against those of the trained model."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,10 +102,10 @@ def verify_export(model: Any, reference: Reference, kind: str) -> Verification:
     return result
 
 
-def verify_tokenizer(tokenizer: PreTrainedTokenizerBase, reference: Reference) -> None:
+def verify_tokens(prompt_ids: Callable[[str], list[int]], reference: Reference) -> None:
     """Raise ModelError where an exported tokenizer encodes one of PROMPTS differently from the trained model's."""
     for prompt, expected in zip(PROMPTS, reference.prompts, strict=True):
-        if (found := prompt_ids(tokenizer, prompt)) != expected:
+        if (found := prompt_ids(prompt)) != expected:
             raise ModelError(
                 f"the exported tokenizer is not the trained model's: it encodes {prompt!r} as {found[:8]}... instead "
                 f"of {expected[:8]}..."
@@ -113,12 +113,17 @@ def verify_tokenizer(tokenizer: PreTrainedTokenizerBase, reference: Reference) -
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the tokens of a prompt as the model gets them for an answer; plain text without a chat template."""
+    """Return the tokens of a prompt as the model gets them for an answer."""
+    text = prompt_text(tokenizer, prompt)
+    return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Return a prompt as the model gets it for an answer; the prompt alone without a chat template."""
     if not tokenizer.chat_template:
-        return list(tokenizer(prompt)["input_ids"])
+        return prompt
     messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 @contextmanager

@@ -79,7 +79,8 @@ def _with_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> P
         rebuilt = type(config).from_dict(settings)
     except Exception as error:  # the configuration classes raise anything for a value that they refuse
         reason = str(error).strip().replace("\n", " ") or type(error).__name__
-        raise ConfigError(f"model.override_config={dict(overrides)}: {type(config).__name__} says: {reason}") from None
+        names = ", ".join(overrides)  # not the values: one may be a secret
+        raise ConfigError(f"model.override_config ({names}): {type(config).__name__} says: {reason}") from None
     for key, value in given.items():
         found = getattr(rebuilt, key, None)
         if not _has_arrived(value, found):

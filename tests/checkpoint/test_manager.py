@@ -66,7 +66,7 @@ def test_damaged_newest_checkpoint_is_quarantined_and_the_previous_one_used(
     model, saved, tmp_path, capfd, file, damage, says
 ):
     folder = tmp_path / "run"
-    shutil.copytree(saved, folder)
+    shutil.copytree(saved, folder, symlinks=True)
     newest = folder / "out/checkpoints/step_4"
     damage(next(newest.glob(file)))
     run = arguments(model, folder, "trainer.total_training_steps=4")
@@ -100,7 +100,7 @@ def fail_reads(monkeypatch, call, name, number, times):
 )
 def test_read_error_is_retried_and_is_no_damage(model, saved, tmp_path, capfd, monkeypatch, call, name, number):
     folder = tmp_path / "run"
-    shutil.copytree(saved, folder)
+    shutil.copytree(saved, folder, symlinks=True)
     run = arguments(model, folder, "trainer.total_training_steps=4", "trainer.resume_from=auto")
     with monkeypatch.context() as patch:
         fail_reads(patch, call, name, number, times=10**6)
@@ -158,7 +158,7 @@ def test_manifest_describes_the_checkpoint(saved):
     assert there == {*manifest["files"], "manifest.json"}
     assert manifest["step"] == 4 and manifest["world_size"] == 1
     assert manifest["versions"]["torch"] == torch.__version__
-    assert {"config", "identity", "validation_loss"} <= manifest.keys()
+    assert {"config", "identity", "evaluation", "early_stopping"} <= manifest.keys()
     assert verify(newest) == ""
 
 
@@ -171,17 +171,18 @@ def test_exported_model_equals_the_stored_state(saved):
 
 def test_checkpoint_with_the_lowest_validation_loss_is_kept(model, tmp_path, monkeypatch):
     """By validation loss, which here is lowest after the second step."""
+    from sft_recipe.evaluation import evaluator
     from sft_recipe.evaluation.validation import ValidationResult
-    from sft_recipe.training import trainer
 
-    losses = iter([3.0, 1.0, 2.0, 2.0, 1.5, 2.0])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_: ValidationResult(next(losses), 7))
+    losses = iter([9.0, 3.0, 1.0, 2.0, 2.0, 1.5, 2.0])  # the first before training
+    monkeypatch.setattr(evaluator, "evaluate", lambda *_: ValidationResult(7 * next(losses), 7, 3))
     often = ["trainer.save_freq=1", "trainer.test_freq=1", "trainer.max_ckpt_to_keep=1"]
     assert run_here(*arguments(model, tmp_path, *often, "trainer.total_training_steps=4")) == 0
     assert checkpoints(tmp_path) == ["step_2", "step_4"]
     run = arguments(model, tmp_path, *often, "trainer.total_training_steps=6", "trainer.resume_from=auto")
     assert run_here(*run) == 0
     assert checkpoints(tmp_path) == ["step_2", "step_4", "step_6"]  # best, resumed from, newest
+    assert (tmp_path / "out/checkpoints/best").resolve().name == "step_2"
 
 
 def test_leftovers_of_killed_runs_are_removed(model, tmp_path):

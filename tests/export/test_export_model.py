@@ -199,7 +199,7 @@ def test_step_best_and_newest(full, tmp_path, capsys):
 
 
 def test_an_export_that_is_not_the_model_is_an_error(full, tmp_path, monkeypatch, capsys):
-    from sft_recipe.export import exporter
+    from sft_recipe.export import hf_folder
 
     def corrupt(weights, folder, *rest):
         write(weights, folder, *rest)
@@ -207,8 +207,8 @@ def test_an_export_that_is_not_the_model_is_an_error(full, tmp_path, monkeypatch
         stored["model.layers.1.mlp.down_proj.weight"].neg_()
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
-    write = exporter.write_weights
-    monkeypatch.setattr(exporter, "write_weights", corrupt)
+    write = hf_folder.write_weights
+    monkeypatch.setattr(hf_folder, "write_weights", corrupt)
     assert export(full, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "the export is not the trained model" in error and "Traceback" not in error
