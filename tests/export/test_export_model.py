@@ -186,10 +186,11 @@ def test_step_best_and_newest(full, tmp_path, capsys):
         assert export(full, *args, "--out", out) == 0
         return plain(out)
 
+    best = full / "checkpoints/best"
+    best.unlink(missing_ok=True)
     steps = {step: plain(full / f"checkpoints/step_{step}/huggingface") for step in (8, 10)}
     assert not torch.equal(steps[8], steps[10])
     assert torch.equal(exported(), steps[10]) and torch.equal(exported("--step", "8"), steps[8])
-    best = full / "checkpoints/best"
     best.symlink_to("step_8")
     assert torch.equal(exported(), steps[8])
     best.unlink()
