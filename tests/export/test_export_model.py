@@ -264,9 +264,9 @@ def test_invalid_input_is_one_message_and_code_2(args, message, base, full, lora
     if "OTHER" in args:
         places["OTHER"] = tiny.build_model(tmp_path / "other", hidden_size=16)
     if "DAMAGED" in args:
-        places["DAMAGED"] = damage(Path(shutil.copytree(full, tmp_path / "damaged")))
+        places["DAMAGED"] = damage(Path(shutil.copytree(full, tmp_path / "damaged", symlinks=True)))
     if "STATE" in args:
-        places["STATE"] = Path(shutil.copytree(full, tmp_path / "state"))
+        places["STATE"] = Path(shutil.copytree(full, tmp_path / "state", symlinks=True))
         shutil.rmtree(places["STATE"] / f"checkpoints/step_{STEPS}/huggingface")
     before = set(tmp_path.iterdir())
     assert main([str(places.get(word, word)) for word in [*args, "--out", str(tmp_path / "out")]]) == 2
