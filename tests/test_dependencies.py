@@ -15,7 +15,7 @@ else:
     from pip._vendor import tomli as tomllib
 
 # Declared since verl's TrainingWorker imports them at run time without declaring them.
-IMPORTED_BY_OTHERS = {"uvicorn", "fastapi", "cachetools", "msgspec", "pyzmq"}
+IMPORTED_BY_OTHERS = {"cachetools", "msgspec", "pyzmq"}
 
 
 def normalized(name: str) -> str:

@@ -93,7 +93,7 @@ def _probe_head(
     try:
         with torch.enable_grad():
             logits = logits_of(hidden)
-        _, *gradients = torch.autograd.grad(logits.sum(), [hidden, *trained], allow_unused=True)
+            _, *gradients = torch.autograd.grad(logits.sum(), [hidden, *trained], allow_unused=True)
     except Exception:  # the model's code raises anything
         return None
     if logits.shape[:2] != hidden.shape[:2]:

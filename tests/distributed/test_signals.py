@@ -36,7 +36,7 @@ def test_stop_during_validation_is_immediate_and_resumes_bit_for_bit(warm, model
     parts = f"{__name__}:stop_in_validation"
     assert warm.run(arguments(model, whole, *extra), ranks=2, setup=(parts, {"call": 1000})).code == 0
     run = arguments(model, stopped, *extra)
-    end = warm.run(run, ranks=2, setup=(parts, {"call": 1}))
+    end = warm.run(run, ranks=2, setup=(parts, {"call": 3}))  # the first two are before training
     assert end.codes == [75, 75] and "Stopped at step 5" in end.output, end.output
     assert checkpoints(stopped) == ["step_5"]
     assert [row["step"] for row in metrics(stopped / "out")] == [1, 2, 3, 4]  # the fifth lacks its validation loss
@@ -47,12 +47,13 @@ def test_stop_during_validation_is_immediate_and_resumes_bit_for_bit(warm, model
 
 
 def test_max_time_stops_and_saves(warm, model, tmp_path):
-    end = warm.run(arguments(model, tmp_path, "trainer.max_time=0.01"), ranks=2)
+    end = warm.run(arguments(model, tmp_path, "trainer.max_time=0.01", "trainer.test_freq=-1"), ranks=2)
     assert end.codes == [75, 75] and checkpoints(tmp_path) == ["step_1"]
 
 
 def test_sigusr1_saves_and_training_continues(warm, model, tmp_path):
-    run = arguments(model, tmp_path, "trainer.save_freq=-1", "trainer.max_ckpt_to_keep=null")
+    never = ["trainer.save_freq=-1", "trainer.save_best=false", "trainer.max_ckpt_to_keep=null"]
+    run = arguments(model, tmp_path, *never)
     end = warm.run(run, ranks=2, setup=at("optimizer step", call=3, sends=signal.SIGUSR1))
     assert end.code == 0 and checkpoints(tmp_path) == [f"step_{STEPS}", "step_3"], end.output
 
@@ -144,7 +145,8 @@ def fall_silent(rank: int) -> None:
     ],
 )
 def test_rank_that_fails_or_hangs_ends_the_others_with_the_reason(warm, model, tmp_path, setup, says):
-    run = arguments(model, tmp_path, f"trainer.heartbeat_timeout={15 if setup is hang_alone else 60}")
+    timeout = f"trainer.heartbeat_timeout={15 if setup is hang_alone else 60}"
+    run = arguments(model, tmp_path, timeout, "trainer.test_freq=-1")
     end = warm.run(run, ranks=2, setup=(f"{__name__}:{setup.__name__}", {}))
     assert end.codes[0] == 1, end.output
     assert says in end.output, end.output

@@ -94,7 +94,7 @@ def _in_row(die: Callable[[], None]) -> None:
 
 
 def _in_validation(die: Callable[[], None]) -> None:
-    from sft_recipe.training import trainer
+    from sft_recipe.evaluation import evaluator
 
     def dying(evaluate: Any) -> Any:
         def evaluating(examples: Any, budget: int, ranks: int, make: Any, infer: Any, progress: Any) -> Any:
@@ -102,7 +102,7 @@ def _in_validation(die: Callable[[], None]) -> None:
 
         return evaluating
 
-    trainer.evaluate = dying(trainer.evaluate)
+    evaluator.evaluate = dying(evaluator.evaluate)
 
 
 def _in_shards(die: Callable[[], None]) -> None:
