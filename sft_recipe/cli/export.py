@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 USAGE = "scripts/export_model.py RUN --out DIR [FLAGS]   or   --adapter DIR --model BASE --out DIR [FLAGS]"
 DESCRIPTION = """\
 Writes a trained model into a new folder, with tokenizer, generation config and model card, loads it back, and
-compares what it computes with the trained checkpoint. Needs no GPU and contacts no network."""
+compares what it computes with the trained checkpoint. Needs no GPU; only --push_to_hub contacts a network."""
 
 
 def main(args: list[str]) -> int:
@@ -61,13 +61,17 @@ def _parser() -> Parser:
     parser.add_argument("--format", default="hf", choices=["hf", "gguf"], help="hf: a Hugging Face folder (default)")
     parser.add_argument("--quant", choices=["f16", "q8_0"], help="of the weights of --format gguf (default: f16)")
     parser.add_argument("--shard_size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    parser.add_argument(
+        "--push_to_hub", metavar="OWNER/NAME", help="also upload the folder, into a private repository of the hub"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Export the model and return 0. Raises RecipeError of several kinds; nothing is left then."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    if not options.push_to_hub:
+        os.environ["HF_HUB_OFFLINE"] = "1"
     silence_libraries(shows_progress=False)
     from sft_recipe.export.exporter import export_model
     from sft_recipe.export.options import ExportOptions
@@ -77,21 +81,28 @@ def run(options: argparse.Namespace) -> int:
     settings = ExportOptions(
         options.merge, options.dtype, parse_size(options.shard_size), options.format, options.quant or "f16"
     )
+    if options.push_to_hub:
+        from sft_recipe.export.hub import check_login, push
+
+        check_login(options.push_to_hub)
     source = find_source(options.run, options.step, options.adapter, options.model)
     export = export_model(source, settings, user_path(options.out), show_progress=True)
-    _print(export, options.json)
+    address = push(export.folder, options.push_to_hub) if options.push_to_hub else None
+    _print(export, options.json, address)
     return 0
 
 
-def _print(export: Export, as_json: bool) -> None:
+def _print(export: Export, as_json: bool, address: str | None) -> None:
     if as_json:
-        print(json.dumps(export.as_dict()))
+        print(json.dumps(export.as_dict() | ({"hub": address} if address else {})))
         return
     size = sum(export.files.values())
     print(f"{export.folder}: {export.kind} in {export.dtype}, {len(export.files)} files, {size:,} bytes")
     print(f"verified: {export.verification}")
     for remark in export.remarks:
         print(remark)
+    if address:
+        print(f"uploaded to {address}")
 
 
 if __name__ == "__main__":
