@@ -76,12 +76,12 @@ class ChatModel:
             raise ModelError(
                 f"{source.name} does not fit into the free memory of {device}; --device cpu needs no GPU"
             ) from None
-        self._context: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def without_adapter(self, name: str) -> "ChatModel":
         """Return the base model under this name: the same weights, with the adapter off while it answers."""
         base = copy(self)
-        base.name, base._context = name, self._module.disable_adapter
+        base.name, base.context = name, self._module.disable_adapter
         return base
 
     def room(self, prompt: Prompt) -> int | None:
@@ -107,7 +107,7 @@ class ChatModel:
             torch.manual_seed(sampling.seed)
         ids = torch.tensor([prompt.ids], device=self.device)
         try:
-            with self._context(), torch.inference_mode():
+            with self.context(), torch.inference_mode():
                 self._module.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
