@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from transformers import DynamicCache
 from verl.utils.device import get_device_name
 
 from sft_recipe.engine import patches
-from sft_recipe.engine.model_checks import accepts, attention_of_transformers, evaluating
+from sft_recipe.engine.model_checks import accepts, attention_of_transformers, evaluating, largest
 
 if TYPE_CHECKING:
     from sft_recipe.engine.sft_engine import SFTEngine
@@ -27,7 +26,7 @@ def greedy(
     """
     answers: dict[int, list[int]] = {}
     batches = list(_batches(prompts, max_new_tokens, tokens))
-    count = _largest(len(batches))
+    count = largest(len(batches))
     with evaluating(engine), _attention_with_cache(engine):
         for number in range(count):
             indices = batches[number] if number < len(batches) else []
@@ -60,7 +59,7 @@ def _decode(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     answers: list[list[int]] = [[] for _ in prompts]
     cache: Any = DynamicCache(config=engine.model.config.get_text_config())
-    while _largest(any(_is_open(answer, max_new_tokens, end_ids) for answer in answers)):
+    while largest(any(_is_open(answer, max_new_tokens, end_ids) for answer in answers)):
         engine.on_micro_batch()
         inputs = ids if not cache.get_seq_length() else ids[:, -1:]
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
@@ -86,13 +85,6 @@ def _decode(
 
 def _is_open(answer: list[int], max_new_tokens: int, end_ids: set[int]) -> bool:
     return len(answer) < max_new_tokens and not (answer and answer[-1] in end_ids)
-
-
-def _largest(number: int) -> int:
-    """The largest number of all ranks."""
-    found = torch.tensor(int(number), device=get_device_name())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
 
 
 @contextmanager

@@ -84,14 +84,12 @@ def loss_difference(engine: "SFTEngine", data: TensorDict) -> float:
 
 @contextmanager
 def evaluating(engine: "SFTEngine") -> Iterator[None]:
-    """Inside, the model computes without dropout, which would draw random numbers, and without gradients."""
-    was_training = engine.module.training
-    engine.module.eval()
-    try:
-        with engine.computing(), torch.no_grad():
-            yield
-    finally:
-        engine.module.train(was_training)
+    """Inside, the model computes without gradients, and without dropout, which would draw random numbers.
+
+    verl's own mode brings offloaded weights to the device, and lets ranks that share a sequence find each other.
+    """
+    with engine.eval_mode(), engine.computing(), torch.no_grad():
+        yield
 
 
 def _with_at_most(count: int, document: Document) -> Document:
@@ -101,13 +99,12 @@ def _with_at_most(count: int, document: Document) -> Document:
 
 def _plain_loss(engine: "SFTEngine", documents: list[Document]) -> torch.Tensor:
     """The summed negative log-likelihood; all ranks run as many forward passes, and FSDP waits for none."""
-    count = torch.tensor(len(documents), device=get_device_name())
-    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    count = largest(len(documents))
     used = patches.attention_implementation(engine.model.config)
     engine.model.set_attn_implementation(attention_of_transformers(engine))
     try:
         losses = [_document_loss(engine, document) for document in documents]
-        for _ in range(int(count) - len(documents)):
+        for _ in range(count - len(documents)):
             _document_loss(engine, documents[-1])
     finally:
         engine.model.set_attn_implementation(used)
@@ -182,13 +179,21 @@ def _is_isolated(engine: "SFTEngine", is_shared: bool) -> bool:
 def _depends_on(engine: "SFTEngine", changed: int, is_shared: bool) -> bool:
     """Whether the loss of the last of three documents changes with tokens of document `changed`, or AFTERWARDS.
 
-    Compared to the last bit, except where experts multiply the tokens of all documents together.
+    Compared to the last bit, except where experts multiply the tokens of all documents together. All ranks get the
+    same answer: a part of a shared sequence may show what another does not.
     """
     unchanged = _probe_loss(engine, None, is_shared)
     difference = abs(_probe_loss(engine, changed, is_shared) - unchanged)
     if difference > 0 and _has_experts(engine):
         difference -= 0.01 * abs(_probe_loss(engine, 2, is_shared) - unchanged)
-    return difference > 0
+    return bool(largest(difference > 0))
+
+
+def largest(number: int) -> int:
+    """Return the largest number of all ranks."""
+    found = torch.tensor(int(number), device=get_device_name())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
 
 
 def _has_experts(engine: "SFTEngine") -> bool:

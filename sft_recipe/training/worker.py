@@ -110,8 +110,7 @@ class Worker:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int], tokens: int
     ) -> list[list[int]]:
         """Continue this rank's prompts greedily; see engine.generation.greedy. Not under Megatron."""
-        with self.engine.eval_mode():
-            return greedy(self.engine, prompts, max_new_tokens, end_ids, tokens)
+        return greedy(self.engine, prompts, max_new_tokens, end_ids, tokens)
 
     def _metrics(self, output: TensorDict | None) -> dict[str, Any]:
         if self.is_sft_engine:

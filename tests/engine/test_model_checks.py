@@ -97,3 +97,23 @@ def test_verification_draws_no_random_number(folder):
         load_file(folder / name / "checkpoints/step_1/huggingface/model.safetensors") for name in ("true", "false")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_model_computes_in_a_mode_of_verl_only(folder, monkeypatch):
+    """Outside of it the weights may be offloaded, and ranks that share a sequence do not know each other."""
+    use_cpu()
+    from sft_recipe.engine.sft_engine import SFTEngine
+
+    build, modes = SFTEngine._build_fsdp_module, []
+
+    def watched(self, module):
+        built = build(self, module)
+        self.mode = None
+        self.model.get_decoder().register_forward_pre_hook(lambda *_: modes.append(self.mode))
+        return built
+
+    monkeypatch.setattr(SFTEngine, "_build_fsdp_module", watched)
+    (folder / "val.json").write_text(json.dumps(RECORDS))
+    extra = [f"data.val_files={folder}/val.json", "eval.generate=2", "eval.max_new_tokens=3"]
+    assert run_here(*arguments(folder, "out", *extra)) == 0
+    assert set(modes) == {"train", "eval"} and len(modes) > 10
