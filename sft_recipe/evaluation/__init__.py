@@ -1,1 +1,1 @@
-"""Validation during training: the loss on held-out examples."""
+"""Evaluation during training: the loss on validation data, generated answers and their scores."""

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sft_recipe.config.trainer import EvalConfig
 from sft_recipe.data.token_store import Examples
-from sft_recipe.evaluation.scores import Scores, score
+from sft_recipe.evaluation.scores import Scores, score, tool_calls
 
+TOOL_MATCH = "eval/tool_match"
 # prompts, largest number of new tokens, tokens that end an answer, tokens of a batch -> continuations
 Generate = Callable[[Sequence[Sequence[int]], int, Sequence[int], int], list[list[int]]]
 
@@ -56,7 +57,7 @@ class GenerationResult:
             "eval/empty": sum(not sample.answer.strip() for sample in scored),
             "eval/samples": len(scored),
         }
-        return found | ({} if self.scores.tool_match is None else {"eval/tool_match": self.scores.tool_match})
+        return found | ({} if self.scores.tool_match is None else {TOOL_MATCH: self.scores.tool_match})
 
 
 class AnswerGenerator:
@@ -92,6 +93,10 @@ class AnswerGenerator:
         samples = [self._sample(prompt, answer) for prompt, answer in zip(self.prompts, ordered, strict=True)]
         pairs = [(sample.answer, sample.reference) for sample in samples if sample.reference is not None]
         return GenerationResult(samples, score(*map(list, zip(*pairs, strict=True))) if pairs else None)
+
+    def expects_tool_calls(self) -> bool:
+        """Return whether any reference calls a tool, so that there is an eval/tool_match."""
+        return any(tool_calls(self._text(prompt.reference)) for prompt in self.prompts if prompt.reference)
 
     def _sample(self, prompt: Prompt, answer: list[int]) -> Sample:
         is_truncated = not answer or answer[-1] not in self.end_ids

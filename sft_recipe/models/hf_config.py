@@ -10,6 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sft_recipe.config.schema import ModelConfig
+from sft_recipe.config.secrets import without_secrets
 from sft_recipe.errors import ConfigError, ModelError, first_line
 from sft_recipe.models.resolve import ResolvedModel
 
@@ -78,14 +79,15 @@ def _with_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> P
     try:
         rebuilt = type(config).from_dict(settings)
     except Exception as error:  # the configuration classes raise anything for a value that they refuse
-        reason = str(error).strip().replace("\n", " ") or type(error).__name__
-        names = ", ".join(overrides)  # not the values: one may be a secret
-        raise ConfigError(f"model.override_config ({names}): {type(config).__name__} says: {reason}") from None
+        reason = without_secrets(str(error).strip().replace("\n", " ")) or type(error).__name__
+        raise ConfigError(
+            f"model.override_config={without_secrets(dict(overrides))}: {type(config).__name__} says: {reason}"
+        ) from None
     for key, value in given.items():
         found = getattr(rebuilt, key, None)
         if not _has_arrived(value, found):
             raise ConfigError(
-                f"model.override_config: {key}={value} has no effect on {type(config).__name__}, where it is {found}"
+                f"model.override_config: {key}={without_secrets(value)} has no effect on {type(config).__name__}, where it is {found}"
             )
     return rebuilt
 

@@ -51,11 +51,10 @@ class EarlyStopping:
         if config.target is not None and progress.last is not None and self._is_better(progress.last, config.target):
             return f"{config.metric} is {progress.last:.4g}, better than the target {config.target:g}"
         if config.patience is not None and progress.waited >= config.patience:
-            return (
-                f"{config.metric} has not improved"
-                + (f" by {config.min_delta:g}" if config.min_delta else "")
-                + f" in {progress.waited} evaluations (best {progress.best:.4g}, now {progress.last:.4g})"
-            )
+            by = f" by {config.min_delta:g}" if config.min_delta else ""
+            evaluations = f"{progress.waited} evaluation{'s' * (progress.waited > 1)}"
+            best = "never a number" if progress.best is None else f"best {progress.best:.4g}"
+            return f"{config.metric} has not improved{by} in {evaluations} ({best}, now {progress.last:.4g})"
         return None
 
     def _is_better(self, value: float, other: float | None, by: float = 0.0) -> bool:

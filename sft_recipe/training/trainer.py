@@ -21,9 +21,9 @@ from sft_recipe.config.schema import Config
 from sft_recipe.data.run_inputs import RunInputs
 from sft_recipe.distributed.signals import EXIT_PREEMPTED, SignalHandler
 from sft_recipe.distributed.watchdog import COLLECTIVE_TIMEOUT, Watchdog
-from sft_recipe.errors import CheckpointError, TrainingError
+from sft_recipe.errors import CheckpointError, ConfigError, TrainingError
 from sft_recipe.evaluation.evaluator import Evaluator
-from sft_recipe.evaluation.generation import AnswerGenerator
+from sft_recipe.evaluation.generation import TOOL_MATCH, AnswerGenerator
 from sft_recipe.export.huggingface import MODEL, ModelSaver
 from sft_recipe.models.stats import ModelStats
 from sft_recipe.tracking.console import notice
@@ -159,6 +159,8 @@ class SFTTrainer:
         if evaluation.generate or evaluation.prompts:
             ends, tokenizer = self.inputs.stop_token_ids(), self.inputs.tokenizer
             answers = AnswerGenerator(evaluation, sets, tokenizer, ends, self.worker.generate, data.token_budget)
+        if self.config.trainer.early_stopping.metric == TOOL_MATCH and not (answers and answers.expects_tool_calls()):
+            raise ConfigError(f"trainer.early_stopping.metric={TOOL_MATCH}: no answer of the data calls a tool")
         return Evaluator(data.token_budget, sets, self.batches, self.worker, answers)
 
     def _verify_first_step(self) -> float | None:
@@ -267,14 +269,15 @@ class SFTTrainer:
     ) -> dict[str, Any]:
         """What a checkpoint's manifest says about the run; `unvalidated` is the row of an interrupted evaluation."""
         compared = self.config.trainer.early_stopping
+        value = evaluation[compared.metric] if evaluation else math.nan
         return {
             "step": step,
             "total_steps": self.schedule.total_steps,
             "epoch": self.schedule.epoch(step),
             "skipped_steps": self.metrics.skipped_steps,
             "epoch_loss": self.metrics.epoch_loss,
-            "evaluation": {"metric": compared.metric, "mode": compared.mode, "value": evaluation[compared.metric]}
-            if evaluation
+            "evaluation": {"metric": compared.metric, "mode": compared.mode, "value": value}
+            if math.isfinite(value)
             else None,
             "early_stopping": self.stopping.state(),
             "unvalidated": unvalidated,

@@ -75,6 +75,13 @@ def test_values_that_cannot_arrive_are_errors(folder, overrides, message):
         read(folder, **overrides)
 
 
+def test_messages_hold_no_secret(folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    with pytest.raises(ConfigError) as caught:
+        read(folder, num_hidden_layers="hf_verysecret")
+    assert "verysecret" not in str(caught.value) and "HF_TOKEN" in str(caught.value)
+
+
 def test_a_theta_for_several_kinds_of_layers_needs_their_names(tmp_path):
     config = Gemma3TextConfig(architectures=["Gemma3ForCausalLM"])
     config.save_pretrained(tmp_path)

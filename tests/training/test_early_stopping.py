@@ -61,6 +61,9 @@ def test_target_must_be_passed(mode, values):
 
 def test_nan_is_never_the_best():
     assert follow([float("nan"), 3, float("nan")], patience=2) == ([2], None, "")
+    assert follow([float("nan")] * 2, patience=2) == (
+        [], 2, "val/loss has not improved in 2 evaluations (never a number, now nan)"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,13 @@ def arguments(work, output, *extra):
         "trainer.test_freq=2", "trainer.save_freq=3", "optim.lr=0.03", "optim.lr_scheduler_type=constant",
         "optim.lr_warmup_steps_ratio=0", "trainer.early_stopping.patience=3", *extra,
     ]  # fmt: skip
+
+
+def test_tool_calls_are_compared_only_where_the_data_has_some(work, tmp_path, capfd):
+    metric = ["eval.generate=2", "trainer.early_stopping.metric=eval/tool_match", "trainer.early_stopping.mode=max"]
+    assert run_here(*arguments(work, tmp_path, *metric)) == 2
+    assert "no answer of the data calls a tool" in capfd.readouterr().err
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.fixture(scope="module")
