@@ -8,6 +8,7 @@ from rich.table import Table
 from sft_recipe.config.auto import compute_dtype, effective_strategy, uses_gradient_checkpointing
 from sft_recipe.config.schema import Config
 from sft_recipe.data.run_inputs import RunInputs
+from sft_recipe.data.token_store import Examples
 from sft_recipe.models.memory_estimate import MemoryEstimate
 from sft_recipe.models.stats import ModelStats
 from sft_recipe.tracking.console import console
@@ -62,7 +63,7 @@ def _data_rows(config: Config, inputs: RunInputs) -> dict[str, str]:
     share = 100 * train.supervised / tokens
     median, p95 = (int(lengths[int(quantile * (len(lengths) - 1))]) for quantile in (0.5, 0.95))
     ends = " or ".join(inputs.tokenizer.convert_ids_to_tokens(inputs.stop_token_ids()))
-    repeated = len(train) - len(np.unique(train.store.digests[train.numbers]))
+    repeated = len(train) - len(np.unique(_digests(train)))
     counts = inputs.source_counts
     sources = ", ".join(f"{source.name} {source.target_count:,} of {source.examples:,}" for source in counts)
     is_mixed = len(counts) > 1 or any(source.target_count != source.examples for source in counts)
@@ -78,7 +79,16 @@ def _data_rows(config: Config, inputs: RunInputs) -> dict[str, str]:
 
 
 def _validation_sets(inputs: RunInputs) -> list[str]:
-    return [f"{name}: {len(examples):,} examples".removeprefix(": ") for name, examples in inputs.validation.items()]
+    train, sets = _digests(inputs.train), []
+    for name, examples in inputs.validation.items():
+        trained = int(np.isin(_digests(examples), train).sum())
+        also = f" ({trained:,} of them are also trained on)" if trained else ""
+        sets.append(f"{name}: {len(examples):,} examples{also}".removeprefix(": "))
+    return sets
+
+
+def _digests(examples: Examples) -> np.ndarray:
+    return examples.store.digests[examples.numbers]
 
 
 def _verification(config: Config, difference: float | None) -> str:

@@ -56,6 +56,17 @@ def test_mixture_trains_the_requested_numbers_of_examples(tmp_path):
     assert held_out | trained == set(texts(found, found.train))
 
 
+def test_validation_examples_that_are_also_trained_on_are_counted(tmp_path, capsys):
+    tiny.build_model(tmp_path / "model")
+    data, other = write(tmp_path / "one.jsonl", 20, "Hello"), write(tmp_path / "two.jsonl", 5, "Paris")
+    sets = [f"data.train_files='{data}#12'", f"data.val_files={{same: '{data}#4', other: {other}}}"]
+    assert run_here(*overrides(tmp_path, *sets, "trainer.total_training_steps=1")) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    found = prepared(tmp_path, *sets)
+    both = set(texts(found, found.train)) & set(texts(found, found.validation["same"]))
+    assert both and f"same: 4 examples ({len(both)} of them are also trained on), other: 5 examples" in said
+
+
 def test_resume_with_another_mixture_is_refused(tmp_path, capfd):
     tiny.build_model(tmp_path / "model")
     data = write(tmp_path / "one.jsonl", 20, "Hello")
