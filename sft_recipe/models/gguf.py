@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sft_recipe.errors import ModelError
+from sft_recipe.errors import ModelError, first_line
 from sft_recipe.files import locked, update_digest
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -79,10 +79,10 @@ def _write_converted(source: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**location)
         loaded: Any = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32, output_loading_info=True)
         model, report = loaded
-        check_weights(source, report)
-        model.to(torch.bfloat16)
-    except (ValueError, LookupError, OSError, ImportError, NotImplementedError) as error:
-        raise ModelError(f"{source} cannot be converted: {error}") from None
+    except Exception as error:  # the reader of gguf and the classes of transformers raise anything
+        raise ModelError(f"{source} cannot be converted: {first_line(error)}") from None
+    check_weights(source, report)
+    model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     tokenizer.clean_up_tokenization_spaces = False
     for part in ("bos", "eos", "pad"):

@@ -87,7 +87,8 @@ def _with_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> P
         found = getattr(rebuilt, key, None)
         if not _has_arrived(value, found):
             raise ConfigError(
-                f"model.override_config: {key}={without_secrets(value)} has no effect on {type(config).__name__}, where it is {found}"
+                f"model.override_config: {key}={without_secrets(value)} has no effect on {type(config).__name__}, "
+                f"where it is {found}"
             )
     return rebuilt
 

@@ -51,7 +51,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported here, with all others
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # of safetensors, transformers, or the model's own code
         raise ModelError(f"the weights of {folder} cannot be loaded: {first_line(error)}") from None
     model, report = loaded
     check_weights(folder, report)

@@ -7,7 +7,7 @@ import torch
 
 from sft_recipe.config.auto import PACKED_ATTENTION, attention
 from sft_recipe.config.schema import Config, LoraConfig
-from sft_recipe.errors import ConfigError, ModelError
+from sft_recipe.errors import ConfigError, ModelError, first_line
 from sft_recipe.models.adapters import check_modules
 from sft_recipe.models.dims import ModelDims
 from sft_recipe.models.flops import MatmulParams, matmul_params
@@ -100,8 +100,8 @@ def _on_meta(config: Config, model: ResolvedModel, attention: str) -> Any:
         with torch.device("meta"):
             chosen = None if attention == PACKED_ATTENTION else attention  # the engine knows which models support it
             built = build_model(hf_config, config.model.trust_remote_code, chosen)
-    except (ValueError, ImportError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{model.name} cannot be built as a causal language model: {error}") from None
+    except Exception as error:  # the model's code raises anything for sizes that do not fit each other
+        raise ModelError(f"{model.name} cannot be built as a causal language model: {first_line(error)}") from None
     if not hf_config.architectures:
         raise ModelError(
             f"{model.folder}/config.json names no architecture; add {type(built).__name__!r} to `architectures`"
