@@ -115,6 +115,7 @@ FLAGS = (
 )
 
 OVERRIDE = "--hydra-override"  # hidden: marks an override for argparse
+HIDDEN = "\0"  # in front of the value "--", which argparse would drop; no word of a command line has it
 NEGATIVE_NUMBER = re.compile(r"-\.?\d[\d.]*(e[+-]?\d+)?", re.IGNORECASE)
 LOOKS_LIKE_OVERRIDE = re.compile(r"[+~]*[\w./@]+=")
 USAGE = "./train.sh [FLAGS] [HYDRA OVERRIDES]"
@@ -286,7 +287,7 @@ def _mark_overrides(args: Sequence[str], parser: Parser) -> Iterator[str]:
         if word.startswith("--") and previous not in needs_value:
             name, equals, value = word.partition("=")
             name = name[:2] + name[2:].replace("-", "_")
-            word = name + equals + value
+            word = name + equals + (HIDDEN + value if value == "--" else value)
             takes_several = name in several
         elif LOOKS_LIKE_OVERRIDE.match(word) and previous not in needs_value and not (takes_several and _exists(word)):
             word, takes_several = f"{OVERRIDE}={word}", False
@@ -331,7 +332,7 @@ def _override(flag: Flag, source: str, value: str | list[str]) -> str:
     values = value if isinstance(value, list) else [value]
     if flag.takes_several:
         values = list(chain.from_iterable(map(_split, values)))
-    values = [text for text in values if text]
+    values = [text.removeprefix(HIDDEN) for text in values if text]
     if not values:
         raise ConfigError(f"{source} needs a value")
     if len(values) == 1:

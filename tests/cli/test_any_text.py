@@ -12,6 +12,7 @@ PATHS = st.lists(ODD | st.characters(categories=["L", "N", "P", "S", "Zs"]), min
 
 @settings(max_examples=60, deadline=None)
 @given(PATHS)
+@example("--")
 @example("C:\\new\\\\dir\\")
 @example("a'b\"c")
 @example("\\'")
