@@ -65,7 +65,7 @@ def _run(config: Config, watchdog: Watchdog, cleanup: ExitStack) -> int:
     is_first, local_rank = os.environ["RANK"] == "0", int(os.environ["LOCAL_RANK"])
     with timing.paused_gc():
         silence_libraries(shows_progress=local_rank == 0 and sys.stderr.isatty())
-        from sft_recipe.checkpoint.manager import check_run_folder_is_free, find_checkpoint
+        from sft_recipe.checkpoint.manager import check_run_folder_is_free, find_checkpoint, restore_best_link
         from sft_recipe.checkpoint.run_lock import FolderLock
         from sft_recipe.config import preflight
         from sft_recipe.data.run_inputs import prepare
@@ -81,6 +81,7 @@ def _run(config: Config, watchdog: Watchdog, cleanup: ExitStack) -> int:
     if is_first:  # all ranks share the folder, so that one of them looks for a checkpoint and broadcasts it below
         cleanup.callback(FolderLock(output_dir).release)
         is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        restore_best_link(checkpoints)
         resume = find_checkpoint(config.trainer.resume_from, checkpoints, is_restart, notice)
         check_run_folder_is_free(checkpoints, resume)
     timing.mark("checks")

@@ -53,6 +53,30 @@ def _find(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str],
     return _named(user_path(spec)) if spec else None
 
 
+def restore_best_link(folder: Path) -> None:
+    """Make `best` a link again where a copy of the run folder has a folder instead; nothing is lost.
+
+    The folder gets the name of its step, or is removed where the same checkpoint is there under that name. Raises
+    CheckpointError where another one is.
+    """
+    best = folder / BEST
+    if best.is_symlink() or not best.is_dir():
+        return
+    try:
+        step = folder / f"step_{read_manifest(best)['step']}"
+        if not step.exists():
+            best.rename(step)
+        elif read_manifest(step) == read_manifest(best) and not verify(step):
+            shutil.rmtree(best)
+        else:
+            raise ValueError(f"it differs from {step.name}")
+        best.symlink_to(step.name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{best} should be a link to a checkpoint, but is a folder: {error}. Give it another name."
+        ) from None
+
+
 def check_free_space(folder: Path, size: int) -> None:
     """Raise OSError where the disk of `folder` has less than `size` bytes left."""
     free = shutil.disk_usage(folder).free
@@ -215,8 +239,6 @@ class Checkpoints:
         with suppress(OSError, CheckpointError):  # not on all file systems; the next save tries again
             partial.unlink(missing_ok=True)
             if best := _best(list_checkpoints(self.folder)):
-                if link.is_dir() and not link.is_symlink():  # a copy of the folder in which links became folders
-                    shutil.rmtree(link)
                 partial.symlink_to(best.name)
                 partial.replace(link)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sft_recipe import files
 from sft_recipe.checkpoint.manifest import read_manifest, verify
+from sft_recipe.engine.cpu.platform import use_cpu
 from tests.support import tiny
 from tests.support.chaos import states, wrap
 from tests.support.runs import metrics, run_here
@@ -195,10 +196,12 @@ def test_leftovers_of_killed_runs_are_removed(model, tmp_path):
 @pytest.mark.parametrize("shape", [[], ["lora.enabled=true", "lora.merge=true"], ["fsdp.param_offload=true"]])
 def test_asynchronous_checkpoint_holds_the_state_of_its_step(model, tmp_path, monkeypatch, shape):
     """Each save is held back until the step after it is done."""
+    use_cpu()
     from sft_recipe.checkpoint.async_saving import _Job
     from sft_recipe.training.trainer import SFTTrainer
 
-    keep = ["trainer.max_ckpt_to_keep=null", "model.override_config={attention_dropout: 0.1}", *shape]
+    keep = ["trainer.max_ckpt_to_keep=null", "trainer.save_best=false", *shape]
+    keep.append("model.override_config={attention_dropout: 0.1}")
     assert run_here(*arguments(model, tmp_path / "waiting", *keep, "trainer.async_save=false")) == 0
     trained, real_step, real_run = [], SFTTrainer.train_step, _Job._run
     written_after = []

@@ -180,3 +180,32 @@ def test_without_save_best_no_checkpoint_is_saved_for_an_evaluation(work, tmp_pa
     steps = {path.name for path in (tmp_path / "checkpoints").glob("step_*")}
     assert steps == {"step_3", "step_6"}
     assert (tmp_path / "checkpoints/best").resolve().name == "step_6"  # the only one of them that was evaluated
+
+
+def copied(whole, folder, *without):
+    """A copy of the run in which links became folders, without some of its checkpoints."""
+    shutil.copytree(whole, folder)
+    for name in without:
+        shutil.rmtree(folder / "checkpoints" / name)
+    return folder
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_best_checkpoint_that_became_a_folder_is_kept_under_its_step(work, whole, tmp_path, is_alone):
+    best = (whole / "checkpoints/best").resolve().name
+    others = [path.name for path in (whole / "checkpoints").glob("step_*") if path.name != best]
+    copy = copied(whole, tmp_path / "copy", *others, *([best] if is_alone else []))
+    extra = [f"trainer.resume_from={copy}/checkpoints/best", "trainer.early_stopping.patience=null"]
+    assert run_here(*arguments(work, copy, *extra, "trainer.total_training_steps=20")) == 0
+    assert (copy / "checkpoints" / best).is_dir() and (copy / "checkpoints/best").is_symlink()
+    assert min(row["step"] for row in all_rows(copy) if row["step"] > int(best[5:])) == int(best[5:]) + 1
+
+
+def test_a_folder_best_that_is_another_checkpoint_is_an_error(work, whole, tmp_path, capfd):
+    copy = copied(whole, tmp_path / "copy")
+    manifest = copy / "checkpoints/best/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"epoch"', '"other"'))
+    before = sorted(copy.rglob("*"))
+    assert run_here(*arguments(work, copy, "trainer.resume_from=auto")) == 2
+    assert "should be a link to a checkpoint" in capfd.readouterr().err
+    assert set(before) <= set(copy.rglob("*"))
