@@ -11,8 +11,11 @@ class Progress:
     """Progress is what earlier evaluations leave behind; a checkpoint's manifest holds it.
 
     `best` is the best value, `reference` the last one that was an improvement by `min_delta`, and `waited` the number
-    of evaluations since. `last` is the value of the newest evaluation.
+    of evaluations since. `last` is the value of the newest evaluation. All are values of `metric`.
     """
+
+    metric: str
+    mode: str
 
     best: float | None = None
     reference: float | None = None
@@ -24,9 +27,11 @@ class EarlyStopping:
     """Follows one metric through the evaluations of a run. It is the same on all ranks, and exact on resume."""
 
     def __init__(self, config: EarlyStoppingConfig, state: dict[str, Any] | None = None):
-        """Continue from `state`, which a checkpoint's manifest holds."""
+        """Continue from `state`, which a checkpoint's manifest holds; from the beginning if it is of another metric."""
         self.config = config
-        self.progress = Progress(**(state or {}))
+        self.progress = Progress(config.metric, config.mode)
+        if state and (state["metric"], state["mode"]) == (config.metric, config.mode):
+            self.progress = Progress(**state)
 
     def state(self) -> dict[str, Any]:
         """Return what another EarlyStopping continues from, as JSON can hold it."""

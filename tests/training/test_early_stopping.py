@@ -107,6 +107,14 @@ def arguments(work, output, *extra):
     ]  # fmt: skip
 
 
+def test_values_of_another_metric_are_not_compared():
+    before = EarlyStopping(EarlyStoppingConfig())
+    before.update({"val/loss": 6.3})
+    config = EarlyStoppingConfig(metric="val/token_accuracy", mode="max", patience=2)
+    stopping = EarlyStopping(config, before.state())
+    assert stopping.update({"val/token_accuracy": 0.1}) and stopping.reason() is None
+
+
 def test_tool_calls_are_compared_only_where_the_data_has_some(work, tmp_path, capfd):
     metric = ["eval.generate=2", "trainer.early_stopping.metric=eval/tool_match", "trainer.early_stopping.mode=max"]
     assert run_here(*arguments(work, tmp_path, *metric)) == 2
