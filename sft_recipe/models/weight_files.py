@@ -10,6 +10,7 @@ from sft_recipe.errors import ModelError
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 LFS_POINTER = b"version https://git-lfs"
+WITHOUT_SCALE = ("I8", "U8", "I16", "I32", "I64", "F8_E4M3", "F8_E5M2")  # dtypes that need factors beside the weights
 LARGEST_HEADER = 100 * 2**20  # bytes, the limit of the safetensors format
 
 
@@ -52,6 +53,12 @@ def _check_file(path: Path) -> None:
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         except (ValueError, AttributeError, KeyError, TypeError):
             raise ModelError(f"{path} is no safetensors file, or its beginning is damaged") from None
+    narrow = [name for name, entry in header.items() if name.endswith("weight") and entry["dtype"] in WITHOUT_SCALE]
+    if narrow:
+        raise ModelError(
+            f"{path}: {narrow[0]} has the dtype {header[narrow[0]]['dtype']}; such weights are quantized, and nothing "
+            "says how: name the model that they were made from"
+        )
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ModelError(f"{path} has {size:,} bytes instead of {expected:,}: the download or copy is incomplete")

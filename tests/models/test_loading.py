@@ -154,7 +154,12 @@ def adapter_beside(folder):
     (folder / "adapter_config.json").write_text("{}")
 
 
+def integers(folder):
+    change(folder, lambda weights: {name: (weight * 100).to(torch.int8) for name, weight in weights.items()})
+
+
 DAMAGES = {
+    integers: "such weights are quantized",
     missing_shard: "lacks model-00002-of-00002.safetensors",
     truncated: "the download or copy is incomplete",
     pointer: "git lfs pull",
