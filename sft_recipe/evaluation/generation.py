@@ -13,6 +13,7 @@ from sft_recipe.data.token_store import Examples
 from sft_recipe.evaluation.scores import Scores, score, tool_calls
 
 TOOL_MATCH = "eval/tool_match"
+HALF_CHARACTER = "\ufffd"  # what the first bytes of a character are decoded to
 # prompts, largest number of new tokens, tokens that end an answer, tokens of a batch -> continuations
 Generate = Callable[[Sequence[Sequence[int]], int, Sequence[int], int], list[list[int]]]
 
@@ -78,7 +79,7 @@ class AnswerGenerator:
         self.end_ids = list(end_ids)
         self.generate = generate
         self.token_budget = token_budget
-        self.prompts = [*_validation_prompts(sets, config.generate), *self._fixed_prompts()]
+        self.prompts = [*self._fixed_prompts(), *_validation_prompts(sets, config.generate)]
 
     def run(self) -> GenerationResult:
         """Answer all prompts, shared among the ranks. Collective; all ranks get the same result."""
@@ -101,7 +102,10 @@ class AnswerGenerator:
     def _sample(self, prompt: Prompt, answer: list[int]) -> Sample:
         is_truncated = not answer or answer[-1] not in self.end_ids
         reference = None if prompt.reference is None else self._text(prompt.reference)
-        return Sample(prompt.set, self._text(prompt.ids), reference, self._text(answer), is_truncated)
+        text = self._text(answer)
+        if is_truncated:
+            text = text.rstrip(HALF_CHARACTER)
+        return Sample(prompt.set, self._text(prompt.ids), reference, text, is_truncated)
 
     def _text(self, ids: list[int]) -> str:
         """The text before the end token. Other special tokens stay: some mark tool calls."""
@@ -118,14 +122,14 @@ class AnswerGenerator:
 
 
 def _validation_prompts(sets: dict[str, Examples], count: int) -> list[Prompt]:
-    """The first examples of each set, `count` together, each up to its last supervised turn."""
-    prompts = []
-    for number, (name, examples) in enumerate(sets.items()):
-        share = count // len(sets) + (number < count % len(sets))
-        for index in range(min(share, len(examples))):
-            ids, mask = examples[index]
-            supervised = np.flatnonzero(mask)
-            gaps = np.flatnonzero(np.diff(supervised) > 1)
-            begin, end = int(supervised[gaps[-1] + 1 if len(gaps) else 0]), int(supervised[-1]) + 1
-            prompts.append(Prompt(name, ids[:begin].tolist(), ids[begin:end].tolist()))
-    return prompts
+    """The first examples of each set in turn, `count` together, each up to its last supervised turn."""
+    longest = max(map(len, sets.values()), default=0)
+    chosen = [(name, index) for index in range(longest) for name, examples in sets.items() if index < len(examples)]
+    return [_prompt(name, *sets[name][index]) for name, index in chosen[:count]]
+
+
+def _prompt(name: str, ids: np.ndarray, mask: np.ndarray) -> Prompt:
+    supervised = np.flatnonzero(mask)
+    gaps = np.flatnonzero(np.diff(supervised) > 1)
+    begin, end = int(supervised[gaps[-1] + 1 if len(gaps) else 0]), int(supervised[-1]) + 1
+    return Prompt(name, ids[:begin].tolist(), ids[begin:end].tolist())

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,7 +72,8 @@ def test_answers_equal_those_of_transformers(run):
         settings = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=tokenizer.eos_token_id)
         answer = model.generate(ids, **settings)[0, ids.shape[1] :].tolist()
         is_truncated = answer[-1] != tokenizer.eos_token_id
-        assert sample["answer"] == tokenizer.decode(answer if is_truncated else answer[:-1])
+        text = tokenizer.decode(answer if is_truncated else answer[:-1])
+        assert sample["answer"] == (text.rstrip("\ufffd") if is_truncated else text)
         assert sample["is_truncated"] == is_truncated
 
 
@@ -97,3 +99,13 @@ def test_scores_are_in_the_row_and_in_the_terminal(run):
     assert row["eval/samples"] == 7
     said = " ".join(text.split())
     assert f"BLEU-4 {expected.bleu4:.2f}" in said and "tok:13a" in said and "answer" in said
+
+
+def test_prompts_are_taken_from_each_set_in_turn(tmp_path):
+    """A set that has too few leaves its place to the others."""
+    from sft_recipe.evaluation.generation import _validation_prompts
+
+    sets = {name: [([1, n, 9], [0, 0, 1]) for n in numbers] for name, numbers in {"a": range(9), "b": [7]}.items()}
+    sets = {name: [tuple(map(np.array, pair)) for pair in pairs] for name, pairs in sets.items()}
+    found = [(prompt.set, prompt.ids[1]) for prompt in _validation_prompts(sets, 5)]
+    assert found == [("a", 0), ("b", 7), ("a", 1), ("a", 2), ("a", 3)]
