@@ -5,6 +5,7 @@ The functions are collective, and leave the model and all random states as they 
 
 import inspect
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -73,7 +74,12 @@ def loss_difference(engine: "SFTEngine", data: TensorDict) -> float:
     dist.all_reduce(sums)
     ours_mean, reference_mean = (sums[:2] / sums[2].clamp(min=1)).tolist()
     difference = abs(ours_mean - reference_mean) / max(1.0, abs(reference_mean))
-    if difference > TOLERANCE[engine.compute_dtype]:  # not where either is NaN: such a step is skipped and reported
+    if not math.isfinite(reference_mean):
+        raise ModelError(
+            f"the loss of the first micro-batch is {reference_mean}, computed by plain transformers as well: look for "
+            "NaN and infinite values in the model's weights. model.verify_first_step=false trains all the same."
+        )
+    if not difference <= TOLERANCE[engine.compute_dtype]:
         raise ModelError(
             f"the loss of the first micro-batch is {ours_mean:.6f}, but plain transformers computes "
             f"{reference_mean:.6f} for {type(engine.model).__name__}: it would be trained wrongly. Try "

@@ -63,6 +63,21 @@ def test_a_resumed_run_is_verified_too(folder, capsys):
     assert verified(capsys.readouterr().out) < 1e-5
 
 
+def test_a_loss_that_only_training_cannot_compute_is_an_error(folder, capfd, monkeypatch):
+    use_cpu()
+    from sft_recipe.engine.sft_engine import SFTEngine
+
+    real = SFTEngine.micro_batch_loss
+
+    def loss(self, micro_batch, *rest, **more):
+        found, correct = real(self, micro_batch, *rest, **more)
+        return found * (float("nan") if len(micro_batch.targets) > 4 else 1), correct  # not in the probes
+
+    monkeypatch.setattr(SFTEngine, "micro_batch_loss", loss)
+    assert run_here(*arguments(folder)) == 2
+    assert "the loss of the first micro-batch is nan, but plain transformers computes" in capfd.readouterr().err
+
+
 def test_attention_that_leaks_is_an_error_with_both_losses(folder, capfd, monkeypatch):
     """Documents are isolated while the probe looks, and not in the batch."""
     use_cpu()
