@@ -45,7 +45,13 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """Return the error as an object of the protocol."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _encodable(self.param)
+        return {"error": {"message": _encodable(str(self)), "type": kind, "param": param, "code": self.code}}
+
+
+def _encodable(text: str) -> str:
+    """Write halves of characters, which JSON can contain and UTF-8 cannot, as escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
         raise ApiError(400, f"{where} is {json_type(message)}; expected an object", where)
     given = {name: value for name, value in message.items() if value is not None}
     role = given.pop("role", None)
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ApiError(400, f"{where}.role is {role!r}; expected {', '.join(ROLES)}", f"{where}.role")
     if unknown := next((name for name in given if name not in TEXTS and given[name]), None):
         raise ApiError(400, f"{where}.{unknown} is not supported", f"{where}.{unknown}")

@@ -49,20 +49,21 @@ class Sampling:
             if name == "stop":
                 given[name] = _checked_stop(value)
             else:
-                _check(name, value)
+                given[name] = _checked(name, value)
         restricts = given.get("top_p", 1) < 1 or given.get("top_k", 0) > 0
         if restricts and not self.temperature and "temperature" not in given:
             given["temperature"] = 1.0
         return replace(self, **given)
 
 
-def _check(name: str, value: Any) -> None:
+def _checked(name: str, value: Any) -> int | float:
     lowest, highest, is_whole = LIMITS[name]
     is_number = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
     if not is_number or not lowest <= value <= (float("inf") if highest is None else highest) or value == float("inf"):
         number = "a whole number" if is_whole else "a number"
         limits = f"from {lowest:g}" + ("" if highest is None else f" to {highest:g}")
         raise ConfigError(f"{name} is {value!r}; it must be {number} {limits}")
+    return value if is_whole else float(value)  # JSON writes 2.0 as 2, and transformers tells them apart
 
 
 def _checked_stop(value: Any) -> tuple[str, ...]:

@@ -140,6 +140,8 @@ def test_key_is_required_everywhere_but_for_health(scripted):
         ({"messages": "Hi"}, 400, "messages", "messages is text; expected a list"),
         ({"messages": None}, 400, "messages", "messages is missing"),
         ({"messages": [{"role": "bot", "content": "Hi"}]}, 400, "messages[0].role", "messages[0].role is 'bot'"),
+        ({"messages": [{"role": [], "content": "Hi"}]}, 400, "messages[0].role", "messages[0].role is []"),
+        ({"messages": [{"role": {}, "content": "Hi"}]}, 400, "messages[0].role", "messages[0].role is {}"),
         ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "messages[0].content is missing"),
         ({"messages": ["Hi"]}, 400, "messages[0]", "messages[0] is text"),
         (
@@ -166,6 +168,18 @@ def test_bad_requests_get_errors_of_the_protocol(url, change, status, param, mes
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
     assert message in error["message"]
+
+
+@pytest.mark.parametrize(("body", "status"), [({"model": "\ud800"}, 404), ({"\ud800": 1}, 400)])
+def test_half_a_character_in_a_name_is_an_error_of_the_protocol(url, body, status):
+    answer = httpx.post(f"{url}/v1/chat/completions", content=json.dumps({**BODY, **body}), timeout=60)
+    assert answer.status_code == status and "\\ud800" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 2}, {"temperature": 1, "repetition_penalty": 2}, {"top_p": 1}])
+def test_numbers_without_a_fraction_are_answered(url, options):
+    answer = httpx.post(f"{url}/v1/chat/completions", content=json.dumps({**BODY, **options}), timeout=60)
+    assert answer.status_code == 200, answer.text
 
 
 def test_other_addresses_and_bodies(url):
