@@ -31,9 +31,16 @@ def unread_keys(record: Record, read: Collection[str], turn_fields: Collection[s
     """
     names = dict.fromkeys(key[:40] for key in _others(record, read))
     for field in turn_fields:
-        for turn in _objects(record.get(field)):
+        for turn in _turns(record.get(field)):
             names |= dict.fromkeys(f"{field}[].{key[:80]}" for key in _of_turn(turn))
     return tuple(names)
+
+
+def _turns(value: Any) -> list[Record]:
+    """Return the turns of a field; a text is one where it is JSON with roles, else it is trained as it stands."""
+    turns = list(_objects(value))
+    is_text = isinstance(value, str) and all(is_empty(turn.get("role", turn.get("from"))) for turn in turns)
+    return [] if is_text else turns
 
 
 def _of_turn(turn: Record) -> Iterator[str]:

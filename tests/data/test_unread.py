@@ -25,6 +25,9 @@ CALL = {"name": "f", "arguments": {}}
     ("record", "unread"),
     [
         (PAIR, ()),
+        ({**PAIR, "response": '{"event": "workshop", "day": "Monday"}'}, ()),
+        ({**PAIR, "response": '[{"event": "workshop"}, {"event": "dinner"}]'}, ()),
+        ({"messages": json.dumps([USER, {**ANSWER, "note": 1}])}, ("messages[].note",)),
         ({**PAIR, "id": 7, "note": None, "tags": [], "score": float("nan")}, ("id",)),
         ({**PAIR, "messages": [USER, ANSWER]}, ("prompt", "response")),
         ({**PAIR, "system": "a", "tools": [{"name": "f"}], "history": [["a", "b"]], "thinking": "c"}, ()),
