@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft_recipe.config.schema import ModelConfig
-from sft_recipe.errors import ModelError
+from sft_recipe.errors import ModelError, first_line
 from sft_recipe.files import user_path
 from sft_recipe.models.resolve import ResolvedModel
 
@@ -22,8 +22,8 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} holds no usable tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of the tokenizer's files, or of the config.json that names its class
+        raise ModelError(f"{folder} holds no usable tokenizer: {first_line(error)}") from None
     if config.chat_template:
         path = user_path(config.chat_template)
         try:

@@ -108,6 +108,19 @@ def test_a_run_ends_before_training_where_weights_are_missing(tmp_path, capfd, e
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "{"])
+def test_a_config_json_that_is_no_object_is_one_message(tmp_path, capfd, content):
+    folder = tiny.build_model(tmp_path / "model")
+    (folder / "config.json").write_text(content)
+    (tmp_path / "data.json").write_text('[{"prompt": "a", "response": "b"}]')
+    code = run_here(
+        f"model.path={folder}", f"data.train_files={tmp_path}/data.json", f"data.cache_dir={tmp_path}/cache",
+        f"trainer.output_dir={tmp_path}/out", "trainer.device=cpu",
+    )  # fmt: skip
+    error = capfd.readouterr().err
+    assert code == 2 and str(folder) in error and "Traceback" not in error
+
+
 def shard(folder):
     """Split the weights into two files with an index."""
     weights = load_file(folder / "model.safetensors")
