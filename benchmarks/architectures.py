@@ -213,7 +213,9 @@ def main() -> int:
     found = []
     for result in results(chosen or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
         found.append(result)
-        numbers = {method: tuple(f"{n:.0e}" for n in pair) for method, pair in result.differences.items()}
+        numbers = ", ".join(
+            f"{method}: loss {loss:.0e}, saved {saved:.0e}" for method, (loss, saved) in result.differences.items()
+        )
         verdict = "ok" if result.is_right else "refused" if result.refusal else "WRONG"
         print(verdict, result.name, result.model_class, numbers, result.refusal, result.failure, flush=True)
     if not chosen:
