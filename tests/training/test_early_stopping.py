@@ -198,11 +198,11 @@ def copied(whole, folder, *without):
     return folder
 
 
-@pytest.mark.parametrize("is_alone", [True, False])
-def test_a_best_checkpoint_that_became_a_folder_is_kept_under_its_step(work, whole, tmp_path, is_alone):
+@pytest.mark.parametrize("has_no_other", [True, False])
+def test_a_best_checkpoint_that_became_a_folder_is_kept_under_its_step(work, whole, tmp_path, has_no_other):
     best = (whole / "checkpoints/best").resolve().name
     others = [path.name for path in (whole / "checkpoints").glob("step_*") if path.name != best]
-    copy = copied(whole, tmp_path / "copy", *others, *([best] if is_alone else []))
+    copy = copied(whole, tmp_path / "copy", *others, *([best] if has_no_other else []))
     extra = [f"trainer.resume_from={copy}/checkpoints/best", "trainer.early_stopping.patience=null"]
     assert run_here(*arguments(work, copy, *extra, "trainer.total_training_steps=20")) == 0
     assert (copy / "checkpoints" / best).is_dir() and (copy / "checkpoints/best").is_symlink()
