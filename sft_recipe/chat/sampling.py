@@ -63,7 +63,7 @@ def _checked(name: str, value: Any) -> int | float:
         number = "a whole number" if is_whole else "a number"
         limits = f"from {lowest:g}" + ("" if highest is None else f" to {highest:g}")
         raise ConfigError(f"{name} is {value!r}; it must be {number} {limits}")
-    return value if is_whole else float(value)  # JSON writes 2.0 as 2, and transformers tells them apart
+    return value if is_whole else float(value)  # JSON writes 2.0 as 2, and transformers distinguishes them
 
 
 def _checked_stop(value: Any) -> tuple[str, ...]:
