@@ -13,7 +13,7 @@ done
 . "$here/scripts/environment.sh"
 choose_environment "" sft_recipe.cli.train "$@"
 
-# glibc keeps small freed blocks for each thread. On a CPU they fragment the heap that also holds the tensors, which costs
-# about a tenth of all memory.
-compgen -G '/dev/nvidia[0-9]*' >/dev/null || export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.tcache_count=0}"
+# glibc keeps small freed blocks for each thread, and what a thread frees is not there for the others. On a CPU this
+# fragments the heap, which also holds the tensors, and costs a tenth of all memory or more.
+compgen -G '/dev/nvidia[0-9]*' >/dev/null || export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1}"
 exec "$PYTHON" -m sft_recipe.cli.train "$@"

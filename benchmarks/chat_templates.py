@@ -7,30 +7,30 @@ Exits with code 1 if an outcome is wrong.
 
 import argparse
 import json
-import re
 import sys
-from collections import Counter, defaultdict
 from dataclasses import astuple
 from multiprocessing import Pool
 from pathlib import Path
 
-from benchmarks.results import table
-from benchmarks.templates.judge import EXACT, KINDS, NOT_LOCATED, OMITTED, REFUSED, WRONG, Outcome, judge
-from benchmarks.templates.shapes import SHAPES
-from benchmarks.templates.sources import PACKAGES, published_templates
-
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "chat-templates.md"
-NAMED = 3  # templates per reason
-Outcomes = dict[str, dict[str, Outcome]]
+CACHE = Path.home() / ".cache" / "sft_recipe" / "chat_templates"
 
 
 def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chat_templates", description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="packages and outcomes (%(default)s)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="templates whose name contains it; writes no page")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
+    return run(parser.parse_args())
+
+
+def run(options: argparse.Namespace) -> int:
     """Judge all templates; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sft_recipe" / "chat_templates")
-    parser.add_argument("--only", default="", help="templates whose name contains this; writes no page")
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
+    from benchmarks.templates.judge import WRONG, judge  # imports PyTorch, which --help does not need
+    from benchmarks.templates.page import page
+    from benchmarks.templates.sources import published_templates
+
     options.cache.mkdir(parents=True, exist_ok=True)
     templates = {name: text for name, text in published_templates(options.cache).items() if options.only in name}
     with Pool(options.workers) as pool:
@@ -44,67 +44,6 @@ def main() -> int:
         (options.cache / "outcomes.json").write_text(json.dumps(plain, indent=1, ensure_ascii=False))
         PAGE.write_text(page(outcomes))
     return 1 if wrong else 0
-
-
-def page(outcomes: Outcomes) -> str:
-    """Return the page of docs/ about these outcomes."""
-    packages = ", ".join(f"{name} {version}" for name, version in PACKAGES.items())
-    exact = sum(all(o.kind == EXACT for o in kinds.values()) for kinds in outcomes.values())
-    sections = [
-        f"""# Chat templates
-
-{len(outcomes)} published chat templates, each with {len(SHAPES)} shapes of conversations: which can be trained on, and
-why the others are refused. `python -m benchmarks.chat_templates` writes this page; the templates are those of the
-packages {packages}.
-
-Every text of a conversation consists of words that occur nowhere else. An oracle that does not use the renderer looks
-for them among the tokens: the ids are those of `apply_chat_template`, every word of a system, user or tool turn has no
-loss, every word of a supervised assistant turn has loss, and so has the token that ends the turn, but no header. A
-template with `{{% generation %}}` tags has the mask of transformers. The tokenizers are small ones with the markers of
-the template as special tokens. {exact} templates are exact in all shapes.""",
-        "## By shape",
-        _by_shape(outcomes),
-        """*Refused by the template*: its own rendering fails. *Omitted*: it leaves out a part of the conversation, as
-transformers' rendering confirms. *No end token*: the assistant's turn ends without one (some end it with the marker of
-the next role). *Not located*: the generation prompt, or the end of a turn, differs from the conversation.""",
-    ]
-    for kind in (WRONG, NOT_LOCATED, OMITTED, REFUSED):
-        sections += [f"## {kind.capitalize()}", _by_reason(outcomes, kind)]
-    return "\n\n".join(sections) + "\n"
-
-
-def _by_shape(outcomes: Outcomes) -> str:
-    rows = []
-    for shape in SHAPES:
-        counts = Counter(kinds[shape].kind for kinds in outcomes.values())
-        rows.append([shape, *(str(counts[kind]) for kind in KINDS)])
-    total = Counter(o.kind for kinds in outcomes.values() for o in kinds.values())
-    rows.append(["all", *(str(total[kind]) for kind in KINDS)])
-    return table(["conversation", *KINDS], rows)
-
-
-def _by_reason(outcomes: Outcomes, kind: str) -> str:
-    found: dict[str, list[str]] = defaultdict(list)
-    for name, kinds in outcomes.items():
-        for outcome in kinds.values():
-            if outcome.kind == kind:
-                found[_general(outcome.reason)].append(name)
-    rows = []
-    for reason, names in sorted(found.items(), key=lambda item: (-len(item[1]), item[0])):
-        different = list(dict.fromkeys(names))
-        some = ", ".join(different[:NAMED]) + (f" and {len(different) - NAMED} more" if len(different) > NAMED else "")
-        rows.append([reason, str(len(names)), some])
-    return table(["reason", "conversations", "templates"], rows) if rows else "None."
-
-
-def _general(reason: str) -> str:
-    """The reason without what is particular to a template, fit for a cell of a table."""
-    text = re.sub(r"(has the generation prompt) .*", r"\1, but begins the turn otherwise", reason, flags=re.DOTALL)
-    text = re.sub(r"(ends .* \(assistant\)) with .*( only when it is)", r"\1\2", text, flags=re.DOTALL)
-    text = re.sub(r"messages\[\d+\]", "messages[N]", text)
-    for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("*", "&#42;"), ("_", "&#95;")):
-        text = text.replace(char, entity)
-    return " ".join(text.split())[:160]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import argparse
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.results import machine, table, write_section
 
-SAVES = 3  # of each kind; the median counts
+SAVES = 7  # in each way, after one to warm up; the median counts
 VARIANTS = {"full": [], "LoRA": ["lora.enabled=true"]}
 Timed = tuple[float, float]  # seconds until a save is complete, and seconds that it blocks training
 
@@ -33,13 +34,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for variant, extra in VARIANTS.items():
             rows += [[variant, *row] for row in measured_rows(options.model, Path(folder) / variant, extra)]
-    header = ["state", "saved by", "s until complete", "s training blocked", "of verl's", "MB"]
+    header = ["state", "saved by", "s until complete", "s blocked", "blocked, of verl's", "MB of memory", "MB on disk"]
     section = f"""## What a checkpoint costs
 
 `benchmarks/checkpoint_speed.py --model {options.model}`; {machine()}.
-Medians of {SAVES} saves after a warm-up. sft_recipe writes the state and the exported model, reads all back for the
-checksums, and syncs to the disk; verl and `torch.save` write the state into the page cache, and no model. How much an
-asynchronous save slows the steps during it is not counted.
+Medians of {SAVES} rounds after a warm-up. Each round saves once in each way; the ratios, with their range, are those of
+a round. sft_recipe and verl write the state and the exported model, `torch.save` the state alone. sft_recipe syncs to
+the disk before a save counts as complete, and reads it back afterwards, while training continues; the others write into
+the page cache. How much reading back and an asynchronous save slow the steps meanwhile is not counted. Memory: the peak
+during a save over what was there before it, without the pages of files; an asynchronous save keeps its copy of the
+state for the next one.
 
 {table(header, rows)}"""
     print(section)
@@ -77,46 +81,94 @@ def measured_rows(model: str, folder: Path, extra: list[str]) -> list[list[str]]
 
 
 def measure(trainer: Any, folder: Path) -> list[list[str]]:
-    """Rows of the table, without their first column."""
+    """Rows of the table, without their first column. Every round saves once in each way."""
     trainer.train_step(1)
-    results = {
-        "sft_recipe": own(trainer, overlap=False),
-        "sft_recipe, `async_save`": own(trainer, overlap=True),
-        "verl": repeated(lambda: save_as_verl(trainer, empty(folder / "verl"))),
-        "`torch.save`": repeated(lambda: save_plainly(trainer, empty(folder / "plain"))),
+    own = trainer.checkpoints.folder / "step_1"
+    ways: dict[str, tuple[Path, Callable[[], Timed]]] = {
+        "verl": (folder / "verl", lambda: waited_for(lambda: save_as_verl(trainer, folder / "verl"))),
+        "sft_recipe": (own, own_save(trainer, overlap=False)),
+        "sft_recipe, `async_save`": (own, own_save(trainer, overlap=True)),
+        "`torch.save`": (folder / "plain", lambda: waited_for(lambda: save_plainly(trainer, folder / "plain"))),
     }
-    newest = trainer.checkpoints.folder / "step_1"
-    sizes = [size(newest), size(newest), size(folder / "verl"), size(folder / "plain")]
-    stall = results["verl"][1]
-    return [
-        [name, f"{took:.2f}", f"{waited:.2f}", f"{waited / stall:.2f}", f"{megabytes:.0f}"]
-        for (name, (took, waited)), megabytes in zip(results.items(), sizes, strict=True)
-    ]
+    rounds: dict[str, list[Timed]] = {name: [] for name in ways}
+    memory, sizes = {}, {}
+    with PeakMemory() as peak:
+        for _ in range(1 + SAVES):
+            for name, (target, save) in ways.items():
+                shutil.rmtree(target, ignore_errors=True)
+                os.sync()  # what was written before must not slow this save
+                peak.take()
+                time.sleep(0.1)
+                before = peak.take()
+                rounds[name].append(save())
+                memory[name] = peak.take() - before
+                sizes[name] = size(target)
+    return [_row(name, rounds[name][1:], rounds["verl"][1:], memory[name], sizes[name]) for name in ways]
 
 
-def own(trainer: Any, overlap: bool) -> Timed:
-    """Our checkpoints; during each asynchronous one the next steps train until it is complete."""
+def _row(name: str, saves: list[Timed], verl: list[Timed], memory: float, megabytes: float) -> list[str]:
+    took, blocked = (statistics.median(save[part] for save in saves) for part in (0, 1))
+    ratios = [own[1] / other[1] for own, other in zip(saves, verl, strict=True)]
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return [name, f"{took:.2f}", f"{blocked:.2f}", spread, f"{memory:.0f}", f"{megabytes:.0f}"]
+
+
+def own_save(trainer: Any, overlap: bool) -> Callable[[], Timed]:
+    """Our checkpoints; during an asynchronous one the next steps train until it is complete."""
     from sft_recipe.checkpoint.async_saving import AsyncSaver
 
-    saving = AsyncSaver(trainer.checkpoints, trainer.state, trainer.export, lambda: None, lambda _: None, overlap)
-    for _ in range(1 + SAVES):
-        shutil.rmtree(trainer.checkpoints.folder / "step_1", ignore_errors=True)
-        saving.start(1, trainer._metadata(1))
-        while overlap and saving._job is not None:
+    saver = AsyncSaver(trainer.checkpoints, trainer.state, trainer.export, lambda: None, lambda _: None, overlap, 1)
+
+    def save() -> Timed:
+        count = len(saver.timings)
+        saver.start(1, trainer._metadata(1))
+        while len(saver.timings) == count:
             trainer.train_step(1)
-            saving.poll(1)
-    took, waited = zip(*saving.timings[1:], strict=True)
-    return statistics.median(took), statistics.median(waited)
+            saver.poll(1)
+        found = saver.timings[count]
+        saver.wait(1)  # until it is read back, as the next save would
+        return found
+
+    return save
 
 
-def repeated(save: Callable[[], None]) -> Timed:
+def waited_for(save: Callable[[], None]) -> Timed:
     """A save that training waits for."""
-    seconds = []
-    for _ in range(1 + SAVES):
-        began = time.perf_counter()
-        save()
-        seconds.append(time.perf_counter() - began)
-    return (statistics.median(seconds[1:]),) * 2
+    began = time.perf_counter()
+    save()
+    return (time.perf_counter() - began,) * 2
+
+
+class PeakMemory:
+    """The memory of this process that is not file contents, in MB, observed by another process."""
+
+    WATCH = """
+import select, sys
+from pathlib import Path
+status, peak = Path("/proc/" + sys.argv[1] + "/status"), 0
+while True:
+    peak = max(peak, int(status.read_text().partition("RssAnon:")[2].split()[0]) / 1e3)
+    if select.select([sys.stdin], [], [], 0.005)[0]:
+        if not sys.stdin.readline():
+            break
+        print(peak, flush=True)
+        peak = 0
+"""
+
+    def __enter__(self) -> "PeakMemory":
+        command = [sys.executable, "-c", self.WATCH, str(os.getpid())]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()
+
+    def take(self) -> float:
+        """The peak since the last call."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
 
 
 def save_as_verl(trainer: Any, folder: Path) -> None:
@@ -128,13 +180,8 @@ def save_plainly(trainer: Any, folder: Path) -> None:
     """The same tensors as ours, unsharded, in one file."""
     tensors = trainer.state._to_store(*trainer.state._state_dicts())
     full = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in tensors.items()}
+    folder.mkdir()
     torch.save(full, folder / "state.pt")
-
-
-def empty(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def size(folder: Path) -> float:

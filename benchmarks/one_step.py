@@ -28,8 +28,8 @@ class OneRank:
     def batch(self, step: int) -> TensorDict:
         """Return the batch of step `step` (from 0), planned as in a run."""
         data, train = self.config.data, self.prepared.train
-        numbers = batch_indices(step, len(train), data.train_batch_size, self.config.trainer.seed, data.shuffle)
-        [plan] = plan_micro_batches(train.lengths[numbers].tolist(), 1, data.token_budget)
+        numbers = batch_indices(step, len(train), data.train_batch_size, self.config.trainer.seed, data.order)
+        [plan] = plan_micro_batches(train.lengths[numbers], 1, data.token_budget)
         documents = [train[numbers[index]] for part in plan for index in part]
         parts = {
             "input_ids": [ids for ids, _ in documents],

@@ -41,8 +41,8 @@ from benchmarks.speed.measure import (  # noqa: E402
 from benchmarks.speed.report import MEBIBYTE, JobResult, section  # noqa: E402
 from benchmarks.speed.systems import PEERS, Configuration, configurations, fastest, our_command  # noqa: E402
 from sft_recipe.config.auto import has_fast_bf16  # noqa: E402
-from sft_recipe.engine.cpu.platform import measured_peak_flops  # noqa: E402
 from sft_recipe.errors import RecipeError  # noqa: E402
+from sft_recipe.models.peak_flops import measured_peak_flops  # noqa: E402
 
 CACHE = Path("~/.cache/sft_recipe").expanduser()
 WORK = CACHE / "benchmarks" / "train_speed"
@@ -278,7 +278,7 @@ class Bench:
 def measured_peak(job: Job) -> float:
     """FLOP/s of the job's matrix products: on a CPU measured now, on a GPU what its maker says of bfloat16."""
     if job.device == "cpu":
-        return measured_peak_flops({"bf16": torch.bfloat16, "fp32": torch.float32}[job.compute], seconds=1.0)
+        return measured_peak_flops({"bf16": torch.bfloat16, "fp32": torch.float32}[job.compute], "cpu", seconds=1.0)
     from verl.utils.flops_counter import get_device_flops
 
     return get_device_flops("B")

@@ -39,7 +39,8 @@ install_environment() {  # $1: an extra, or ""; then a module and its arguments,
   base=$(find_python) || return 2
   [ $# -lt 2 ] || "$base" "$recipe_home/scripts/in_environment.py" "${@:2}" || exit $?
   exec 9>"$recipe_home/.venv.lock"
-  flock 9  # of two simultaneous first starts the second waits, then finds the environment
+  # Of two simultaneous first starts the second waits, then finds the environment.
+  flock -n 9 || { echo "Waiting for another installation into $venv (log: $log)" >&2; flock 9; }
   usable "$venv/bin/python" "$1" && return
   echo "Installing into $venv (once, a few minutes; log: $log)" >&2
   supported "$venv/bin/python" || make_venv "$base" "$venv" || return 2

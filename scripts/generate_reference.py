@@ -2,16 +2,18 @@
 """Write every place that repeats a key's default or meaning from sft_recipe/config/schema.py, where both are defined.
 
 These are conf/<group>/default.yaml, the trainer section of config.yaml, the flags in sft_recipe/cli/flags.py, the
-flag table of README.md, and docs/reference/configuration.md. With --check nothing is written; the exit code is 1 if
-one of them differs.
+flag table of README.md, docs/reference/configuration.md, conf/config.schema.json and scripts/completion.bash. With
+--check nothing is written; the exit code is 1 if one of them differs.
 """
 
+import json
 import re
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
@@ -24,8 +26,9 @@ with packages_required():
     from pydantic.fields import FieldInfo
     from pydantic_core import to_jsonable_python
 
+    from sft_recipe.config.json_schema import config_schema
     from sft_recipe.config.schema import Config
-    from sft_recipe.config.validation import fields
+    from sft_recipe.config.validation import fields, flag_names
 
 COMMENT_COLUMN = 34
 LINE_LENGTH = 120
@@ -38,12 +41,50 @@ HEADINGS = {
     "eval": "What is evaluated, and how.",
     "trainer": "The length of the run, its output and its machines.",
 }
+COMPLETION = """\
+# Completes flags, keys, their values, recipes and the files of conf/: . scripts/completion.bash
+# Written by scripts/generate_reference.py from sft_recipe/config/schema.py; do not edit.
+_sft_recipe_conf=$(cd "$(dirname "${BASH_SOURCE[0]}")/../conf" && pwd)
+_sft_recipe_flags='<flags>'
+_sft_recipe_keys='<keys>'
+_sft_recipe_values='<values>'
+
+_sft_recipe() {
+  local line=${COMP_LINE:0:COMP_POINT} word words file index recipes=
+  word=${line##* }
+  for file in "$_sft_recipe_conf"/recipe/*.yaml; do file=${file##*/} && recipes+=" @${file%.yaml}"; done
+  case $word in
+    --recipe=* | trainer.recipe=*) words=${recipes//@/${word%%=*}=} ;;
+    -*) words=$_sft_recipe_flags ;;
+    *=*)
+      words=$_sft_recipe_values
+      for file in "$_sft_recipe_conf/${word%%=*}"/*.yaml; do
+        [ -e "$file" ] && file=${file##*/} && words+=" ${word%%=*}=${file%.yaml}"
+      done
+      ;;
+    *)
+      words=$_sft_recipe_keys
+      for file in "$_sft_recipe_conf"/*/; do file=${file%/}; words+=" ${file##*/}="; done
+      [[ ${line%"$word"} != *" --recipe " ]] || words=${recipes//@/}
+      ;;
+  esac
+  mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")
+  for index in "${!COMPREPLY[@]}"; do
+    [[ ${COMPREPLY[index]} == *= ]] || COMPREPLY[index]+=" "
+    # Bash replaces only what follows the last =, unless that is no separator of words.
+    [[ $COMP_WORDBREAKS != *=* ]] || COMPREPLY[index]=${COMPREPLY[index]#"${word%"${word##*=}"}"}
+  done
+}
+complete -o default -o nospace -F _sft_recipe train.sh preview_data.py preview_schedule.py
+"""
 
 
 def generated() -> dict[Path, str]:
     """Return the path and the text of every generated file; a file or marker that does not exist is left out."""
     texts = {HOME / "conf" / group / "default.yaml": group_file(group) for group in HEADINGS if group != "trainer"}
     texts[HOME / "docs/reference/configuration.md"] = reference()
+    texts[HOME / "conf/config.schema.json"] = json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
+    texts[HOME / "scripts/completion.bash"] = completion()
     blocks = [
         (HOME / "config.yaml", r"(?m)(?<=^trainer:\n)(?:[ #].*\n|\n)*", yaml_section("trainer", "  ")),
         (
@@ -120,6 +161,40 @@ def flag_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def completion() -> str:
+    """Return scripts/completion.bash: the flags, keys and values that a shell completes."""
+    flags = [f"--{name}" for _, info in fields() for name in flag_names(info)]
+    flags += [
+        "--config-path",
+        "--config-name",
+        "--dry_run",
+        "--check",
+        "--launcher",
+        "--multirun",
+        "--lang",
+        "--recipes",
+    ]
+    flags += ["--help"]
+    values = [f"{key}={value}" for key, info in fields() for value in _choices(info.annotation)]
+    lists = {"flags": flags, "keys": [f"{key}=" for key, _ in fields()], "values": values}
+    text = COMPLETION
+    for name, words in lists.items():
+        text = text.replace(f"<{name}>", "\n".join(words))
+    return text
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a type that is a choice, as they are written on a command line."""
+    if annotation is bool:
+        return ["true", "false"]
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [str(part) for part in parts]
+    return (
+        [choice for part in parts for choice in _choices(part)] if get_origin(annotation) in (Union, UnionType) else []
+    )
+
+
 def reference() -> str:
     """Return docs/reference/configuration.md: all keys."""
     text = [
@@ -128,7 +203,7 @@ def reference() -> str:
         "Every key can be set in `config.yaml`, or as an override on the command line: `./train.sh optim.lr=1e-5`.\n"
         "A key with a flag can also be set by the flag and by an environment variable of the same name in capitals,\n"
         "`LR=1e-5` or `LEARNING_RATE=1e-5`.\n"
-        "Precedence: override > flag > environment variable > `config.yaml` > `conf/`.\n"
+        "Precedence: override > flag > environment variable > recipe > `config.yaml` > `conf/`.\n"
     ]
     for group, heading in HEADINGS.items():
         text.append(f"\n## {group}\n\n{heading}\n\n| key | type | default | meaning | flag |\n|---|---|---|---|---|\n")

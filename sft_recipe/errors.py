@@ -4,16 +4,21 @@ Notices that end nothing are printed here too.
 """
 
 import errno
+import logging
 import os
+import shutil
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 PATH_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP)  # of a path that the user named, wherever it is used
 SHOWN_PATH = 300  # characters
+# What pip installs for them.
+BITSANDBYTES, LIGER, MEGATRON = "-e '.[bitsandbytes]'", "-e '.[liger]'", "-e '.[megatron]'"
 
 
 def is_debugging() -> bool:
@@ -31,6 +36,7 @@ def silence_libraries(shows_progress: bool = True) -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("VERL_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not shows_progress:
         os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
@@ -39,6 +45,15 @@ def notify(text: str) -> None:
     """Print one line about the configuration on stderr, once per machine; unlike an error it ends nothing."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"notice: {text}", file=sys.stderr, flush=True)
+
+
+def pip_install(what: str) -> str:
+    """Return the command that installs `what` into the environment of this process, which need not be the shell's."""
+    python = Path(sys.executable)
+    if (pip := shutil.which("pip")) and Path(pip).parent == python.parent:
+        return f"pip install {what}"
+    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return f"{shown} -m pip install {what}"
 
 
 @contextmanager

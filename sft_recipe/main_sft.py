@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NoReturn
 from sft_recipe import timing
 from sft_recipe.distributed.processes import die_with_parent
 from sft_recipe.distributed.rendezvous import (
+    attempt,
+    is_error_reported,
     is_error_reporter,
     is_single_process,
     record_exit,
@@ -21,7 +23,7 @@ from sft_recipe.distributed.rendezvous import (
     remove_rendezvous_dir,
 )
 from sft_recipe.distributed.signals import end_at_once
-from sft_recipe.errors import TrainingError, packages_required, run_command, silence_libraries
+from sft_recipe.errors import packages_required, run_command, silence_libraries
 
 with timing.paused_gc(), packages_required():
     from sft_recipe.config.compose import load_for_rank, to_yaml
@@ -65,22 +67,35 @@ def _run(config: Config, watchdog: Watchdog, cleanup: ExitStack) -> int:
     is_first, local_rank = os.environ["RANK"] == "0", int(os.environ["LOCAL_RANK"])
     with timing.paused_gc():
         silence_libraries(shows_progress=local_rank == 0 and sys.stderr.isatty())
-        from sft_recipe.checkpoint.manager import check_run_folder_is_free, find_checkpoint, restore_best_link
+        from sft_recipe.checkpoint.resume import (
+            check_resume_path,
+            check_run_folder_is_free,
+            find_checkpoint,
+            restore_best_link,
+        )
         from sft_recipe.checkpoint.run_lock import FolderLock
         from sft_recipe.config import preflight
+        from sft_recipe.config.gpus import mps_notice
         from sft_recipe.data.run_inputs import prepare
+        from sft_recipe.data.statistics import FILE as DATA
+        from sft_recipe.distributed.device_errors import explained
+        from sft_recipe.models.families import fit
+        from sft_recipe.models.hf_config import load_hf_config
         from sft_recipe.tracking.console import notice
         from sft_recipe.tracking.loggers import check_loggers
 
     timing.mark("import transformers")
     device = preflight.choose_device(config)
+    if is_first and device == "cpu" and config.trainer.device == "auto" and (text := mps_notice()):
+        notice(text)
     preflight.check(config, device)
     check_loggers(config)
+    check_resume_path(config.trainer.resume_from)  # before the run folder is created
     output_dir = preflight.writable_folder(config.trainer.run_folder)
     checkpoints, resume = output_dir / "checkpoints", None
     if is_first:  # all ranks share the folder, so that one of them looks for a checkpoint and broadcasts it below
         cleanup.callback(FolderLock(output_dir).release)
-        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        is_restart = attempt() > 0
         restore_best_link(checkpoints)
         resume = find_checkpoint(config.trainer.resume_from, checkpoints, is_restart, notice)
         check_run_folder_is_free(checkpoints, resume)
@@ -88,9 +103,11 @@ def _run(config: Config, watchdog: Watchdog, cleanup: ExitStack) -> int:
 
     watchdog.set_phase("preparing model and data", limited=False)
     inputs = prepare(config, local_rank, say=notice)
+    config = fit(config, load_hf_config(config.model, inputs.model))
     timing.mark("model and data")
     if is_first:
         preflight.write(output_dir / "config.yaml", to_yaml(config))
+        preflight.write(output_dir / DATA, inputs.statistics(config.data.truncation).to_json())
 
     with timing.paused_gc():
         from sft_recipe.engine.platform import select_platform
@@ -100,21 +117,21 @@ def _run(config: Config, watchdog: Watchdog, cleanup: ExitStack) -> int:
 
     timing.mark("import verl")
     watchdog.set_phase("waiting for the other ranks", limited=False)
-    with process_group(device, config.trainer.world_size):
+    with explained(config), process_group(device, config.trainer.world_size):
         return _train(config, inputs, device, resume, watchdog)
 
 
 def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, watchdog: Watchdog) -> int:
     import torch
 
-    from sft_recipe.checkpoint.manager import check_identity
+    from sft_recipe.checkpoint.resume import check_identity
     from sft_recipe.distributed.consistency import check_consistency, share_checkpoint
-    from sft_recipe.engine.loss import LOGITS_CHUNK
     from sft_recipe.export.generation import read_generation_config
     from sft_recipe.models.memory_estimate import resolve_activation_checkpointing
-    from sft_recipe.models.stats import model_stats
-    from sft_recipe.tracking.banner import print_banner
+    from sft_recipe.models.stats import StatsOf
+    from sft_recipe.tracking.banner import print_banner, starting_facts
     from sft_recipe.tracking.console import notice
+    from sft_recipe.tracking.run_facts import write_facts
     from sft_recipe.training.trainer import SFTTrainer
 
     timing.mark("process group")
@@ -127,34 +144,30 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
 
     watchdog.set_phase("loading the model", limited=False)
     read_generation_config(inputs.model.folder, notice if is_first else lambda text: None)
-    stats = model_stats(config, inputs.model, device)
+    stats_of = StatsOf(inputs.model, device)
+    stats = stats_of(config)
     longest = int(inputs.train.lengths.max())
     say = notice if is_first else lambda text: None
-    if stats.positions and (text := stats.positions.notice(inputs.model.name, config.data.max_length, longest)):
+    limit = max(config.data.max_length, config.data.max_target_length or 0)
+    longest_sequence = inputs.train.longest_sequence(config.data.has_targets)
+    if stats.positions and (text := stats.positions.notice(inputs.model.name, limit, longest_sequence)):
         say(text)
-    config, memory = resolve_activation_checkpointing(config, stats, longest, device, LOGITS_CHUNK[device], say)
+    config, memory = resolve_activation_checkpointing(config, stats_of, longest, device, say)
+    if is_first:
+        write_facts(output_dir, starting_facts(config, inputs.model.name, device, stats, memory))
     timing.mark("model statistics")
-    try:
-        trainer = SFTTrainer(config, inputs, device, stats, resume, watchdog)
-        timing.mark("model and optimizer")
-        if is_first:
-            schedule = trainer.schedule
-            steps = schedule.steps_per_epoch, schedule.total_steps, trainer.resumed_step
-            print_banner(config, inputs, device, stats, memory, *steps, trainer.loss_difference)
-        timing.mark("banner")
-        code = trainer.fit()
-        torch.distributed.barrier()
-    except torch.OutOfMemoryError:
-        raise TrainingError(_memory_advice(config)) from None
+    trainer = SFTTrainer(config, inputs, device, stats, resume, watchdog)
+    timing.mark("model and optimizer")
+    if is_first:
+        if text := trainer.batches.notice():
+            say(text)
+        schedule = trainer.schedule
+        steps = schedule.steps_per_epoch, schedule.total_steps, trainer.resumed_step
+        print_banner(config, inputs, device, stats, memory, *steps, trainer.loss_difference)
+    timing.mark("banner")
+    code = trainer.fit()
+    torch.distributed.barrier()
     return code
-
-
-def _memory_advice(config: Config) -> str:
-    return (
-        f"out of GPU memory. In this order: MICRO_BATCH_SIZE=1 (now {config.data.micro_batch_size_per_gpu}), a smaller "
-        f"MAX_LENGTH (now {config.data.max_length}), --use_lora, more GPUs (N_GPUS), fsdp=fsdp_offload. Checkpoints "
-        "saved before are complete: --resume_from auto continues from the newest."
-    )
 
 
 def start(args: list[str], launcher: int | None, config: Config | None = None) -> NoReturn:
@@ -177,8 +190,11 @@ def start(args: list[str], launcher: int | None, config: Config | None = None) -
 
 
 def _end_before_training(rank: int, number: int, _frame: object) -> NoReturn:
-    """Processes that the rank has forked inherit this handler, and end without a message."""
-    if os.getpid() == rank:
+    """Processes that the rank has forked inherit this handler, and end without a message.
+
+    So does a rank that torchrun ends because another one has failed, and said why.
+    """
+    if os.getpid() == rank and not is_error_reported():
         end_at_once(number, "before training started")
     os._exit(128 + number)
 

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests; nothing here touches a network."""
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,17 @@ import pytest
 
 from tests.support import tiny
 from tests.support.warm import Warm
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before its import, as all commands do: silence_libraries
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """A test's changes of the environment, and those of the code it calls, end with it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

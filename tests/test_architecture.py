@@ -67,8 +67,9 @@ def test_there_is_something_to_check():
 
 # Packages in the order in which data flows; a module may import from its own package and from those before it.
 ORDER = (
-    "errors", "timing", "files", "progress", "config", "distributed", "models", "data", "engine", "checkpoint",
-    "evaluation", "export", "chat", "tracking", "training", "main_sft", "launch", "cli",
+    "errors", "timing", "files", "progress", "language", "display", "config", "distributed", "models", "data",
+    "engine", "checkpoint", "evaluation", "export", "chat", "tracking", "report", "training", "main_sft", "launch",
+    "readiness", "cli",
 )  # fmt: skip
 USES_VERL = ("engine", "checkpoint", "tracking", "training")
 

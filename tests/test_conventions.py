@@ -91,6 +91,7 @@ EXEMPT = {
     "sft_recipe/config/aliases.py": OLD_KEYS,
     "tests/config/test_compose.py": OLD_KEYS,
     "tests/config/test_aliases.py": OLD_KEYS,
+    "tests/config/test_recipes.py": OLD_KEYS,
 }
 
 

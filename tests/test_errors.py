@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_recipe.errors import RecipeError, run_command
+from sft_recipe.errors import RecipeError, pip_install, run_command
 from tests.support.runs import ROOT
 
 PROGRAM = """
@@ -73,3 +73,16 @@ def test_ctrl_c_is_one_message(capsys):
 
     assert run_command(stopped) == 130
     assert capsys.readouterr().err == "stopped by SIGINT\n"
+
+
+def test_packages_are_installed_where_the_program_runs(monkeypatch, tmp_path):
+    """The pip of the shell may be that of another Python."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/pip").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin")
+    monkeypatch.setattr(sys, "executable", f"{tmp_path}/bin/python")
+    assert pip_install("ray") == "pip install ray"
+    monkeypatch.setattr(sys, "executable", f"{tmp_path}/.venv/bin/python")
+    assert pip_install("ray") == f"{tmp_path}/.venv/bin/python -m pip install ray"
+    monkeypatch.chdir(tmp_path)
+    assert pip_install("ray") == ".venv/bin/python -m pip install ray"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_recipe.files import atomic_write, locked, update_digest, write_text
+from sft_recipe.files import atomic_write, digest, digest_number, locked, update_digest, write_text
 
 
 def test_a_file_is_replaced_at_once_and_nothing_else_is_left(tmp_path):
@@ -44,9 +44,17 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 def test_a_digest_is_that_of_all_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr("sft_recipe.files.BLOCK", 10)
     (tmp_path / "a").write_bytes(bytes(range(101)))
-    digest = hashlib.sha256()
-    assert update_digest(digest, tmp_path / "a") == 101
-    assert digest.digest() == hashlib.sha256(bytes(range(101))).digest()
+    found = hashlib.sha256()
+    assert update_digest(found, tmp_path / "a") == 101
+    assert found.digest() == hashlib.sha256(bytes(range(101))).digest()
+
+
+def test_digests_are_blake2b_of_bytes_and_files_in_their_order(tmp_path):
+    (tmp_path / "a").write_bytes(b"middle")
+    expected = hashlib.blake2b(b"begin middle end".replace(b" ", b""), digest_size=4)
+    assert digest(b"begin", tmp_path / "a", b"end", size=4) == expected.hexdigest()
+    assert digest(b"end", tmp_path / "a", b"begin", size=4) != expected.hexdigest()
+    assert digest_number(b"begin").to_bytes(8, "little").hex() == digest(b"begin")
 
 
 def _hold(path: Path, ready, done) -> None:

@@ -21,11 +21,15 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Measured:
-    """`seconds` from begin to ready, `start_seconds` before that (imports), `peak` bytes up to ready, the messages."""
+    """`seconds` from begin to ready, `start_seconds` before that (imports), `peak` bytes up to ready, the messages.
+
+    `anonymous` is the peak without pages of files, those that processes share counted once.
+    """
 
     seconds: float
     start_seconds: float
     peak: int
+    anonymous: int
     facts: dict[str, Any]
 
 
@@ -54,7 +58,7 @@ def measure(python: str, runner: str, *arguments: object, environment: dict[str,
         complaints.join()
     if code or "ready" not in at:
         raise RunFailed(complaints.last or f"exit code {code}")
-    return Measured(at["ready"] - at["begin"], at["begin"] - started, memory.bytes, facts)
+    return Measured(at["ready"] - at["begin"], at["begin"] - started, memory.bytes, memory.anonymous, facts)
 
 
 def _message(line: str) -> dict[str, Any]:
@@ -65,11 +69,11 @@ def _message(line: str) -> dict[str, Any]:
 
 
 class _Peak(threading.Thread):
-    """The most that a process and its descendants hold together: the sum of resident sizes, sampled."""
+    """The most that a process and its descendants hold together, sampled: resident sizes, and anonymous memory."""
 
     def __init__(self, pid: int, stop: threading.Event):
         super().__init__(daemon=True)
-        self.process, self.stop, self.bytes = psutil.Process(pid), stop, 0
+        self.process, self.stop, self.bytes, self.anonymous = psutil.Process(pid), stop, 0, 0
         self.start()
 
     def run(self) -> None:
@@ -79,6 +83,7 @@ class _Peak(threading.Thread):
             except psutil.NoSuchProcess:
                 return
             self.bytes = max(self.bytes, sum(map(_resident, tree)))
+            self.anonymous = max(self.anonymous, sum(map(_anonymous, tree)))
 
 
 def _resident(process: psutil.Process) -> int:
@@ -86,6 +91,14 @@ def _resident(process: psutil.Process) -> int:
         return process.memory_info().rss
     except psutil.Error:  # it ended meanwhile
         return 0
+
+
+def _anonymous(process: psutil.Process) -> int:
+    try:
+        text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss_Anon:"))
 
 
 class _Tail(threading.Thread):

@@ -63,5 +63,6 @@ def _reason(error: Exception) -> str:
     """The message without the names of source and template, and without the advice."""
     text = re.sub(r"^.*?the chat template (of TEMPLATE )?|^TEMPLATE: ", "", str(error), count=1)
     return re.split(
-        r", so the tokens to train on|; (?:set data.enable_thinking=true, )?remove it from|, so the model would", text
+        r", so the tokens to train on|; (?:set data\.\w+=true, )?remove it from|; data\.\w+=true|, so the model would",
+        text,
     )[0]

@@ -95,13 +95,23 @@ class Oracle:
             return self._tag_problems(encoded)
         spelled = Spelled.of(self.tokenizer, encoded)
         found = ["the first token is trained"] * encoded.loss_mask[0]
-        if spelled.text not in self.references:
+        text, appended = self._without_stop_token(spelled.text)
+        ids = encoded.input_ids[:-1] if appended else encoded.input_ids
+        if text not in self.references:
             found.append("the text is not that of transformers")
-        elif self.references[spelled.text] != encoded.input_ids and not encoded.has_special_text:
+        elif self.references[text] != ids and not encoded.has_special_text:
             found.append("the ids are not those of transformers")
         if any(not WORD.search(spelled.text[start:end]) for start, end in spelled.runs()):
             found.append("tokens without words are trained")
         return found + self._word_problems(spelled, encoded) + self._turn_problems(spelled)
+
+    def _without_stop_token(self, text: str) -> tuple[str, str]:
+        """The text, and the stop token that is appended to one that the template does not end with any."""
+        for reference in self.references:
+            appended = text.removeprefix(reference)
+            if appended != text and appended and (MARKER.fullmatch(appended) or appended == self.tokenizer.eos_token):
+                return reference, appended
+        return text, ""
 
     def is_complete(self, text: str) -> bool:
         """Return whether a text contains all words of the conversation."""

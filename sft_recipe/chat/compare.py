@@ -25,16 +25,20 @@ def load_models(
 
     def find(name: str) -> ModelSource:
         source = find_source(name, trust_remote_code)
-        return source if enable_thinking is None else replace(source, enable_thinking=enable_thinking)
+        if enable_thinking is None:
+            return source
+        others = {key: value for key, value in source.options.chat_template_kwargs.items() if key != "enable_thinking"}
+        options = replace(source.options, enable_thinking=enable_thinking, chat_template_kwargs=others)
+        return replace(source, options=options)
 
     source = find(name)
     if base is None:
         return [ChatModel(source, device, trust_remote_code)]
-    base = base or source.trained_from
-    if not base:
+    shown, base = base or source.base_name, base or source.trained_from
+    if not base or not shown:
         raise ConfigError(f"nothing says what {name} was trained from; name that model: --compare BASE")
-    other = find(base)
+    other = replace(find(base), name=shown)
     if source.adapter and other.adapter is None and other.model.folder.samefile(source.model.folder):
         model = ChatModel(source, device, trust_remote_code)
-        return [model.without_adapter(base), model]
+        return [model.without_adapter(shown), model]
     return [ChatModel(found, device, trust_remote_code) for found in (other, source)]

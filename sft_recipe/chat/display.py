@@ -14,10 +14,12 @@ from rich.text import Text
 from sft_recipe.chat.model import Reply
 from sft_recipe.chat.session import Session
 from sft_recipe.chat.text_stream import Piece
+from sft_recipe.language import plural
 
 REASONING_STYLE = "dim"
-# Control characters except tab and newline: an answer must not move the cursor or recolor the terminal.
-CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+# Control characters except tab and newline, and those that reorder text: an answer must not move the cursor, recolor
+# the terminal, or look like another text.
+CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
 Emit = Callable[[Piece], None]
 Respond = Callable[[Session, Emit, threading.Event], Reply]
@@ -104,7 +106,7 @@ class Display:
 
     def _explain_end(self, reply: Reply, who: str = "") -> None:
         if reply.finish_reason == "length":
-            self.notice(f"{who}the answer was cut after {reply.completion_tokens} tokens (--max_new_tokens)")
+            self.notice(f"{who}the answer was cut after {plural(reply.completion_tokens, 'token')} (--max_new_tokens)")
         elif reply.finish_reason == "canceled":
             self.notice(f"{who}stopped")
         elif not reply.content:

@@ -1,6 +1,5 @@
 """A model that answers: loaded with its tokenizer, its adapter and its stop tokens; generates token by token."""
 
-import json
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,21 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PretrainedConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sft_recipe.chat.prompt import Prompt, PromptRenderer
+from sft_recipe.chat.loading import load_module, load_settings
 from sft_recipe.chat.sampling import Sampling
-from sft_recipe.chat.source import ModelSource, model_config
+from sft_recipe.chat.source import ModelSource
 from sft_recipe.chat.text_stream import IncrementalDecoder, Piece, ReasoningSplitter, StopStrings
+from sft_recipe.data.rendering.prompt import Prompt
+from sft_recipe.data.rendering.source_target import prompt_encoder
 from sft_recipe.errors import ModelError, first_line
-from sft_recipe.export.source import ADAPTER_CONFIG
-from sft_recipe.models.hf_config import load_hf_config
-from sft_recipe.models.loading import load_model
-from sft_recipe.models.tokenizer import check_vocabulary, load_tokenizer
+from sft_recipe.models.families import SEQ2SEQ, decoder_start_token_id, family_of
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LOWEST_TEMPERATURE = 0.01  # lower ones are greedy decoding, without dividing logits by almost nothing
 DEFAULT_TOP_K = 50  # of transformers, for a generation config that samples and does not set it
 
@@ -55,27 +51,18 @@ class ChatModel:
 
     def __init__(self, source: ModelSource, device: torch.device, trust_remote_code: bool = False):
         """Load the model. Raises ModelError where model, adapter, tokenizer or generation config cannot be used."""
-        settings = model_config(source.name, trust_remote_code)
-        config = load_hf_config(settings, source.model)
-        self.name = source.name
-        self.device = device
-        self.tokenizer = load_tokenizer(settings, source.settings)
-        check_vocabulary(self.tokenizer, source.model)
-        self.prompts = PromptRenderer(self.tokenizer, source.enable_thinking)
+        self.name, self.device = source.name, device
+        config, self.tokenizer = load_settings(source, trust_remote_code)
+        self.family = family_of(config)
+        self.encode_prompt = prompt_encoder(self.tokenizer, self.family, source.options)
         generation = _read_generation_config(source.settings, config)
         self.sampling = _default_sampling(generation)
         self.stop_token_ids = _stop_token_ids(generation, self.tokenizer.eos_token_id)
-        self.context_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-        module: Any = load_model(source.model.folder, config, _dtype(config, device), trust_remote_code)
-        module.generation_config = GenerationConfig()  # all options are given with each answer
-        if source.adapter:
-            module = _with_adapter(module, source.adapter)
-        try:
-            self._module = module.to(device).eval()
-        except torch.OutOfMemoryError:
-            raise ModelError(
-                f"{source.name} does not fit into the free memory of {device}; --device cpu needs no GPU"
-            ) from None
+        text = config.get_text_config(decoder=True)
+        self.context_length: int | None = getattr(text, "max_position_embeddings", None)
+        self.decoder_start_id = decoder_start_token_id(config) if self.family is SEQ2SEQ else None
+        self._module = load_module(source, config, device, trust_remote_code)
+        self._module.generation_config = GenerationConfig()  # all options are given with each answer
         self.context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def without_adapter(self, name: str) -> "ChatModel":
@@ -85,8 +72,14 @@ class ChatModel:
         return base
 
     def room(self, prompt: Prompt) -> int | None:
-        """Return how many tokens the context has left for an answer, 0 or more; None where there is no limit."""
-        return None if self.context_length is None else max(self.context_length - len(prompt.ids), 0)
+        """Return how many tokens the context has left for an answer, 0 or more; None where there is no limit.
+
+        An encoder-decoder's answer has another context than the prompt.
+        """
+        if self.context_length is None:
+            return None
+        left = max(self.context_length - len(prompt.ids), 0)
+        return self.context_length - 1 if left and self.family is SEQ2SEQ else left
 
     def generate(
         self,
@@ -132,6 +125,7 @@ class ChatModel:
             repetition_penalty=sampling.repetition_penalty,
             eos_token_id=self.stop_token_ids or None,
             pad_token_id=self.stop_token_ids[0] if self.stop_token_ids else 0,
+            decoder_start_token_id=self.decoder_start_id,
             **choice,
         )
 
@@ -152,6 +146,7 @@ class _Stream(BaseStreamer):
         self._splitter = ReasoningSplitter(prompt.opens_reasoning)
         self._emit, self._cancel = emit, cancel
         self._stop_tokens = set(model.stop_token_ids)
+        self._unwritten = self._stop_tokens | ({model.tokenizer.bos_token_id} if model.family is SEQ2SEQ else set())
         self._texts: dict[str, list[str]] = {"reasoning": [], "answer": []}
         self._tokens: list[int] = []
         self._has_prompt = False
@@ -164,7 +159,7 @@ class _Stream(BaseStreamer):
             return
         (token,) = value.flatten().tolist()
         self._tokens.append(token)
-        if token not in self._stop_tokens:
+        if token not in self._unwritten:
             self._feed(self._decoder.put(token))
 
     def end(self) -> None:
@@ -202,12 +197,6 @@ class _StopsWhen(StoppingCriteria):
         return torch.full((len(input_ids),), self._is_done(), device=input_ids.device, dtype=torch.bool)
 
 
-def _dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    """The dtype of the stored weights; on CPUs fp32 in place of fp16, which they compute slowly."""
-    stored: Any = config.dtype or torch.float32
-    return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
-
-
 def _read_generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
     if not (folder / "generation_config.json").is_file():
         return GenerationConfig.from_model_config(config)
@@ -232,22 +221,3 @@ def _stop_token_ids(generation: GenerationConfig, eos: int | None) -> list[int]:
     known: Any = generation.eos_token_id
     ends = known if isinstance(known, list) else [known]
     return list(dict.fromkeys(token for token in [*ends, eos] if token is not None))
-
-
-def _with_adapter(module: Any, adapter: Path) -> Any:
-    """Raises ModelError where the adapter has not the weights that its configuration asks for on this model."""
-    from peft import PeftModel, get_peft_model_state_dict
-
-    try:
-        with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as file:
-            found = set(file.keys())
-        adapted = PeftModel.from_pretrained(module, str(adapter), low_cpu_mem_usage=True)
-    except (OSError, SafetensorError, ValueError, RuntimeError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(f"the adapter {adapter} cannot be loaded: {first_line(error)}") from None
-    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if missing := sorted(expected - found):
-        raise ModelError(
-            f"{adapter / ADAPTER_WEIGHTS} lacks {len(missing)} weights that {ADAPTER_CONFIG} asks for, such as "
-            f"{missing[0]}: the adapter is incomplete, or was made for another model"
-        )
-    return adapted

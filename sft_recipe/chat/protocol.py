@@ -3,7 +3,7 @@
 import difflib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -11,10 +11,12 @@ from uuid import uuid4
 from sft_recipe.chat.model import Reply
 from sft_recipe.chat.sampling import LIMITS, Sampling
 from sft_recipe.chat.text_stream import Piece
+from sft_recipe.chat.tools import split_tool_calls, tool_name
 from sft_recipe.data.messages import json_type
-from sft_recipe.errors import ConfigError
+from sft_recipe.data.turns import convert_calls
+from sft_recipe.errors import ConfigError, DataError
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # Parameters without effect, with the values that mean so; other values are errors.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -23,7 +25,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
-    "tools": ([],),
     "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
@@ -31,8 +32,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 OPTIONS = {*LIMITS, "stop"} - {"max_new_tokens"} | {*OTHER_NAMES}
-KNOWN = {"model", "messages", "stream", "stream_options", "chat_template_kwargs", *OPTIONS, *NEUTRAL, *IGNORED}
-TEXTS = ("content", "reasoning_content", "name")  # of a message
+OTHERS = {"model", "messages", "stream", "stream_options", "chat_template_kwargs", "tools"}
+KNOWN = {*OTHERS, *OPTIONS, *NEUTRAL, *IGNORED}
+TEXTS = ("content", "reasoning_content", "name", "tool_call_id")  # of a message
 
 
 class ApiError(Exception):
@@ -56,14 +58,15 @@ def _encodable(text: str) -> str:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A ChatRequest has been checked; `options` are those of Sampling that it gives."""
+    """A ChatRequest has been checked; `options` are those of Sampling that it gives, `tools` what may be called."""
 
     model: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     options: dict[str, Any]
     template_variables: dict[str, Any]
     stream: bool
     include_usage: bool
+    tools: list[dict[str, Any]]
 
 
 def parse_request(body: bytes) -> ChatRequest:
@@ -85,6 +88,7 @@ def parse_request(body: bytes) -> ChatRequest:
         _typed(given, "chat_template_kwargs", dict, {}),
         _typed(given, "stream", bool, False),
         _typed(stream_options, "include_usage", bool, False),
+        _tools(given),
     )
 
 
@@ -108,6 +112,9 @@ def _typed(given: Mapping[str, Any], name: str, kind: type, default: Any = None)
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    limits = {name: given[name] for name in OTHER_NAMES if given.get(name) is not None}
+    if len({*map(repr, limits.values())}) > 1:
+        raise ApiError(400, f"{' and '.join(limits)} are the same limit and differ; give one of them", [*limits][0])
     for name in OPTIONS & given.keys():
         option = OTHER_NAMES.get(name, name)
         try:
@@ -117,25 +124,45 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {OTHER_NAMES.get(name, name): given[name] for name in OPTIONS & given.keys()}
 
 
-def _messages(messages: list[Any]) -> list[dict[str, str]]:
+def _tools(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    tools = _typed(given, "tools", list, [])
+    if (wrong := next((index for index, tool in enumerate(tools) if tool_name(tool) is None), None)) is not None:
+        where = f"tools[{wrong}]"
+        form = '{"type": "function", "function": {"name": "...", ...}}'
+        raise ApiError(400, f"{where} is no function; expected {form}", where)
+    return [] if given.get("tool_choice") == "none" else tools
+
+
+def _messages(messages: list[Any]) -> list[dict[str, Any]]:
     if not messages:
         raise ApiError(400, "messages is empty", "messages")
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
+def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ApiError(400, f"{where} is {json_type(message)}; expected an object", where)
     given = {name: value for name, value in message.items() if value is not None}
     role = given.pop("role", None)
     if not isinstance(role, str) or role not in ROLES:
         raise ApiError(400, f"{where}.role is {role!r}; expected {', '.join(ROLES)}", f"{where}.role")
+    calls = _calls(given.pop("tool_calls", None), f"{where}.tool_calls") if role == "assistant" else {}
     if unknown := next((name for name in given if name not in TEXTS and given[name]), None):
         raise ApiError(400, f"{where}.{unknown} is not supported", f"{where}.{unknown}")
-    if "content" not in given:
+    if "content" not in given and not calls:
         raise ApiError(400, f"{where}.content is missing", f"{where}.content")
     texts = {name: _text(given[name], f"{where}.{name}") for name in TEXTS if name in given}
-    return {"role": ROLES[role], **texts}
+    return {"role": ROLES[role], "content": "", **texts, **calls}
+
+
+def _calls(value: Any, where: str) -> dict[str, Any]:
+    """The tool calls of an earlier answer, with their arguments as objects, as in training."""
+    if not value:
+        return {}
+    try:
+        return {"tool_calls": list(convert_calls(value, where, ""))}
+    except DataError as error:
+        raise ApiError(400, str(error), where) from None
 
 
 def _text(value: Any, where: str) -> str:
@@ -151,38 +178,48 @@ def _text(value: Any, where: str) -> str:
 
 
 class Answer:
-    """Makes the objects of one answer: a completion, or the chunks of a stream."""
+    """Makes the objects of one answer, which may call `tools`: a completion, or the chunks of a stream."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, tools: Iterable[dict[str, Any]] = ()):
+        self._tools = {tool_name(tool) or "" for tool in tools}
         self._common = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": model}
 
     def completion(self, reply: Reply) -> dict[str, Any]:
         """Return the complete answer."""
         reasoning = {"reasoning_content": reply.reasoning} if reply.reasoning else {}
-        message = {"role": "assistant", "content": reply.content, **reasoning}
-        choice = {"index": 0, "message": message, "finish_reason": _reason(reply), "logprobs": None}
+        content, reason = self._content(reply)
+        message = {"role": "assistant", **content, **reasoning}
+        choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
         return self._common | {"object": "chat.completion", "choices": [choice], "usage": _usage(reply)}
 
     def first_chunk(self) -> dict[str, Any]:
         """Return the chunk that begins a stream."""
         return self._chunk({"role": "assistant", "content": ""})
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        """Return the chunk of a piece."""
-        return self._chunk({"content" if piece.kind == "answer" else "reasoning_content": piece.text})
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """Return the chunk of a piece, none where it may be a part of a tool call, which comes at the end."""
+        if piece.kind == "answer" and self._tools:
+            return []
+        return [self._chunk({"content" if piece.kind == "answer" else "reasoning_content": piece.text})]
 
     def last_chunks(self, reply: Reply, include_usage: bool) -> list[dict[str, Any]]:
         """Return the chunks that end a stream: why it ended, and the numbers of tokens if they were asked for."""
-        end = self._chunk({}, _reason(reply))
-        return [end, self._chunk() | {"usage": _usage(reply)}] if include_usage else [end]
+        content, reason = self._content(reply)
+        for index, call in enumerate(content.get("tool_calls", ())):
+            call["index"] = index
+        chunks = [self._chunk(content)] if self._tools else []
+        chunks.append(self._chunk({}, reason))
+        return [*chunks, self._chunk() | {"usage": _usage(reply)}] if include_usage else chunks
 
-    def _chunk(self, delta: dict[str, str] | None = None, finish_reason: str | None = None) -> dict[str, Any]:
+    def _content(self, reply: Reply) -> tuple[dict[str, Any], str]:
+        """The text and the tool calls of an answer, and why it ended."""
+        reason = "length" if reply.finish_reason == "length" else "stop"
+        text, calls = split_tool_calls(reply.content, self._tools)
+        return ({"content": text or None, "tool_calls": calls}, "tool_calls") if calls else ({"content": text}, reason)
+
+    def _chunk(self, delta: dict[str, Any] | None = None, finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
         return self._common | {"object": "chat.completion.chunk", "choices": [] if delta is None else [choice]}
-
-
-def _reason(reply: Reply) -> str:
-    return "length" if reply.finish_reason == "length" else "stop"
 
 
 def _usage(reply: Reply) -> dict[str, int]:

@@ -11,16 +11,17 @@ from typing import Any
 
 from sft_recipe.errors import ConfigError
 
-# Option -> lowest and highest value (None: no limit), and whether it is a whole number.
-LIMITS: dict[str, tuple[float, float | None, bool]] = {
-    "temperature": (0, None, False),
+# Option -> lowest and highest value, and whether it is a whole number.
+LIMITS: dict[str, tuple[float, float, bool]] = {
+    "temperature": (0, 100, False),
     "top_p": (0, 1, False),
-    "top_k": (0, None, True),
-    "repetition_penalty": (0.01, None, False),
-    "max_new_tokens": (1, None, True),
+    "top_k": (0, 2**31 - 1, True),
+    "repetition_penalty": (0.01, 100, False),
+    "max_new_tokens": (1, 2**31 - 1, True),
     "seed": (0, 2**63 - 1, True),
 }
 MAX_STOP_STRINGS = 16
+LOWEST_TEMPERATURE = 0.01  # below it decoding is greedy: the same answers, without overflows of scores
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Sampling:
                 given[name] = _checked_stop(value)
             else:
                 given[name] = _checked(name, value)
+        if given.get("temperature", 1) < LOWEST_TEMPERATURE:
+            given["temperature"] = 0.0
         restricts = given.get("top_p", 1) < 1 or given.get("top_k", 0) > 0
         if restricts and not self.temperature and "temperature" not in given:
             given["temperature"] = 1.0
@@ -59,10 +62,9 @@ class Sampling:
 def _checked(name: str, value: Any) -> int | float:
     lowest, highest, is_whole = LIMITS[name]
     is_number = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
-    if not is_number or not lowest <= value <= (float("inf") if highest is None else highest) or value == float("inf"):
+    if not is_number or not lowest <= value <= highest:
         number = "a whole number" if is_whole else "a number"
-        limits = f"from {lowest:g}" + ("" if highest is None else f" to {highest:g}")
-        raise ConfigError(f"{name} is {value!r}; it must be {number} {limits}")
+        raise ConfigError(f"{name} is {value!r:.40}; it must be {number} from {lowest} to {highest}")
     return value if is_whole else float(value)  # JSON writes 2.0 as 2, and transformers distinguishes them
 
 

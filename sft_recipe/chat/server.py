@@ -1,52 +1,56 @@
-"""An OpenAI-compatible server for one model; requests are answered one after another, in the order they came."""
+"""An OpenAI-compatible server, with a chat page; requests are answered one after another, in the order they came."""
 
 import asyncio
 import json
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 from weakref import WeakSet
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from sft_recipe.chat.model import ChatModel, Reply
-from sft_recipe.chat.protocol import Answer, ApiError, ChatRequest, parse_request
+from sft_recipe.chat.protocol import Answer, ApiError, parse_request
 from sft_recipe.chat.sampling import Sampling
 from sft_recipe.chat.session import Session
 from sft_recipe.chat.text_stream import Piece
 from sft_recipe.errors import DataError, RecipeError, first_line
+from sft_recipe.language import plural
 
 DISCONNECT_POLL_S = 0.5
 
 
 class ChatServer:
-    """Serves a model under `name`, with `sampling` where a request gives no options, to those who have the key.
+    """Serves models by name, with `sampling` where a request gives no options, to those who have the key.
 
-    Without `api_key` everyone may ask who reaches the server. `log` gets one line for each answer, without its text.
+    Without `api_key` everyone may ask who reaches the server. `page` is the HTML of the address /, None for no page;
+    it needs no key. `log` gets one line for each answer, without its text.
     """
 
     def __init__(
         self,
-        model: ChatModel,
-        name: str,
+        models: Mapping[str, ChatModel],
         sampling: Sampling,
         api_key: str | None = None,
+        page: str | None = None,
         log: Callable[[str], None] = lambda line: None,
     ):
-        self.model, self.name, self.sampling, self.log = model, name, sampling, log
-        self._key = api_key
+        self.models, self.sampling, self.log = models, sampling, log
+        self._key, self._html = api_key, page
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="answers")  # its queue is that of the requests
         self._jobs: WeakSet[_Job] = WeakSet()
 
     def app(self) -> FastAPI:
         """Return the application."""
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
+        if self._html is not None:
+            app.add_api_route("/", self._page, methods=["GET"], response_class=HTMLResponse)
         app.add_api_route("/health", self._health, methods=["GET"])
         app.add_api_route("/v1/models", self._models, methods=["GET"])
         app.add_api_route("/v1/models/{name:path}", self._model, methods=["GET"])
@@ -65,29 +69,30 @@ class ChatServer:
         for job in list(self._jobs):
             job.cancel.set()
 
+    async def _page(self) -> HTMLResponse:
+        return HTMLResponse(self._html)
+
     async def _health(self) -> dict[str, str]:
         return {"status": "ok"}
 
     async def _models(self, request: Request) -> dict[str, Any]:
         self._authorize(request)
-        return {"object": "list", "data": [self._description()]}
+        return {"object": "list", "data": [_description(name) for name in self.models]}
 
     async def _model(self, request: Request, name: str) -> dict[str, Any]:
         self._authorize(request)
-        self._require_model(name)
-        return self._description()
-
-    def _description(self) -> dict[str, Any]:
-        return {"id": self.name, "object": "model", "created": 0, "owned_by": "sft_recipe"}
+        self._find(name)
+        return _description(name)
 
     async def _complete(self, request: Request) -> Response:
         self._authorize(request)
         asked = parse_request(await request.body())
-        self._require_model(asked.model)
-        job = _Job(self._session(asked), asked.template_variables)
+        sampling = self.sampling.updated(asked.options)
+        session = Session(self._find(asked.model), sampling, asked.messages, asked.tools)
+        job = _Job(session, asked.template_variables)
         self._jobs.add(job)
         self._worker.submit(job.run)
-        answer = Answer(self.name)
+        answer = Answer(asked.model, asked.tools)
         if asked.stream:
             first = await job.next(request)  # an error has another status than a stream
             stream = self._stream(request, job, first, answer, asked.include_usage)
@@ -97,16 +102,14 @@ class ChatServer:
         self._log(item, job)
         return JSONResponse(answer.completion(item))
 
-    def _session(self, asked: ChatRequest) -> Session:
-        return Session(self.model, self.sampling.updated(asked.options), asked.messages)
-
     async def _stream(
         self, request: Request, job: "_Job", item: Piece | Reply, answer: Answer, include_usage: bool
     ) -> AsyncIterator[str]:
         try:
             yield _event(answer.first_chunk())
             while isinstance(item, Piece):
-                yield _event(answer.chunk(item))
+                for chunk in answer.chunks(item):
+                    yield _event(chunk)
                 item = await job.next(request)
             for chunk in answer.last_chunks(item, include_usage):
                 yield _event(chunk)
@@ -123,16 +126,18 @@ class ChatServer:
         if self._key and not (is_right and scheme.lower() == "bearer"):
             raise ApiError(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key")
 
-    def _require_model(self, name: str) -> None:
-        if name != self.name:
-            raise ApiError(404, f"there is no model {name}; this server has {self.name}", "model", "model_not_found")
+    def _find(self, name: str) -> ChatModel:
+        if name not in self.models:
+            known = " and ".join(self.models)
+            raise ApiError(404, f"there is no model {name}; this server has {known}", "model", "model_not_found")
+        return self.models[name]
 
     def _log(self, reply: Reply, job: "_Job") -> None:
         seconds = time.monotonic() - job.began
         rate = reply.completion_tokens / max(seconds, 1e-9)
         self.log(
-            f"{time.strftime('%H:%M:%S')} prompt {reply.prompt_tokens}, answer {reply.completion_tokens} tokens "
-            f"({reply.finish_reason}), {seconds:.1f} s, {rate:.1f} tokens/s"
+            f"{time.strftime('%H:%M:%S')} prompt {reply.prompt_tokens}, answer "
+            f"{plural(reply.completion_tokens, 'token')} ({reply.finish_reason}), {seconds:.1f} s, {rate:.1f} tokens/s"
         )
 
 
@@ -156,7 +161,7 @@ class _Job:
             self._put(self._session.answer(self._put, self.cancel, self._variables))
         except DataError as error:
             code = "context_length_exceeded" if error.kind == "length" else None
-            self._put(ApiError(400, str(error), "messages", code))
+            self._put(ApiError(400, str(error), "tools" if error.kind == "tools" else "messages", code))
         except RecipeError as error:
             self._put(ApiError(500, str(error)))
         except Exception as error:  # of torch or transformers, such as too little memory; the server goes on
@@ -183,6 +188,10 @@ class _Job:
         if isinstance(item, ApiError):
             raise item
         return item
+
+
+def _description(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "sft_recipe"}
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -19,18 +19,25 @@ def ignore(piece: Piece) -> None:
 class Session:
     """A Session is a conversation with one model; terminal, lists, comparison and server answer through sessions.
 
-    `messages` are as chat templates expect them; a system message is first, if there is one.
+    `messages` are as chat templates expect them; a system message is first, if there is one. `tools` are the schemas of
+    the functions that the model may call.
     """
 
-    def __init__(self, model: ChatModel, sampling: Sampling, messages: Sequence[dict[str, str]] = ()):
-        self.model, self.sampling = model, sampling
+    def __init__(
+        self,
+        model: ChatModel,
+        sampling: Sampling,
+        messages: Sequence[dict[str, Any]] = (),
+        tools: Sequence[dict[str, Any]] = (),
+    ):
+        self.model, self.sampling, self.tools = model, sampling, tools
         self.messages = list(messages)
         self._answers = 0  # since the last question; each has another seed
 
     @property
     def system(self) -> str:
         """Return the system prompt, "" if there is none."""
-        return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else ""
+        return str(self.messages[0]["content"]) if self.messages and self.messages[0]["role"] == "system" else ""
 
     def set_system(self, text: str) -> None:
         """Replace the system prompt, or remove it with ""; the history stays."""
@@ -74,10 +81,10 @@ class Session:
         """Return the model's answer to the messages so far, which becomes the next message.
 
         `emit` receives its pieces while they are generated; `cancel` ends it early; `variables` are for the chat
-        template. Raises DataError where the template refuses the messages, or they leave no room in the context, and
-        ModelError where the device has too little memory.
+        template. Raises DataError where the template refuses messages or tools, or they leave no room in the context,
+        and ModelError where the device has too little memory.
         """
-        prompt = self.model.prompts.encode(self.messages, variables)
+        prompt = self.model.encode_prompt(self.messages, variables, self.tools)
         if self.model.room(prompt) == 0:
             raise DataError(
                 f"the conversation has {len(prompt.ids)} tokens, and the model's context is "

@@ -1,15 +1,15 @@
 """Finds the model that an argument means: a run, a checkpoint, a folder with a model or an adapter, or a hub id."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sft_recipe.checkpoint.manifest import read_manifest
 from sft_recipe.config.schema import ModelConfig
+from sft_recipe.data.rendering.options import RenderOptions
 from sft_recipe.errors import ModelError
 from sft_recipe.export.layout import MODEL
-from sft_recipe.export.source import ADAPTER_CONFIG, locate_checkpoint, resolve_named, run_config
+from sft_recipe.export.source import ADAPTER_CONFIG, locate_checkpoint, named_base, resolve_named, run_config
 from sft_recipe.files import user_path
 from sft_recipe.models.resolve import ResolvedModel
 
@@ -18,8 +18,10 @@ from sft_recipe.models.resolve import ResolvedModel
 class ModelSource:
     """Says where a model is, and the adapter over it, if any; `name` is as the user gave it.
 
-    `settings` is the folder with tokenizer, chat template and generation config. `trained_from` is the name of the
-    model that a run started from, None where it is unknown; `enable_thinking` is the run's `data.enable_thinking`.
+    `settings` is the folder with tokenizer, chat template and generation config. `trained_from` finds the model that a
+    run started from, None where it is unknown, and `base_name` is what the run called it; `options` are those of the
+    run that change prompts.
+    `checkpoint` is the folder `step_N` of a run, None for a model that is in none.
     """
 
     name: str
@@ -27,7 +29,9 @@ class ModelSource:
     settings: Path
     adapter: Path | None = None
     trained_from: str | None = None
-    enable_thinking: bool | None = None
+    base_name: str | None = None
+    options: RenderOptions = RenderOptions()
+    checkpoint: Path | None = None
 
 
 def find_source(name: str, trust_remote_code: bool = False) -> ModelSource:
@@ -48,8 +52,10 @@ def find_source(name: str, trust_remote_code: bool = False) -> ModelSource:
             f"{checkpoint} has no exported model ({MODEL}/); --resume_from auto continues its run and exports it"
         )
     source = _source_of_model(name, folder, trust_remote_code)
-    trained_from = source.trained_from or _model_of_run(checkpoint)
-    return replace(source, trained_from=trained_from, enable_thinking=_thinking_of_run(checkpoint.parents[1]))
+    base_name = _model_of_run(checkpoint) or source.trained_from
+    trained_from = source.trained_from or base_name
+    options = _options_of_run(checkpoint.parents[1])
+    return replace(source, trained_from=trained_from, base_name=base_name, options=options, checkpoint=checkpoint)
 
 
 def model_config(name: str, trust_remote_code: bool) -> ModelConfig:
@@ -62,9 +68,7 @@ def _source_of_model(name: str, folder: Path | None, trust_remote_code: bool) ->
     if folder is None or not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         model = _resolve(str(folder) if folder else name, trust_remote_code)
         return ModelSource(name, model, model.folder)
-    base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ModelError(f"{folder / ADAPTER_CONFIG} names no base model: set base_model_name_or_path in it")
+    base = named_base(folder, "set base_model_name_or_path in it")
     try:
         model = _resolve(base, trust_remote_code)
     except ModelError as error:
@@ -72,7 +76,7 @@ def _source_of_model(name: str, folder: Path | None, trust_remote_code: bool) ->
             f"the adapter {folder} needs its base model {base}: {str(error).rstrip('.')}. If the model has moved, set "
             f"base_model_name_or_path in {folder / ADAPTER_CONFIG}."
         ) from None
-    return ModelSource(name, model, _settings_folder(folder, model.folder), folder, trained_from=base)
+    return ModelSource(name, model, _settings_folder(folder, model.folder), folder, trained_from=base, base_name=base)
 
 
 def _settings_folder(adapter: Path, base: Path) -> Path:
@@ -95,18 +99,10 @@ def _model_of_run(checkpoint: Path) -> str | None:
         return None
 
 
-def _thinking_of_run(run: Path) -> bool | None:
-    """The value of data.enable_thinking in a run's configuration, None where it has none."""
+def _options_of_run(run: Path) -> RenderOptions:
+    """The options in a run's configuration that change prompts, the default for those that it does not have."""
     data = run_config(run).get("data")
-    thinking = data.get("enable_thinking") if isinstance(data, dict) else None
-    return thinking if isinstance(thinking, bool) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} cannot be read: it is no JSON object")
-    return content
+    types: dict[str, type] = {"enable_thinking": bool, "chat_template_kwargs": dict, "fold_system": bool}
+    found = data if isinstance(data, dict) else {}
+    usable: dict[str, Any] = {key: value for key, value in found.items() if isinstance(value, types.get(key, ()))}
+    return RenderOptions(**usable)

@@ -19,6 +19,7 @@ HELP = f"""\
 /help           this list
 /exit           leave (also Ctrl-D); Ctrl-C ends an answer
 Text that begins with // is a question that begins with /."""
+COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
 
 
 class Terminal:

@@ -6,15 +6,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from sft_recipe.checkpoint.manager import Checkpoints, check_free_space
+from sft_recipe.checkpoint.manifest import Files
 from sft_recipe.checkpoint.state import FsdpState, MegatronState
+from sft_recipe.distributed.host_memory import available_memory
 from sft_recipe.errors import CheckpointError, first_line
 
 STATE = "state"  # a checkpoint's folder of weights and optimizer state
@@ -48,7 +50,8 @@ class AsyncSaver:
     """Saves a run's checkpoints, one at a time. All ranks call `start` and `wait` after the same steps.
 
     With `overlap`, and where memory allows, the state is copied to host memory, and a thread writes it while training
-    continues. A save that fails is reported and retried 1, 2, 4, ... steps later; training continues meanwhile.
+    continues. In any case a complete checkpoint is read back while training continues. A save that fails is reported
+    and retried 1, 2, 4, ... steps later, at the latest after `last_step`; training continues meanwhile.
     `record` writes the run's metrics to the disk; `say` prints a message.
 
     `timings` has two durations in seconds for each complete save: until it was complete, and how long it blocked
@@ -64,12 +67,14 @@ class AsyncSaver:
         record: Callable[[], None],
         say: Callable[[str], None],
         overlap: bool,
+        last_step: int,
     ):
         self.checkpoints = checkpoints
         self.state = state
         self.export = export
         self.record = record
         self.say = say
+        self.last_step = last_step
         self.overlap = overlap and state.supports_copy
         self.memory_checked = False
         self.timings: list[tuple[float, float]] = []
@@ -80,61 +85,86 @@ class AsyncSaver:
         self.retry_at: int | None = None
         self._job: _Job | None = None
 
-    def start(self, step: int, metadata: dict[str, Any]) -> None:
-        """Save the state after `step`, and wait for it unless saves overlap; `metadata` goes into the manifest."""
-        self.wait(step)
+    def start(self, step: int, metadata: dict[str, Any], is_last: bool = False) -> None:
+        """Save the state after `step`, and wait for it unless saves overlap; `metadata` goes into the manifest.
+
+        After the last one, `close` reports a failure.
+        """
+        self.wait(step, retry_at=step)
         self.retry_at = None
         began = time.perf_counter()
         size = self.state.size()
-        write_state = self.state.stage(copy=self.overlap and self._has_memory_for_copies(size))
+        write_state = self.state.stage(copy=self.overlap and self._has_memory_for_copies())
         needed = self._sum(size)
 
-        def write(folder: Path) -> set[str]:
+        def write(folder: Path) -> Files:
             written = write_state(folder / STATE)
             if dist.get_rank() == 0:
                 self.export_problem = self.export.attempt(folder)
-            return {f"{STATE}/{name}" for name in written}
+            return {f"{STATE}/{name}": fingerprint for name, fingerprint in written.items()}
 
-        self._job = _Job(lambda: self.checkpoints.save(step, needed, metadata, write, self.record), began)
+        save = partial(self.checkpoints.save, step, needed, metadata, write, self.record)
+        self._job = _Job(save, self.checkpoints.read_back, began)
+        self._job.start(self.overlap)
         if self.overlap:
-            self._job.run_in_background()
-        else:
+            return
+        if self._job.path:
+            self.poll(step)
+        elif not is_last:
             self.wait(step)
 
     def has_failed(self) -> bool:
         """Return whether the running save has failed, as far as this rank knows; others may notice a moment later."""
-        return self._job is not None and self._job.has_failed()
+        return self._job is not None and self._job.error is not None
 
     def poll(self, step: int) -> None:
-        """Report a save that has succeeded meanwhile; not collective."""
-        if self._job is not None and self._job.has_succeeded():
-            self.wait(step)
-
-    def wait(self, step: int) -> None:
-        """Wait until the running save has ended, and report how; sets `problem` where it failed."""
-        job, self._job = self._job, None
-        if job is None:
+        """Report a save whose checkpoint is complete meanwhile; not collective."""
+        job = self._job
+        if job is None or job.path is None or job.is_reported:
             return
-        try:
-            path = job.result()
-        except CheckpointError as error:
-            self.problem = error
-            self.retry_at, self.failures = step + 2**self.failures, self.failures + 1
-            self.say(f"WARNING: {error}. Training continues; the next try is after step {self.retry_at}.")
-            return
-        self.problem, self.retry_at, self.failures = None, None, 0
+        job.is_reported = True
         self.timings.append((job.seconds, job.stall))
-        self.newest = path
-        self.say(f"saved {path} in {job.seconds:.1f} s (training blocked {job.stall:.1f} s)")
+        longer = ", reading it back included" if job.stall > job.seconds else ""
+        self.say(f"saved {job.path} in {job.seconds:.1f} s (training blocked {job.stall:.1f} s{longer})")
         if self.export_problem:
             self.say(
-                f"WARNING: the model of {path.name} cannot be exported: {self.export_problem}. Its state is saved, and "
-                "training can be resumed from it; the next save tries again."
+                f"WARNING: the model of {job.path.name} cannot be exported: {self.export_problem}. Its state is saved, "
+                "and training can be resumed from it; the next save tries again."
             )
+
+    def wait(self, step: int, retry_at: int | None = None) -> None:
+        """Wait until the running save has ended, and report how; where it failed, sets `problem` and `retry_at`.
+
+        The next save is after step `retry_at` where that is known.
+        """
+        if self._has_ended_well(step):
+            return
+        next_step = retry_at or self.retry_at
+        self.say(f"WARNING: {self.problem}. Training continues; the next try is after step {next_step}.")
+
+    def _has_ended_well(self, step: int) -> bool:
+        """Wait until the running save, if any, has ended. Returns whether it has not failed."""
+        job = self._job
+        if job is None:
+            return True
+        job.wait()
+        self.poll(step)
+        self._job = None
+        if job.path:
+            self.timings[-1] = (job.seconds, job.stall)
+        if job.error is None:
+            self.problem, self.retry_at, self.failures, self.newest = None, None, 0, job.path
+        elif isinstance(job.error, CheckpointError):
+            self.problem = job.error
+            self.retry_at = min(step + 2**self.failures, self.last_step)
+            self.failures += 1
+        else:
+            raise job.error
+        return job.error is None
 
     def close(self, step: int) -> None:
         """Wait for the last save. Raises CheckpointError where it failed, since its state is not on the disk."""
-        self.wait(step)
+        self._has_ended_well(step)
         if self.problem:
             raise CheckpointError(
                 f"{self.problem}. The run ends without this state; earlier checkpoints are complete: once the problem "
@@ -154,12 +184,15 @@ class AsyncSaver:
         took, blocked = (sum(save[part] for save in saves) for part in (0, 1))
         return {"perf/save_s": round(took, 4), "perf/save_wait_s": round(blocked, 4)} if saves else {}
 
-    def _has_memory_for_copies(self, size: int) -> bool:
-        """Checked before the first copy, whose memory is reused. Where one rank has too little, none copies."""
+    def _has_memory_for_copies(self) -> bool:
+        """Checked before the first copy, whose memory is reused. Where one rank has too little, none copies.
+
+        The first machine also exports the model meanwhile.
+        """
         if not self.memory_checked:
             self.memory_checked = True
-            needed = MEMORY_MARGIN * size * int(os.environ["LOCAL_WORLD_SIZE"])
-            self.overlap = self._sum(int(psutil.virtual_memory().available < needed)) == 0
+            needed = MEMORY_MARGIN * self.state.copies_size() * int(os.environ["LOCAL_WORLD_SIZE"]) + self.export.size
+            self.overlap = self._sum(int(available_memory() < needed)) == 0
             if not self.overlap:
                 self.say("There is too little memory to save while training continues: saving blocks it (async_save).")
         return self.overlap
@@ -172,43 +205,55 @@ class AsyncSaver:
 
 
 class _Job:
-    """One save, which runs in the background after `run_in_background`, else inside `result`."""
+    """One save: first it writes a checkpoint, which then is complete, and then reads that back in the background.
 
-    def __init__(self, act: Callable[[], Path], began: float):
-        self.act = act
+    `path` is the complete checkpoint; `error` is why there is none, or why it is damaged. `seconds` is how long the
+    first part took, `stall` how long training waited for any part.
+    """
+
+    def __init__(self, write: Callable[[], Path], read_back: Callable[[Path], None], began: float):
+        self.write = write
+        self.read_back = read_back
         self.began = began
+        self.path: Path | None = None
+        self.error: Exception | None = None
+        self.is_reported = False
         self.seconds = 0.0
         self.stall = 0.0
-        self._outcome: Path | Exception | None = None
         self._thread: threading.Thread | None = None
 
-    def run_in_background(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="save", daemon=True)
+    def start(self, overlap: bool) -> None:
+        """Write the checkpoint, in the background too with `overlap`."""
+        if not overlap:
+            self._write()
+        run = self._write_and_read_back if overlap else self._read_back
+        self._thread = threading.Thread(target=run, name="save", daemon=True)
         self._thread.start()
         self.stall = time.perf_counter() - self.began
 
-    def has_failed(self) -> bool:
-        return isinstance(self._outcome, Exception)
-
-    def has_succeeded(self) -> bool:
-        return isinstance(self._outcome, Path)
-
-    def result(self) -> Path:
-        """Waits, and returns the checkpoint's folder or raises what the save raised."""
-        since = time.perf_counter() if self._thread else self.began
+    def wait(self) -> None:
+        """Wait until both parts have ended."""
+        since = time.perf_counter()
         if self._thread:
             self._thread.join()
-        else:
-            self._run()
         self.stall += time.perf_counter() - since
-        if isinstance(self._outcome, Path):
-            return self._outcome
-        assert self._outcome is not None
-        raise self._outcome
 
-    def _run(self) -> None:
+    def _write_and_read_back(self) -> None:
+        self._write()
+        self._read_back()
+
+    def _write(self) -> None:
         try:
-            self._outcome = self.act()
+            path = self.write()
         except Exception as error:
-            self._outcome = error
-        self.seconds = time.perf_counter() - self.began
+            self.error = error
+        else:
+            self.seconds = time.perf_counter() - self.began
+            self.path = path
+
+    def _read_back(self) -> None:
+        try:
+            if self.path:
+                self.read_back(self.path)
+        except Exception as error:
+            self.error = error

@@ -1,4 +1,4 @@
-"""Checkpoints: found, verified and resumed from; written under another name and renamed when complete; pruned."""
+"""Checkpoints of a run: written under another name and renamed when complete, read back, pruned."""
 
 import os
 import re
@@ -13,122 +13,32 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
 from sft_recipe.checkpoint.manifest import (
-    MANIFEST,
+    BEST,
+    Files,
+    compare,
     fingerprints,
     list_files,
     read_manifest,
-    verify,
     write_manifest,
 )
-from sft_recipe.distributed.consistency import different_keys
+from sft_recipe.display import byte_size
 from sft_recipe.errors import CheckpointError
-from sft_recipe.files import sync, user_path
-
-AUTO = "auto"
-BEST = "best"
+from sft_recipe.files import sync, sync_all
 
 T = TypeVar("T")
-
-
-def find_checkpoint(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None]) -> Path | None:
-    """Return the checkpoint that `trainer.resume_from` means; None for a run that starts from the beginning.
-
-    Every byte of it has been read and compared with its checksums. `auto` is the newest of `folder`; so is the first
-    choice of a run that was restarted after a failure. Raises CheckpointError: no such folder, not a checkpoint, a
-    damaged one, one of a newer version of this program, one that cannot be read now.
-    """
-    try:
-        return _find(spec, folder, is_restart, say)
-    except OSError as error:
-        where = error.filename or folder
-        raise CheckpointError(f"{where} cannot be read or renamed: {error.strerror or error}") from None
-
-
-def _find(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None]) -> Path | None:
-    if (spec == AUTO or is_restart) and (newest := _newest_valid(folder, say)):
-        return newest
-    if spec == AUTO:
-        say(f"--resume_from auto found no checkpoint in {folder}: training starts from the beginning.")
-        return None
-    return _named(user_path(spec)) if spec else None
-
-
-def restore_best_link(folder: Path) -> None:
-    """Make `best` a link again where a copy of the run folder has a folder instead; nothing is lost.
-
-    The folder gets the name of its step, or is removed where the same checkpoint is there under that name. Raises
-    CheckpointError where another one is.
-    """
-    best = folder / BEST
-    if best.is_symlink() or not best.is_dir():
-        return
-    try:
-        step = folder / f"step_{read_manifest(best)['step']}"
-        if not step.exists():
-            best.rename(step)
-        elif read_manifest(step) == read_manifest(best) and not verify(step):
-            shutil.rmtree(best)
-        else:
-            raise ValueError(f"it differs from {step.name}")
-        best.symlink_to(step.name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{best} should be a link to a checkpoint, but is a folder: {error}. Give it another name."
-        ) from None
 
 
 def check_free_space(folder: Path, size: int) -> None:
     """Raise OSError where the disk of `folder` has less than `size` bytes left."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise OSError(f"the disk is too full: about {_gigabytes(size)} are needed and {_gigabytes(free)} are free")
+        raise OSError(f"the disk is too full: about {byte_size(size)} are needed and {byte_size(free)} are free")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the step_N folders, oldest step first."""
     matches = [(re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.glob("step_*")]
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
-
-
-def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Check that the checkpoint's run has this run's model, data and batches. Raises CheckpointError: what differs."""
-    saved = read_manifest(checkpoint)["identity"]
-    differences = [
-        f"  - {key}: {saved[key]} in the checkpoint, {identity[key]} now" for key in different_keys(saved, identity)
-    ]
-    if differences:
-        raise CheckpointError(
-            "\n".join(
-                [
-                    f"{checkpoint} belongs to another run; it cannot be continued with these settings:",
-                    *differences,
-                    "Use the settings of that run, or start a new one with --output_dir FOLDER.",
-                ]
-            )
-        )
-
-
-def check_run_folder_is_free(folder: Path, resume: Path | None) -> None:
-    """Check that saving into `folder` overwrites no checkpoint. Raises CheckpointError that says what to do."""
-    existing = list_checkpoints(folder)
-    if resume is None and existing:
-        raise CheckpointError(
-            f"{folder} holds {existing[-1].name} of an earlier run. Continue it with --resume_from auto, "
-            "or write this run elsewhere with --output_dir FOLDER, or remove it."
-        )
-    if resume is None or resume.parent.resolve() != folder.resolve():
-        if existing:
-            raise CheckpointError(
-                f"{folder} holds {existing[-1].name} of another run; write this one elsewhere with --output_dir"
-            )
-        return
-    step = read_manifest(resume)["step"]  # its folder may have any name
-    newer = [path.name for path in existing if _step(path) > step]
-    if newer:
-        raise CheckpointError(
-            f"{folder} holds {', '.join(newer)}, newer than {resume.name}. Continue the newest with --resume_from "
-            "auto, or write elsewhere with --output_dir FOLDER, or remove the newer ones."
-        )
 
 
 class Checkpoints:
@@ -158,13 +68,13 @@ class Checkpoints:
         step: int,
         size: int,
         metadata: dict[str, Any],
-        write: Callable[[Path], set[str]],
+        write: Callable[[Path], Files],
         record: Callable[[], None],
     ) -> Path:
         """Save a checkpoint of about `size` bytes as step_N. Returns its folder.
 
-        `write` is collective and fills the folder that it is given; the folder gets its name when it is complete. It
-        returns the relative names of files that this rank has written, which must be there in the end.
+        `write` is collective and fills the folder that it is given; the folder gets its name when it is complete and
+        on the disk. It returns the files that this rank has written, which must be there in the end.
         `metadata` goes into the manifest. `record` writes the run's metrics to the disk first.
         Raises CheckpointError on all ranks where the checkpoint cannot be written, such as on a full disk; earlier
         checkpoints stay.
@@ -172,13 +82,14 @@ class Checkpoints:
         final, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
         try:
             self._run_on_rank0(lambda: self._make_empty(partial, size))
-            written: set[str] = set()
+            written: dict[str, list | None] = {}
             self._run_on_all_ranks(lambda: written.update(_write_into(partial, write)))
-            files = self._fingerprints(partial, written)
+            files = self._sync(partial, written)
             self._run_on_rank0(lambda: self._commit(partial, final, metadata, files, record))
         except _SaveFailed as failure:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+            self._gather(None)  # no rank ends the run before that
             reason = re.sub(PINNED, str(partial), str(failure))
             raise CheckpointError(f"step {step} cannot be saved to {self.folder}: {reason}") from None
         return final
@@ -191,7 +102,7 @@ class Checkpoints:
         partial = self.folder / f".{checkpoint.name}.partial"
         self._make_empty(partial, 0)
         _write_into(partial, write)
-        _sync_tree(partial)
+        sync_all(path for path in partial.rglob("*") if path.exists())
         for path in partial.iterdir():
             shutil.rmtree(checkpoint / path.name, ignore_errors=True)
             path.rename(checkpoint / path.name)
@@ -203,17 +114,51 @@ class Checkpoints:
         check_free_space(self.folder, size)
         partial.mkdir()  # not its parents: a folder that has vanished must not come back as an empty one
 
-    def _fingerprints(self, partial: Path, written: set[str]) -> dict[str, list]:
-        """Each rank reads every n-th file back from the file system that all ranks share.
+    def _sync(self, partial: Path, written: dict[str, list | None]) -> dict[str, list]:
+        """Bring all files to the disk, and return their fingerprints.
 
         The files are those that rank 0 lists and those that any rank has written: on a network file system a listing
-        may be older than the newest files. A file that was written and is not there fails the save.
+        may be older than the newest files. Each rank syncs its own, since no other can, and reads every n-th of those
+        whose fingerprint is not known, such as the exported model.
         """
-        self._run_on_rank0(lambda: written.update(list_files(partial)))
-        names = sorted(set().union(*self._gather(written)))[dist.get_rank() :: dist.get_world_size()]
-        part: dict[str, list] = {}
-        self._run_on_all_ranks(lambda: part.update(fingerprints(partial, names)))
-        return {name: value for part in self._gather(part) for name, value in part.items()}
+        listed: dict[str, list | None] = {}
+        self._run_on_rank0(lambda: listed.update(dict.fromkeys(list_files(partial))))
+        own = listed | written
+        parts = self._gather(own)
+        known = {name: found for part in parts for name, found in part.items() if found}
+        unknown = sorted(set().union(*parts) - known.keys())
+        read: dict[str, list] = {}
+
+        def read_and_sync() -> None:
+            read.update(fingerprints(partial, unknown[dist.get_rank() :: dist.get_world_size()]))
+            sync_all(partial / name for name in own)
+
+        self._run_on_all_ranks(read_and_sync)
+        return known | {name: found for part in self._gather(read) for name, found in part.items()}
+
+    def read_back(self, checkpoint: Path) -> None:
+        """Compare a complete checkpoint with what was written, and then remove those that are not kept; collective.
+
+        Each rank reads every n-th file, from the disk rather than from memory. Raises CheckpointError on all ranks
+        where one differs or cannot be read: the earlier checkpoints stay, and one that differs gets another name.
+        """
+        damage, problem = "", ""
+        try:
+            with _pinned(checkpoint) as path:
+                files = sorted(read_manifest(path)["files"].items())
+                damage = compare(path, dict(files[dist.get_rank() :: dist.get_world_size()]), from_disk=True)
+        except (OSError, ValueError, CheckpointError) as error:
+            problem = re.sub(PINNED, str(checkpoint), str(error))
+        damages, problems = zip(*self._gather((damage, problem)), strict=True)
+        if dist.get_rank() == 0:
+            with suppress(OSError):
+                if any(damages):
+                    quarantine(checkpoint)
+                    self._link_best()
+                elif not any(problems):
+                    self._prune(checkpoint)
+        if found := [text for text in (*damages, *problems) if text]:
+            raise CheckpointError(f"{checkpoint} is not as it was written: {found[0]}")
 
     def _gather(self, value: T) -> list[T]:
         """The values of all ranks."""
@@ -224,14 +169,13 @@ class Checkpoints:
     def _commit(
         self, partial: Path, final: Path, metadata: dict[str, Any], files: dict[str, list], record: Callable[[], None]
     ) -> None:
-        _sync_tree(partial)
+        sync_all(path for path in partial.rglob("*") if path.is_dir())
         write_manifest(partial, metadata, files)
         sync(partial)
         record()
         partial.rename(final)
         sync(self.folder)
         self._link_best()
-        self._prune(final)
 
     def _link_best(self) -> None:
         """Let `best` name the best evaluated checkpoint; it is replaced, so that it always names a complete one."""
@@ -300,31 +244,6 @@ def first_failure(error: CheckpointException) -> str:
     return cause.splitlines()[-1] if cause else str(error)
 
 
-def _newest_valid(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Newer ones that are damaged get another name, since a folder called step_N is complete."""
-    for path in reversed(list_checkpoints(folder)):
-        if not (problem := verify(path)):
-            return path
-        say(f"{path} is damaged: {problem}. It is renamed to {_quarantine(path).name}.")
-    return None
-
-
-def _named(path: Path) -> Path:
-    """A link, such as `latest`, is what it points to."""
-    path = path.resolve() if path.is_symlink() else path
-    if not path.is_dir():
-        siblings = ", ".join(sibling.name for sibling in list_checkpoints(path.parent)) if path.parent.is_dir() else ""
-        raise CheckpointError(f"there is no checkpoint {path}" + (f"; its folder holds {siblings}" if siblings else ""))
-    inner = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
-    if inner and not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path} is a folder of checkpoints, not a checkpoint; name one, such as {inner[-1]}")
-    if problem := verify(path):
-        raise CheckpointError(
-            f"{path} is no complete checkpoint: {problem}. --resume_from auto takes the newest complete one."
-        )
-    return path
-
-
 def _best(checkpoints: list[Path]) -> Path | None:
     """The best evaluated one, by the metric that the newest of them was compared by."""
     evaluations = {}
@@ -348,11 +267,8 @@ def _evaluation(checkpoint: Path) -> dict[str, Any] | None:
     return manifest["evaluation"]
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def _quarantine(checkpoint: Path) -> Path:
+def quarantine(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint another name, since a folder called step_N is complete. Returns its new path."""
     quarantined = checkpoint.with_name(f"damaged_{checkpoint.name}")
     shutil.rmtree(quarantined, ignore_errors=True)
     return checkpoint.rename(quarantined)
@@ -370,13 +286,3 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove what saves and removals left behind that failed or were killed."""
     for path in folder.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file() or path.is_dir():
-            sync(path)

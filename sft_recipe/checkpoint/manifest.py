@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: a description of the checkpoint, and the size and checksum of every file in it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,13 @@ from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from sft_recipe import FORMAT_VERSION
 from sft_recipe.errors import CheckpointError
-from sft_recipe.files import MISSING, retried, update_digest, write_text
+from sft_recipe.files import MISSING, THREADS, drop_cached, retried, update_digest, write_text
+from sft_recipe.language import plural
 
 MANIFEST = "manifest.json"
-THREADS = 8  # more than one disk or network mount keeps busy; hashing itself is faster than reading
+BEST = "best"  # the link to the best evaluated checkpoint, beside the checkpoints
+
+Files = Mapping[str, list | None]  # fingerprints by relative name; None where nobody has computed it yet
 
 
 def list_files(folder: Path) -> list[str]:
@@ -63,22 +66,38 @@ def verify(checkpoint: Path) -> str:
     """Read every file of a checkpoint. Returns what differs from its manifest, or an empty text where nothing does.
 
     A file that cannot be read is no difference. Raises CheckpointError for a checkpoint that a newer version of this
-    program wrote, or that cannot be read now.
+    program wrote, that cannot be read now, or that has tensors in it which it was not saved with.
     """
     try:
         files = read_manifest(checkpoint)["files"]
     except ValueError as error:
         return str(error)
     try:
-        for name, (size, _) in files.items():  # first what shows without reading everything
-            found = retried((checkpoint / name).stat).st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
-        actual = fingerprints(checkpoint, files)
+        # torch reads whatever tensors are in the folder of the state, and takes either of two with the same name.
+        for path in sorted(checkpoint.glob("state/*.safetensors")):
+            if str(path.relative_to(checkpoint)) not in files:
+                raise CheckpointError(
+                    f"{path} is no file of this checkpoint; move it out of the folder and start again"
+                )
+        return compare(checkpoint, files)
     except MISSING as error:
         return f"{Path(error.filename).relative_to(checkpoint)} is missing"
     except OSError as error:
         raise _unreadable(checkpoint, error) from None
+
+
+def compare(checkpoint: Path, files: dict[str, list], from_disk: bool = False) -> str:
+    """Read files of a checkpoint. Returns what differs from their fingerprints, or an empty text. Raises OSError.
+
+    With `from_disk` they are not read from memory, where the system keeps what was written.
+    """
+    for name, (size, _) in files.items():  # first what shows without reading everything
+        found = retried((checkpoint / name).stat).st_size
+        if found != size:
+            return f"{name} has {plural(found, 'byte')} instead of {size:,}"
+        if from_disk:
+            drop_cached(checkpoint / name)
+    actual = fingerprints(checkpoint, files)
     return next((f"{name} does not have its checksum" for name in files if actual[name] != files[name]), "")
 
 

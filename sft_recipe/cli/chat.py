@@ -15,12 +15,13 @@ from sft_recipe.cli.flags import Parser
 from sft_recipe.cli.sampling_flags import (
     add_model_flags,
     add_sampling_flags,
+    add_thinking_flag,
     check_not_empty,
     find_device,
     given_sampling,
     thinking,
 )
-from sft_recipe.errors import ConfigError, DataError, run_command, silence_libraries
+from sft_recipe.errors import ConfigError, DataError, notify, run_command, silence_libraries
 
 if TYPE_CHECKING:
     from sft_recipe.chat.session import Session
@@ -40,6 +41,7 @@ def parse_arguments(args: list[str]) -> argparse.Namespace:
     """Return the parsed command line. Raises ConfigError if it is invalid; --help prints the help and exits."""
     parser = Parser(USAGE, DESCRIPTION)
     add_model_flags(parser)
+    add_thinking_flag(parser)
     parser.add_argument("--prompts", metavar="FILE", help="answer a list: a prompt on each line, or a JSON list")
     parser.add_argument(
         "--compare",
@@ -93,9 +95,13 @@ def _answer(options: argparse.Namespace, sessions: Sequence[Session], prompts: l
 
     from sft_recipe.chat.display import Display
     from sft_recipe.chat.prompt_list import answer_prompts, answer_prompts_as_json
-    from sft_recipe.chat.terminal import Terminal
+    from sft_recipe.chat.terminal import COMMANDS, Terminal
 
     display = Display(Console(highlight=False))
+    is_piped = prompts is not None and not options.prompts
+    words = {line.split()[0] for text in prompts or () for line in text.splitlines() if line.strip()}
+    if is_piped and (commands := words.intersection(COMMANDS)):
+        notify(f"{', '.join(sorted(commands))}: stdin is one question; commands are read from a terminal only")
     if prompts is None:
         import readline  # noqa: F401  # line editing and history for input()
 
@@ -103,7 +109,7 @@ def _answer(options: argparse.Namespace, sessions: Sequence[Session], prompts: l
     elif options.json:
         answer_prompts_as_json(prompts, sessions, _write)
     else:
-        answer_prompts(prompts, sessions, display, has_headings=bool(options.prompts))
+        answer_prompts(prompts, sessions, display, has_headings=not is_piped)
 
 
 def _write(line: str) -> None:

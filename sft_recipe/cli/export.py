@@ -13,8 +13,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from sft_recipe.cli.flags import Parser
+from sft_recipe.cli.sizes import size
 from sft_recipe.errors import ConfigError, run_command, silence_libraries
 from sft_recipe.files import user_path
+from sft_recipe.language import plural
 
 if TYPE_CHECKING:
     from sft_recipe.export.exporter import Export
@@ -38,7 +40,7 @@ def parse_arguments(args: list[str]) -> argparse.Namespace:
     if (options.run is None) == (options.adapter is None):
         raise ConfigError("name what to export: RUN (a run, checkpoint or model folder) or --adapter DIR, one of them")
     if options.quant and options.format != "gguf":
-        raise ConfigError(f"--quant {options.quant} is for --format gguf; for --format hf there is --dtype")
+        raise ConfigError(f"--quant {options.quant} is for --format gguf; for the others there is --dtype")
     return options
 
 
@@ -52,15 +54,24 @@ def _parser() -> Parser:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder to write to")
     parser.add_argument("--step", type=int, metavar="N", help="the run's checkpoint step_N")
-    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter made elsewhere, instead of RUN")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="an adapter made elsewhere, of PEFT or MiniMind (.pth), instead of RUN"
+    )
     parser.add_argument("--model", metavar="BASE", help="the adapter's base model (default: the one that it names)")
     parser.add_argument("--merge", action="store_true", help="merge the adapter, in fp32; without: the adapter alone")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as the model is stored)"
     )
-    parser.add_argument("--format", default="hf", choices=["hf", "gguf"], help="hf: a Hugging Face folder (default)")
+    parser.add_argument(
+        "--format",
+        default="hf",
+        choices=["hf", "gguf", "pth"],
+        help="hf: a Hugging Face folder (default); pth: MiniMind's state dict",
+    )
     parser.add_argument("--quant", choices=["f16", "q8_0"], help="of the weights of --format gguf (default: f16)")
-    parser.add_argument("--shard_size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    parser.add_argument(
+        "--shard_size", type=size, default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)"
+    )
     parser.add_argument(
         "--push_to_hub", metavar="OWNER/NAME", help="also upload the folder, into a private repository of the hub"
     )
@@ -76,11 +87,8 @@ def run(options: argparse.Namespace) -> int:
     from sft_recipe.export.exporter import export_model
     from sft_recipe.export.options import ExportOptions
     from sft_recipe.export.source import find_source
-    from sft_recipe.export.weights import parse_size
 
-    settings = ExportOptions(
-        options.merge, options.dtype, parse_size(options.shard_size), options.format, options.quant or "f16"
-    )
+    settings = ExportOptions(options.merge, options.dtype, options.shard_size, options.format, options.quant or "f16")
     if options.push_to_hub:
         from sft_recipe.export.hub import check_login, push
 
@@ -97,7 +105,7 @@ def _print(export: Export, as_json: bool, address: str | None) -> None:
         print(json.dumps(export.as_dict() | ({"hub": address} if address else {})))
         return
     size = sum(export.files.values())
-    print(f"{export.folder}: {export.kind} in {export.dtype}, {len(export.files)} files, {size:,} bytes")
+    print(f"{export.folder}: {export.kind} in {export.dtype}, {plural(len(export.files), 'file')}, {size:,} bytes")
     print(f"verified: {export.verification}")
     for remark in export.remarks:
         print(remark)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NoReturn
 
+from sft_recipe.cli.foreign_flags import translate
 from sft_recipe.config.references import escape_references
 from sft_recipe.errors import ConfigError, notify
 
@@ -47,7 +48,7 @@ FLAGS = (
         "model_path",
         "model.path",
         "Qwen/Qwen2.5-0.5B",
-        "hub id, folder, .gguf file, or SmolLM2-135M-Instruct (the embedded model)",
+        "hub id, folder, .gguf, .pth or .bin file, or SmolLM2-135M-Instruct (the embedded model)",
         short="model",
     ),
     Flag(
@@ -57,7 +58,7 @@ FLAGS = (
         "train_data",
         "data.train_files",
         "./data/example_sft.json",
-        "file, glob, hub data set (owner/name), or a list; a*0.5: half of it, a*2: twice, a#9: 9 examples",
+        "file, glob, URL, hub data set (owner/name:config:split), or a list; a*0.5: half, a*2: twice, a#9: 9 examples",
         takes_several=True,
     ),
     Flag(
@@ -68,6 +69,12 @@ FLAGS = (
         takes_several=True,
     ),
     Flag("max_length", "data.max_length", "2048", "longest example, in tokens"),
+    Flag(
+        "max_target_length",
+        "data.max_target_length",
+        "max_length",
+        "encoder-decoder models: longest answer, in tokens, while max_length bounds the source; null: max_length",
+    ),
     Flag("batch_size", "data.train_batch_size", "4", "examples per optimizer step, over all ranks"),
     Flag(
         "micro_batch_size",
@@ -80,17 +87,24 @@ FLAGS = (
         "warmup_ratio",
         "optim.lr_warmup_steps_ratio",
         "0.1",
-        "fraction of all steps in which the learning rate rises from 0 to lr",
+        "fraction of all steps in which the learning rate rises from 0 to lr; not of onecycle",
     ),
     Flag("weight_decay", "optim.weight_decay", "0.01", "decoupled weight decay, as in AdamW"),
     Flag("grad_clip", "optim.clip_grad", "1.0", "maximum global gradient norm; 0 or null: no clipping"),
-    Flag("strategy", "fsdp.strategy", "fsdp", "fsdp, fsdp2, megatron"),
+    Flag("strategy", "fsdp.strategy", "fsdp", "fsdp, fsdp2, megatron; QLoRA: fsdp2"),
     Flag(
         "use_lora", "lora.enabled", "false", "train low-rank adapters; the model's weights stay frozen", is_switch=True
     ),
+    Flag("use_qlora", "lora.quantize", "false", "LoRA over weights in 4 bits (NF4, bitsandbytes)", is_switch=True),
     Flag("lora_rank", "lora.rank", "8", "inner dimension of the adapters"),
     Flag("lora_alpha", "lora.alpha", "16", "the update is scaled by alpha / rank"),
     Flag("merge_lora", "lora.merge", "false", "save the merged model as well as the adapter", is_switch=True),
+    Flag(
+        "recipe",
+        "trainer.recipe",
+        "none",
+        "a recipe of conf/recipe (see --recipes) or a .yaml file, laid over config.yaml; null: none",
+    ),
     Flag("num_epochs", "trainer.total_epochs", "3", "passes over the training data", short="epochs"),
     Flag("output_dir", "trainer.output_dir", "./outputs", "run folder: config.yaml, metrics.jsonl, checkpoints/step_N"),
     Flag(
@@ -122,7 +136,7 @@ USAGE = "./train.sh [FLAGS] [HYDRA OVERRIDES]"
 DESCRIPTION = """\
 Fine-tunes a language model on prompt/response, Alpaca or multi-turn data, with verl.
 A flag's name in capitals is also an environment variable (LR=1e-5 ./train.sh, LEARNING_RATE=1e-5 ./train.sh).
-Precedence: override > flag > environment variable > config.yaml > conf/."""
+Precedence: override > flag > environment variable > recipe > config.yaml > conf/."""
 EPILOG = """\
 overrides: any key of config.yaml and conf/, or a file of a group in conf/:
   ./train.sh --use_lora optim.lr_scheduler_type=linear lora=r16 fsdp=fsdp2
@@ -197,14 +211,24 @@ class _Store(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def add_language(parser: Parser) -> None:
+    """Add --lang, which beats the variable SFT_LANG; `chosen_language` checks its value."""
+    parser.add_argument("--lang", metavar="en|zh", help="language of pages and findings (default: SFT_LANG, else en)")
+
+
 def train_parser() -> Parser:
     """Return the parser of train.sh, without the flags that set keys: `parse` adds those."""
     parser = Parser(USAGE, DESCRIPTION, EPILOG)
+    dry_run = "print the resolved configuration and the torchrun command, start nothing"
+    parser.add_argument("--dry_run", action="store_true", help=dry_run)
     parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="print the resolved configuration and the torchrun command, start nothing",
-    )
+        "--launcher", choices=("local", "ray", "slurm"), default="local",
+        help="this machine, a Ray cluster, or a job of SLURM (--dry_run prints its script)",
+    )  # fmt: skip
+    parser.add_argument("--multirun", action="store_true", help="a sweep: optim.lr=1e-5,2e-5 is one run for each value")
+    parser.add_argument("--recipes", action="store_true", help="list the recipes, start nothing")
+    parser.add_argument("--check", action="store_true", help="check all that the run needs (check_sft_ready.py)")
+    add_language(parser)
     return parser
 
 
@@ -219,11 +243,13 @@ def parse(
     """
     parser = parser or train_parser()
     _add_flags(parser, shown)
-    options = parser.parse_args(list(_mark_overrides(args, parser)))
+    known = {option for action in parser._actions for option in action.option_strings}
+    options = parser.parse_args(list(_mark_overrides(translate(args, known, FLAGS), parser)))
     values = vars(options)
     by_name = {flag.name: flag for flag in FLAGS}
+    is_sweep = values.get("multirun", False)
     from_flags = {
-        by_name[name].key: _override(by_name[name], parser.given.get(name, f"--{name}"), values[name])
+        by_name[name].key: _override(by_name[name], parser.given.get(name, f"--{name}"), values[name], is_sweep)
         for name in values
         if name in by_name
     }
@@ -324,10 +350,11 @@ def _from_environment(flag: Flag, environment: Mapping[str, str]) -> str | None:
     return next((_override(flag, name, value) for name, value in given.items()), None)
 
 
-def _override(flag: Flag, source: str, value: str | list[str]) -> str:
+def _override(flag: Flag, source: str, value: str | list[str], is_sweep: bool = False) -> str:
     """Return the override that sets a flag's key; several values may also be separated by commas, in brackets or not.
 
-    Raises ConfigError if `source`, the flag or variable, has no value.
+    In a sweep several values of a flag that takes one are those of its runs. Raises ConfigError if `source`, the flag
+    or variable, has no value.
     """
     values = value if isinstance(value, list) else [value]
     if flag.takes_several:
@@ -336,8 +363,9 @@ def _override(flag: Flag, source: str, value: str | list[str]) -> str:
     if not values:
         raise ConfigError(f"{source} needs a value")
     if len(values) == 1:
-        return f"{flag.key}={_quote(values[0])}"
-    return f"{flag.key}=[{','.join(_quote(text, in_list=True) for text in values)}]"
+        runs = values[0].split(",") if is_sweep and not flag.takes_several else values
+        return f"{flag.key}={','.join(map(quote, runs))}"
+    return f"{flag.key}=[{','.join(quote(text, in_list=True) for text in values)}]"
 
 
 def _split(text: str) -> list[str]:
@@ -357,7 +385,7 @@ def _exists(text: str) -> bool:
     return any(os.path.exists(os.path.expanduser(path)) for path in (text, re.sub(r"(\*[\d.]+|#\d+)$", "", text)))
 
 
-def _quote(value: str, in_list: bool = False) -> str:
+def quote(value: str, in_list: bool = False) -> str:
     """Return a value as Hydra reads it back unchanged; `none` becomes null."""
     if value.lower() == "none":
         return "null"

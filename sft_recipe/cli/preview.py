@@ -12,15 +12,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_recipe.cli.flags import FLAGS, CommandLine, Flag, Parser, parse
+from sft_recipe.cli.flags import FLAGS, CommandLine, Flag, Parser, add_language, parse
 from sft_recipe.errors import PreflightError, run_command, silence_libraries
 from sft_recipe.files import user_path
+from sft_recipe.language import set_language
 
 if TYPE_CHECKING:
     from sft_recipe.config.schema import Config
 
 SHOWN = 5
-USAGE = "scripts/preview_data.py [-n 5] [--html FILE] [TRAIN.SH'S FLAGS] [HYDRA OVERRIDES]"
+USAGE = "scripts/preview_data.py [-n 5] [--find TEXT] [--sort ORDER] [--step N] [--html FILE] [FLAGS] [HYDRA OVERRIDES]"
 DESCRIPTION = """\
 Shows the training data as training uses it: which tokens are supervised, how long the records are,
 what MAX_LENGTH cuts, what is duplicated. Reads all records and trains nothing."""
@@ -40,7 +41,29 @@ def preview_parser() -> Parser:
         metavar="NUMBER",
         help=f"conversations to show, sampled with trainer.seed (default: {SHOWN})",
     )
+    parser.add_argument("--find", default="", metavar="TEXT", help="show conversations that contain this text")
+    parser.add_argument(
+        "--sort",
+        default="",
+        choices=["longest", "shortest", "least_supervised"],
+        help="show the longest ones, the shortest, or those with the fewest supervised tokens",
+    )
+    parser.add_argument(
+        "--step", type=_step, metavar="NUMBER", help="also show how the examples of this optimizer step are packed"
+    )
+    parser.add_argument(
+        "--quality",
+        action="store_true",
+        help="also count near-duplicates, validation records like training ones, answers that break off or repeat",
+    )
+    parser.add_argument(
+        "--benchmarks",
+        type=Path,
+        metavar="FILE",
+        help="as --quality, and look for these questions, one a line or a record",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a self-contained HTML page")
+    add_language(parser)
     return parser
 
 
@@ -62,11 +85,12 @@ def parse_arguments(args: list[str]) -> CommandLine:
 def _run(line: CommandLine) -> int:
     from sft_recipe.config.compose import load_config, parse_config_args
 
+    set_language(line.options.lang)
     config = load_config(line.overrides, **parse_config_args(line.config_args))
     html = line.options.html and user_path(line.options.html)
     if html:
         _check_writable(html)
-    _preview(config, line.options.count, html)
+    _preview(config, line.options, html)
     return 0
 
 
@@ -76,17 +100,31 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _preview(config: Config, show: int, html: Path | None) -> None:
+def _step(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not the number of a step, 1 or more")
+    return int(text)
+
+
+def _preview(config: Config, options: argparse.Namespace, html: Path | None) -> None:
     silence_libraries()
     from rich.console import Console
 
     from sft_recipe.data.preview.compute import compute_preview
+    from sft_recipe.data.preview.selection import Selection
+    from sft_recipe.data.preview.step import step_lines
     from sft_recipe.data.preview.terminal import print_preview
+    from sft_recipe.data.quality import QualityChecks, read_questions
     from sft_recipe.files import write_text
 
-    preview = compute_preview(config, show, lambda notice: print(notice, file=sys.stderr))
+    selection = Selection(options.find, options.sort)
+    questions = read_questions(user_path(options.benchmarks)) if options.benchmarks else []
+    checks = QualityChecks(questions) if options.quality or questions else None
+    preview = compute_preview(config, options.count, lambda notice: print(notice, file=sys.stderr), selection, checks)
+    lines = list(step_lines(preview.stats, options.step)) if options.step else []
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for a terminal that cannot print ⏎
     print_preview(preview.stats, preview.renderer, Console(highlight=False))
+    print("\n".join(lines), end="\n" if lines else "")
     if html:
         page = preview.html
         try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sft_recipe.chat.sampling import LIMITS, Sampling
 from sft_recipe.cli.flags import Parser
 from sft_recipe.errors import ConfigError, PreflightError
+from sft_recipe.language import plural
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,10 @@ def add_model_flags(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, model or adapter folder, hub id")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+
+
+def add_thinking_flag(parser: Parser) -> None:
+    """Add --enable_thinking."""
     parser.add_argument(
         "--enable_thinking", choices=["true", "false"], help="the template's switch (default: as in training)"
     )
@@ -76,7 +81,8 @@ def find_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device is {name}; it must be auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PreflightError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs that PyTorch can use")
+        count = plural(torch.cuda.device_count(), "GPU")
+        raise PreflightError(f"--device {name}: this machine has {count} that PyTorch can use")
     return device
 
 

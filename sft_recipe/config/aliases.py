@@ -16,6 +16,8 @@ OLDER_GROUPS = {
 }
 OLDER_KEYS = {
     "data.allow_special_text": "data.parse_special_tokens",
+    "data.shuffle": "data.order",
+    "trainer.experiment_name": "trainer.run_name",
     "trainer.hang_timeout": "trainer.heartbeat_timeout",
 }
 

@@ -22,16 +22,23 @@ from pydantic import BaseModel
 from sft_recipe import FORMAT_VERSION
 from sft_recipe.config.aliases import leaves, merge_older_names, notify_renamed, rename_key, rename_override
 from sft_recipe.config.hydra_errors import explain_composition, explain_value
+from sft_recipe.config.optim import OptimConfig
+from sft_recipe.config.override_text import quote_texts
+from sft_recipe.config.recipes import recipe_values
 from sft_recipe.config.references import escape_references, map_texts
 from sft_recipe.config.schema import Config
 from sft_recipe.config.secrets import without_secrets
 from sft_recipe.config.validation import all_keys, build_config, missing_groups, nearest, not_groups, text_keys
-from sft_recipe.errors import ConfigError
+from sft_recipe.config.yaml_file import read_yaml
+from sft_recipe.errors import ConfigError, notify
 from sft_recipe.files import user_path
 
 HOME = Path(__file__).resolve().parents[2]
+WARMUP_RATIO = "optim.lr_warmup_steps_ratio"
 RESOLVED = "--resolved-config="
+CHANGES = "changes"  # of the user, in the resolved file beside the groups
 GROUPS = ("model", "data", "optim", "fsdp", "lora", "eval")
+RECIPE = "trainer.recipe"  # recipe=NAME, as for a group, means the same
 
 
 def _if_else(*parts: Any) -> Any:
@@ -55,30 +62,38 @@ def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str 
     """Compose the configuration and validate it.
 
     `overrides` are Hydra's: `optim.lr=1e-5`, `lora=r16`; they are applied from left to right. A group choice
-    overwrites earlier values of the keys in its file, those of config.yaml included.
+    overwrites earlier values of the keys in its file, those of config.yaml included. A recipe overwrites config.yaml,
+    and all overrides overwrite the recipe.
 
-    Raises ConfigError for an unknown file, group or key, a value of the wrong type, or a sweep.
+    Raises ConfigError for an unknown file, recipe, group or key, a value of the wrong type, or a sweep.
     """
     config_dir = Path(os.path.realpath(user_path(config_dir)))
     root = config_dir / f"{config_name.removesuffix('.yaml')}.yaml"
     if not root.is_file():
         raise ConfigError(f"there is no {root}; --config-path names the folder of config.yaml, --config-name the file")
     config_dir = root.parent
-    parsed = _parse(overrides)
+    all_parsed = _parse(overrides)
+    parsed = [item for item in all_parsed if not _is_recipe(item)]
     choices = [item for item in parsed if _is_choice(item)]
-    written = _read_yaml(root)
+    written = read_yaml(root)
     if wrong := not_groups(written):
         raise ConfigError(f"{root} cannot be used: {wrong}")
     tree = _compose(root, written, choices, config_dir)
     _check_format_version(tree.pop("format_version", FORMAT_VERSION), root)
     try:
         merge_older_names(tree, written)
+        recipe = _recipe(all_parsed, tree, written)
+        laid_over = recipe_values(recipe, recipe_folders(config_dir)) if recipe else {}
+        if recipe != OmegaConf.select(tree, RECIPE):
+            laid_over[RECIPE] = recipe
+        for key, value in laid_over.items():
+            OmegaConf.update(tree, key, value, merge=True, force_add=True)
         for item in parsed:
             if _is_choice(item):
                 _choose(tree, item, config_dir)
             else:
                 _assign(tree, item)
-        if _model_was_named(parsed, written) and isinstance(tree.get("model"), DictConfig):
+        if _model_was_named(parsed, leaves(written) | laid_over, written) and isinstance(tree.get("model"), DictConfig):
             tree.model.fallback = None
         if wrong := not_groups(OmegaConf.to_container(tree, resolve=False)) or missing_groups(tree):
             raise ConfigError(wrong)
@@ -87,7 +102,38 @@ def load_config(overrides: list[str], config_dir: Path = HOME, config_name: str 
     except OmegaConfBaseException as error:
         raise ConfigError(explain_value(error)) from None
     assert isinstance(resolved, dict)
-    return build_config(_resolve_data_paths({str(key): value for key, value in resolved.items()}, config_dir))
+    config = build_config(_resolve_data_paths({str(key): value for key, value in resolved.items()}, config_dir))
+    if any(item.key_or_group == WARMUP_RATIO for item in parsed):
+        _notify_unused_warmup(config.optim)
+    return config.record_changes(without_secrets([item.input_line or "" for item in parsed])) if recipe else config
+
+
+def _notify_unused_warmup(optim: OptimConfig) -> None:
+    """Say that a ratio which the user set has no effect: a recipe or config.yaml may give the steps."""
+    if optim.lr_warmup_steps > 0:
+        notify(
+            f"{WARMUP_RATIO} has no effect beside optim.lr_warmup_steps={optim.lr_warmup_steps}; "
+            "optim.lr_warmup_steps=-1 lets it count"
+        )
+    elif optim.lr_scheduler_type == "onecycle":
+        notify(f"{WARMUP_RATIO} has no effect on onecycle, whose rising part is optim.pct_start={optim.pct_start:g}")
+
+
+def recipe_folders(config_dir: Path) -> list[Path]:
+    """Return where recipes are: beside config.yaml, then those that come with the program."""
+    return list(dict.fromkeys([user_path(config_dir) / "conf/recipe", HOME / "conf/recipe"]))
+
+
+def to_json(config: Config) -> str:
+    """Return a composed configuration as JSON for another process; it may contain secrets."""
+    return json.dumps(config.model_dump(mode="json") | {CHANGES: config.changes})
+
+
+def from_json(text: str) -> Config:
+    """Return the configuration that `to_json` wrote."""
+    tree = json.loads(text)
+    changes = tree.pop(CHANGES)
+    return Config.model_validate(tree).record_changes(changes)
 
 
 def load_for_rank(args: list[str]) -> Config:
@@ -96,7 +142,7 @@ def load_for_rank(args: list[str]) -> Config:
     The arguments are `--resolved-config=FILE`, or `[--config-path=DIR] [--config-name=NAME] [OVERRIDE ...]`.
     """
     if len(args) == 1 and args[0].startswith(RESOLVED):
-        return Config.model_validate(json.loads(Path(args[0].removeprefix(RESOLVED)).read_text()))
+        return from_json(Path(args[0].removeprefix(RESOLVED)).read_text())
     config_args = [text for text in args if text.startswith("-")]
     return load_config([text for text in args if text not in config_args], **parse_config_args(config_args))
 
@@ -130,6 +176,7 @@ def parse_config_args(args: list[str]) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as text that can be used as config.yaml again, in the same environment."""
     plain = map_texts(escape_references, config.model_dump(mode="json"))
+    plain["trainer"]["recipe"] = None  # its values are here already, and would replace what was changed
     content = {"format_version": FORMAT_VERSION} | without_secrets(plain)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
@@ -140,9 +187,9 @@ def _parse(overrides: list[str]) -> list[Override]:
     for text in overrides:
         text = rename_override(text)
         try:
-            item = parser.parse_override(text)
+            item = parser.parse_override(quote_texts(text))
         except HydraException:
-            example = "overrides look like optim.lr=1e-5 or lora=r16"
+            example = "overrides look like optim.lr=1e-5, lora=r16 or 'eval.prompts=[\"Why?\"]', texts in quotes"
             raise ConfigError(f"cannot read the override {text!r}; {example}") from None
         if item.is_delete() or item.is_sweep_override():
             what = "deleting a key" if item.is_delete() else "a sweep over several values"
@@ -153,6 +200,20 @@ def _parse(overrides: list[str]) -> list[Override]:
 
 def _is_choice(item: Override) -> bool:
     return item.key_or_group in GROUPS and isinstance(item.value(), str)
+
+
+def _is_recipe(item: Override) -> bool:
+    return item.key_or_group in ("recipe", RECIPE)
+
+
+def _recipe(parsed: list[Override], tree: DictConfig, written: dict[str, Any]) -> str | None:
+    """Return the recipe that was chosen last: by overrides, else by config.yaml, as a key or in its defaults list."""
+    chosen = [_listed(written).get("recipe"), OmegaConf.select(tree, RECIPE)]
+    chosen = [name for name in chosen if name is not None] + [item.value() for item in parsed if _is_recipe(item)]
+    name = chosen[-1] if chosen else None
+    if name is not None and (not isinstance(name, str) or not name):
+        raise ConfigError(f"recipe={name}: it must be one name, or the path of one .yaml file; --recipes lists them")
+    return name
 
 
 def _choice_file(item: Override, config_dir: Path) -> Path:
@@ -173,6 +234,7 @@ def _compose(root: Path, written: dict[str, Any], choices: list[Override], confi
     # Hydra replaces only groups of the defaults list; a resolved config.yaml has none, and _choose is enough there.
     chosen = {item.key_or_group: item.value() for item in choices if item.key_or_group in _listed(written)}
     texts = [f"{group}={choice}" for group, choice in chosen.items()]
+    texts += ["~recipe"] if "recipe" in _listed(written) else []  # laid over config.yaml later
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir), version_base=None):
@@ -181,21 +243,6 @@ def _compose(root: Path, written: dict[str, Any], choices: list[Override], confi
         raise ConfigError(f"{root} cannot be used: {explain_composition(error, root.stem, GROUPS)}") from None
     OmegaConf.set_struct(tree, False)
     return tree
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """Return the content of a file; interpolations are not resolved."""
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path} cannot be read: {explain_value(error)}") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {str(error).strip()}") from None
-    except RecursionError:
-        raise ConfigError(f"{path} cannot be read: a value refers to itself, or is nested too deeply") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} cannot be used: it contains a list, not keys")
-    return {str(key): value for key, value in loaded.items()}
 
 
 def _listed(written: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +254,7 @@ def _listed(written: dict[str, Any]) -> dict[str, Any]:
 
 def _choose(tree: DictConfig, item: Override, config_dir: Path) -> None:
     group = item.key_or_group
-    values = _read_yaml(_choice_file(item, config_dir))
+    values = read_yaml(_choice_file(item, config_dir))
     values.pop("defaults", None)
     OmegaConf.update(tree, group, {rename_key(group, key): value for key, value in values.items()}, merge=True)
 
@@ -231,9 +278,8 @@ def _add_defaults(tree: DictConfig) -> None:
             tree[group] = defaults | present
 
 
-def _model_was_named(parsed: list[Override], written: dict[str, Any]) -> bool:
+def _model_was_named(parsed: list[Override], by_name: dict[str, Any], written: dict[str, Any]) -> bool:
     """Return True if the user named a model without a fallback: then the default fallback must not replace it."""
-    by_name = leaves(written)
     if "model.fallback" in by_name or any(item.key_or_group == "model.fallback" for item in parsed):
         return False
     is_named = any(item.key_or_group in ("model", "model.path") for item in parsed)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from sft_recipe.config import values
 
@@ -16,5 +16,14 @@ class Group(BaseModel):
     """Unknown keys are refused, and nothing can be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false as numbers: pydantic reads them as 1 and 0."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and values.is_number(annotation):
+            raise ValueError("it should be a number")
+        return value
 
     _fits_int64 = field_validator("*")(values.fits_int64)

@@ -3,16 +3,18 @@
 scripts/generate_reference.py writes conf/, config.yaml, cli/flags.py and the reference from these definitions.
 """
 
-import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from sft_recipe.config import values
 from sft_recipe.config.group import Group, flag
+from sft_recipe.config.lora import LoraConfig
+from sft_recipe.config.optim import OptimConfig
 from sft_recipe.config.secrets import without_secrets
 from sft_recipe.config.trainer import (
     GENERATION_METRICS,
@@ -23,8 +25,6 @@ from sft_recipe.config.trainer import (
 )
 from sft_recipe.files import user_path
 
-ALL_LINEAR = "all-linear"
-
 
 class ModelConfig(Group):
     """This group selects the model, its tokenizer, and how it computes attention and activations."""
@@ -32,7 +32,7 @@ class ModelConfig(Group):
     path: str = Field(
         "Qwen/Qwen2.5-0.5B",
         min_length=1,
-        description="hub id, folder, .gguf file, or SmolLM2-135M-Instruct (the embedded model)",
+        description="hub id, folder, .gguf, .pth or .bin file, or SmolLM2-135M-Instruct (the embedded model)",
         json_schema_extra=flag("model_path", "model"),
     )
     fallback: str | None = Field(
@@ -51,18 +51,50 @@ class ModelConfig(Group):
     enable_gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="recompute activations in the backward pass: true, false, auto (if memory requires it)"
     )
+    enable_activation_offload: bool = Field(
+        False, description="keep the inputs of recomputed layers in CPU memory; with enable_gradient_checkpointing=true"
+    )
     attn_implementation: str = Field(
-        "auto",
-        description="auto: flash_attention_2 if installed on a GPU, else sft_packed; or sdpa, eager, ...",
+        "auto", description="auto: the best of flash_attention_2, _3, _4 on a GPU, else sft_packed; or sdpa, eager, ..."
     )
     share_prefixes: bool | Literal["auto"] = Field(
         "auto",
         description="compute a common prefix of documents in a micro-batch once: true, false, auto (true on CPUs)",
     )
+    use_liger: bool = Field(
+        False, description="Liger's kernels for norms, gated MLPs and rotary embeddings; on GPUs, with liger-kernel"
+    )
+    router_aux_loss_coef: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="coefficient of the loss that balances the experts of a mixture; null: the model's own; 0: none",
+    )
+    freeze: values.WeightNames = Field(
+        [],
+        description="weights that do not train: encoder, decoder, embeddings, head, or regular expressions of names",
+    )
+    train_only: values.WeightNames = Field(
+        [], description="the only weights that train, written as freeze, which still applies; []: all"
+    )
     verify_first_step: bool = Field(True, description="compare the first loss with that of plain transformers")
     override_config: dict[str, Any] = Field(
         {}, description="values for the model's own config, e.g. {attention_dropout: 0.1}"
     )
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> "ModelConfig":
+        if self.enable_activation_offload and self.enable_gradient_checkpointing is not True:
+            raise ValueError(
+                "enable_activation_offload keeps the inputs of recomputed layers in CPU memory; it needs "
+                "enable_gradient_checkpointing=true"
+            )
+        return self
+
+    @property
+    def is_partly_frozen(self) -> bool:
+        """Whether weights were chosen that do not train."""
+        return bool(self.freeze or self.train_only)
 
 
 class DataConfig(Group):
@@ -70,7 +102,8 @@ class DataConfig(Group):
 
     train_files: str | list[str] = Field(
         "./data/example_sft.json",
-        description="file, glob, hub data set (owner/name), or a list; a*0.5: half of it, a*2: twice, a#9: 9 examples",
+        description="file, glob, URL, hub data set (owner/name:config:split), or a list; a*0.5: half, a*2: twice, "
+        "a#9: 9 examples",
         json_schema_extra=flag("train_data"),
     )
     val_files: str | list[str] | dict[str, str | list[str]] | None = Field(
@@ -90,12 +123,16 @@ class DataConfig(Group):
         "prompt_completion",
         "query_response",
         "alpaca",
+        "tokens",
     ] = Field(
         "auto",
         description="auto: detected for each record; or messages, conversations, prompt_response, prompt_completion, "
-        "query_response, alpaca, preference",
+        "query_response, alpaca, preference, tokens",
     )
     columns: dict[str, str] = Field({}, description="your column names: {prompt: question, response: answer}")
+    roles: dict[str, Literal["system", "user", "assistant", "tool", "function_call"]] = Field(
+        {}, description="your names of roles: {Human: user, Agent: assistant}; common names are known"
+    )
     on_bad_record: Literal["error", "skip"] = Field(
         "error", description="error: an invalid record stops the run; skip: it is left out and counted"
     )
@@ -105,16 +142,58 @@ class DataConfig(Group):
     train_on: Literal["all", "last"] = Field(
         "all", description="supervised assistant turns: all, or the last of each conversation"
     )
+    split_turns: bool | Literal["auto"] = Field(
+        "auto",
+        description="true: one example per assistant turn; auto: false, with a notice where reasoning is dropped",
+    )
     train_on_reasoning: bool = Field(
         True, description="compute the loss on the assistant's reasoning; false: reasoning is context only"
     )
     enable_thinking: bool | None = Field(
         None, description="the template's enable_thinking switch: true, false; null: the template's default"
     )
+    chat_template_kwargs: values.TemplateVariables = Field(
+        {}, description="variables of the chat template: {reasoning_effort: low}; those of a record override them"
+    )
+    fold_system: bool = Field(
+        False, description="put system turns at the start of the next user turn, for templates that have none"
+    )
+    append_stop_token: bool = Field(
+        True,
+        description="append the stop token to the last turn where the template ends turns with the next role's marker",
+    )
+    thinking_mix: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="fraction of the records with reasoning that keep it, seeded; sets the thinking switch; null: all",
+    )
+    random_system_prompt: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="fraction of the conversations without system turn and tools that get a system prompt, seeded",
+    )
+    drop_empty_thoughts: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="fraction of the conversations trained without the template's empty <think> blocks, seeded",
+    )
     parse_special_tokens: bool = Field(
         False, description="true: text such as <|im_end|> in the data becomes the special token"
     )
     max_length: int = Field(2048, ge=2, description="longest example, in tokens", json_schema_extra=flag("max_length"))
+    max_target_length: int | None = Field(
+        None,
+        ge=1,
+        description="encoder-decoder models: longest answer, in tokens, while max_length bounds the source; "
+        "null: max_length",
+        json_schema_extra=flag("max_target_length", shown_default="max_length"),
+    )
+    max_chars: int | None = Field(
+        None, ge=1, description="cut each message to so many characters before tokenization; null: no cut"
+    )
     truncation: Literal["drop", "right", "error"] = Field(
         "drop", description="examples longer than max_length: drop, right (cut at the end), error"
     )
@@ -127,16 +206,28 @@ class DataConfig(Group):
         description="times max_length: the most tokens in one micro-batch; bounds memory",
         json_schema_extra=flag("micro_batch_size"),
     )
-    shuffle: bool = Field(True, description="new seeded order in each epoch; false: the order of the files")
+    order: values.Order = Field(
+        "shuffle", description="shuffle: new seeded order in each epoch; file: the order of the files"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="training examples that are used, the first in the order of the files; null: all"
+    )
     num_workers: int | None = Field(None, ge=1, description="processes that tokenize; null: one per usable core")
     cache_dir: str | None = Field(
         None, description="folder of token stores and converted models; null: ~/.cache/sft_recipe"
     )
 
     @model_validator(mode="after")
-    def _check_validation_source(self) -> "DataConfig":
+    def _check_combinations(self) -> "DataConfig":
         if self.val_files and self.val_ratio:
             raise ValueError("val_files and val_ratio are both set; set only one of them")
+        switches = [self.enable_thinking, self.thinking_mix, self.chat_template_kwargs.get("enable_thinking")]
+        if sum(switch is not None for switch in switches) > 1:
+            raise ValueError(
+                "set only one of enable_thinking, thinking_mix, chat_template_kwargs.enable_thinking: each sets it"
+            )
+        if self.split_turns is True and self.train_on == "last":
+            raise ValueError("split_turns makes an example of every assistant turn, train_on=last of one; set only one")
         names = self.val_files if isinstance(self.val_files, dict) else {}
         if wrong := [name for name in names if not re.fullmatch(r"[\w.-]+", name)]:
             raise ValueError(f"val_files: {wrong[0]!r} is no name of a set; use letters, digits, - and _")
@@ -145,66 +236,19 @@ class DataConfig(Group):
     @property
     def token_budget(self) -> int:
         """The largest number of tokens that one micro-batch may hold."""
-        return self.micro_batch_size_per_gpu * self.max_length
-
-
-class OptimConfig(Group):
-    """This group sets the optimizer and the learning-rate schedule."""
-
-    optimizer: str = Field("AdamW", description="class name in optimizer_impl")
-    optimizer_impl: str = Field(
-        "torch.optim", description="module of the class: torch.optim, torchao.optim, bitsandbytes.optim"
-    )
-    override_optimizer_config: dict[str, Any] | None = Field(
-        None, description="further arguments of the class, e.g. {eps: 1.0e-6}"
-    )
-    lr: float = Field(
-        2e-5,
-        gt=0,
-        allow_inf_nan=False,
-        description="peak learning rate; 2e-4 with LoRA unless set",
-        json_schema_extra=flag("learning_rate", "lr") | {"yaml": "${if_else:${lora.enabled},2.0e-4,2.0e-5}"},
-    )
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="schedule after the warmup: cosine, linear, constant"
-    )
-    lr_warmup_steps_ratio: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="fraction of all steps in which the learning rate rises from 0 to lr",
-        json_schema_extra=flag("warmup_ratio"),
-    )
-    lr_warmup_steps: int = Field(-1, description="warmup steps; if above 0, used instead of the ratio")
-    min_lr_ratio: float = Field(
-        0.0, ge=0, le=1, description="final learning rate of cosine and linear, as a fraction of lr"
-    )
-    betas: values.Betas = Field((0.9, 0.999), description="decay rates of Adam's moments")
-    weight_decay: float = Field(
-        0.01,
-        ge=0,
-        allow_inf_nan=False,
-        description="decoupled weight decay, as in AdamW",
-        json_schema_extra=flag("weight_decay"),
-    )
-    clip_grad: float | None = Field(
-        1.0,
-        ge=0,
-        description="maximum global gradient norm; 0 or null: no clipping",
-        json_schema_extra=flag("grad_clip"),
-    )
+        return self.micro_batch_size_per_gpu * (self.max_length + (self.max_target_length or 0))
 
     @property
-    def max_grad_norm(self) -> float:
-        """`clip_grad` as a limit: infinity where gradients are not clipped."""
-        return self.clip_grad or math.inf
+    def has_targets(self) -> bool:
+        """Return whether an example is a source and a target, each with its largest length; see families.fit."""
+        return self.max_target_length is not None
 
 
 class MixedPrecisionConfig(Group):
     """This group sets the precision of computation and of gradient reduction."""
 
-    param_dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="compute: bf16, fp32; auto: bf16 if the hardware supports it, else fp32"
+    param_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="compute: bf16, fp16, fp32; auto: bf16 if the hardware has it, else fp16 on GPUs, or fp32"
     )
     reduce_dtype: Literal["bf16", "fp32"] = Field("fp32", description="gradient reduction: bf16, fp32")
 
@@ -213,7 +257,9 @@ class FsdpConfig(Group):
     """This group sets how the model is distributed over ranks, and its precision."""
 
     strategy: Literal["fsdp", "fsdp2", "megatron"] = Field(
-        "fsdp", description="fsdp, fsdp2, megatron", json_schema_extra=flag("strategy")
+        "fsdp",
+        description="fsdp, fsdp2, megatron; QLoRA: fsdp2",
+        json_schema_extra=flag("strategy") | {"yaml": "${if_else:${lora.quantize},fsdp2,fsdp}"},
     )
     param_offload: bool = Field(False, description="keep parameters in CPU memory between steps")
     optimizer_offload: bool = Field(False, description="keep the optimizer state in CPU memory between steps")
@@ -223,17 +269,18 @@ class FsdpConfig(Group):
     reshard_after_forward: bool | Literal["auto"] = Field(
         "auto",
         description="true: free gathered parameters after each pass (ZeRO-3); false: after the step; "
-        "auto: true on several GPUs and with offload_policy",
+        "auto: true on several GPUs, with offload_policy and with LoRA",
     )
     fsdp_size: int = Field(-1, description="ranks per shard group; -1: all")
     forward_prefetch: bool = Field(False, description="gather the next layer's parameters early")
     use_no_sync_for_gradient_accumulation: bool = Field(
         True, description="reduce gradients once per step; false: once per micro-batch, which needs less memory"
     )
+    use_torch_compile: bool = Field(False, description="compile the layers with torch.compile, once for all lengths")
     model_dtype: Literal["fp32", "bf16"] = Field("fp32", description="master weights: fp32, bf16")
     mixed_precision: MixedPrecisionConfig = Field(default_factory=lambda: MixedPrecisionConfig.model_validate({}))
     ulysses_sequence_parallel_size: int = Field(
-        1, ge=1, description="ranks that share one sequence (needs flash-attn on GPUs)"
+        1, ge=1, description="ranks that share each sequence: for long ones (Ulysses)"
     )
     tensor_model_parallel_size: int = Field(1, ge=1, description="megatron only: ranks that share each layer")
     pipeline_model_parallel_size: int = Field(1, ge=1, description="megatron only: ranks that share the layer stack")
@@ -254,41 +301,6 @@ class FsdpConfig(Group):
         return self
 
 
-class LoraConfig(Group):
-    """This group replaces full fine-tuning by low-rank adapters."""
-
-    enabled: bool = Field(
-        False,
-        description="train low-rank adapters; the model's weights stay frozen",
-        json_schema_extra=flag("use_lora"),
-    )
-    rank: int = Field(8, ge=1, description="inner dimension of the adapters", json_schema_extra=flag("lora_rank"))
-    alpha: float = Field(
-        16,
-        gt=0,
-        allow_inf_nan=False,
-        description="the update is scaled by alpha / rank",
-        json_schema_extra=flag("lora_alpha"),
-    )
-    target_modules: values.TargetModules = Field(
-        ALL_LINEAR,
-        description="all-linear; or a list of module names such as [q_proj, v_proj], or one regular expression that "
-        "matches complete names",
-    )
-    exclude_modules: values.ExcludedModules = Field(
-        None, description="modules to leave out, written as target_modules; null: none"
-    )
-    merge: bool = Field(
-        False, description="save the merged model as well as the adapter", json_schema_extra=flag("merge_lora")
-    )
-
-    @model_validator(mode="after")
-    def _check_merge(self) -> "LoraConfig":
-        if self.merge and not self.enabled:
-            raise ValueError("merge is set but LoRA is not enabled; add --use_lora")
-        return self
-
-
 class Config(Group):
     """The complete configuration of a run, validated and immutable."""
 
@@ -299,15 +311,53 @@ class Config(Group):
     lora: LoraConfig
     eval: EvalConfig = Field(default_factory=lambda: EvalConfig.model_validate({}))
     trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig.model_validate({}))
+    _changes: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="after")
+    def _check_frozen(self) -> "Config":
+        if self.model.is_partly_frozen and self.lora.enabled:
+            raise ValueError(
+                "model.freeze and model.train_only are for full fine-tuning: LoRA trains adapters only. Choose their "
+                "modules with lora.target_modules and lora.exclude_modules, or remove the keys (model.freeze=[])"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_megatron(self) -> "Config":
+        needing_fsdp = {
+            "model.enable_activation_offload needs": self.model.enable_activation_offload,
+            "model.freeze and model.train_only need": self.model.is_partly_frozen,
+            "model.use_liger needs": self.model.use_liger,
+            "fsdp.use_torch_compile needs": self.fsdp.use_torch_compile,
+        }
+        for text, is_set in needing_fsdp.items():
+            if is_set and self.fsdp.strategy == "megatron":
+                raise ValueError(f"{text} FSDP; use strategy fsdp or fsdp2")
+        if self.model.use_liger and self.fsdp.use_torch_compile:
+            raise ValueError("model.use_liger and fsdp.use_torch_compile fuse the same operations; set only one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_quantized(self) -> "Config":
+        if self.lora.quantize and self.fsdp.strategy != "fsdp2":
+            raise ValueError(f"lora.quantize (--use_qlora) needs strategy fsdp2, not {self.fsdp.strategy}")
+        return self
 
     @model_validator(mode="after")
     def _check_metric(self) -> "Config":
         compared, computed = self.trainer.early_stopping, self.evaluation_metrics()
         if compared.metric not in computed and (computed or compared != EarlyStoppingConfig.model_validate({})):
             names = ", ".join(computed) or "none without validation data (--val_data)"
-            raise ValueError(
-                f"trainer.early_stopping: the metric {compared.metric} is not computed by this run, which has {names}"
-            )
+            is_of_answers = compared.metric.removeprefix("eval/") in GENERATION_METRICS and not self.eval.generate
+            remedy = "; eval.generate=8 adds those of answers" if is_of_answers else ""
+            problem = f"the metric {compared.metric} is not computed by this run, which has {names}{remedy}"
+            raise ValueError(f"trainer.early_stopping: {problem}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_router_loss(self) -> "Config":
+        if self.model.router_aux_loss_coef and self.fsdp.strategy == "megatron":
+            raise ValueError("model.router_aux_loss_coef is for FSDP; with Megatron set it to null")
         return self
 
     @model_validator(mode="after")
@@ -327,6 +377,16 @@ class Config(Group):
         generated = GENERATION_METRICS if prefixes and self.eval.generate else ()
         losses = [f"{prefix}{metric}" for prefix in prefixes for metric in VALIDATION_METRICS]
         return [*losses, *(f"eval/{metric}" for metric in generated)]
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What the user set on top of a recipe, as overrides; empty without a recipe."""
+        return self._changes
+
+    def record_changes(self, changes: Sequence[str]) -> "Config":
+        """Record what the user set on top of the recipe; returns this configuration."""
+        self._changes = tuple(changes)
+        return self
 
     def public(self) -> dict[str, Any]:
         """Return the configuration as plain values without secrets of the environment, for files and loggers."""

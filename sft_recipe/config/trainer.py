@@ -41,6 +41,12 @@ class EvalConfig(Group):
 class TrainerConfig(Group):
     """This group sets the length of the run, its output, and its machines."""
 
+    recipe: str | None = Field(
+        None,
+        min_length=1,
+        description="a recipe of conf/recipe (see --recipes) or a .yaml file, laid over config.yaml; null: none",
+        json_schema_extra=flag("recipe", shown_default="none"),
+    )
     total_epochs: int = Field(
         3, ge=1, description="passes over the training data", json_schema_extra=flag("num_epochs", "epochs")
     )
@@ -83,14 +89,22 @@ class TrainerConfig(Group):
         description="restarts of a failed run, each from its newest checkpoint",
         json_schema_extra=flag("auto_restart"),
     )
+    start_timeout: float | None = Field(
+        600, gt=0, description="seconds to wait for the other machines before the ranks start; null: no limit"
+    )
     heartbeat_timeout: float | None = Field(
         1800, gt=0, description="seconds without progress after which a rank is considered hung; null: never"
+    )
+    log_freq: int = Field(
+        1, ge=1, description="steps between lines on the console and in the loggers; files have every step"
     )
     logger: list[values.Logger] = Field(
         ["console"], description="console, and verl's: wandb, tensorboard, mlflow, swanlab, trackio, clearml, ..."
     )
     project_name: str = Field("sft_recipe", description="project name for the loggers")
-    experiment_name: str | None = Field(None, description="run name for the loggers; null: the output folder's name")
+    run_name: str | None = Field(
+        None, min_length=1, description="name of the run in the banner and the loggers; null: the output folder's name"
+    )
     wandb_project: str | None = Field(
         None,
         description="if set, log to wandb under this project as well",
@@ -119,6 +133,11 @@ class TrainerConfig(Group):
         if self.nnodes > 1 and self.master_addr == "localhost":
             raise ValueError("several machines need master_addr, the address of machine 0, the same on all of them")
         return self
+
+    @property
+    def name(self) -> str:
+        """The name of the run."""
+        return self.run_name or self.run_folder.absolute().name
 
     @property
     def run_folder(self) -> Path:

@@ -89,11 +89,21 @@ def _types(info: FieldInfo) -> tuple[Any, ...]:
 
 
 def _explain_all(problems: list[Any]) -> list[str]:
-    """Return one line per key; for a key with several types the last problem is the most specific."""
+    """Return one line per key; for a key with several types the last problem is the most specific.
+
+    A key with the value of another one, which is wrong as well, is no mistake.
+    """
     complaints: dict[str, list[str]] = {}
+    extras = {key: info.json_schema_extra for key, info in fields()}
+    references = {
+        key: str(extra["yaml"]) for key, extra in extras.items() if isinstance(extra, dict) and "yaml" in extra
+    }
+    given = {".".join(map(str, problem["loc"])): problem["input"] for problem in problems}
     for problem in problems:
         key = ".".join(str(part) for part in problem["loc"] if _is_key_part(part))
-        complaints.setdefault(key, []).append(_explain(key, problem))
+        referred = references.get(key, "").removeprefix("${").removesuffix("}")
+        if not (referred and given.get(referred) == problem["input"]):
+            complaints.setdefault(key, []).append(_explain(key, problem))
     return [(key + texts[-1]).removeprefix(": ") for key, texts in complaints.items()]
 
 
@@ -109,6 +119,8 @@ def _explain(key: str, problem: Any) -> str:
         return " is not set"
     if kind == "string_too_short":
         return " is empty; it needs a value"
+    if kind == "bool_parsing":
+        return f" is {given!r}; it must be true or false"
     if kind == "model_type":
         return _not_a_group(given)
     if kind == "value_error":

@@ -1,12 +1,14 @@
 """Plans which examples a step trains, on which rank and in which micro-batch: arithmetic on lengths, no state."""
 
 import math
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from heapq import heappop, heappush, heapreplace
+from heapq import heappop, heappush
 
 import numpy as np
+
+SAMPLED_STEPS = 32  # of the first epoch, for an estimate
 
 # Positions within the step's batch; an empty micro-batch keeps ranks in step.
 MicroBatch = list[int]
@@ -17,25 +19,26 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return math.ceil(examples / batch_size)
 
 
-def batch_indices(step: int, examples: int, batch_size: int, seed: int, shuffle: bool = True) -> np.ndarray:
+def batch_indices(step: int, examples: int, batch_size: int, seed: int, order: str = "shuffle") -> np.ndarray:
     """Return the example numbers of optimizer step `step` (from 0), int64 of shape (at most batch_size,).
 
     The result depends only on the arguments, not on ranks, packing or interruptions.
     """
     epoch, step_in_epoch = divmod(step, steps_per_epoch(examples, batch_size))
     start = step_in_epoch * batch_size
-    return epoch_order(examples, seed, epoch, shuffle)[start : start + batch_size]
+    return epoch_order(examples, seed, epoch, order)[start : start + batch_size]
 
 
 @lru_cache(maxsize=2)
-def epoch_order(examples: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
-    """Return a permutation of all examples, int64, that depends only on (seed, epoch); file order without `shuffle`.
+def epoch_order(examples: int, seed: int, epoch: int, order: str = "shuffle") -> np.ndarray:
+    """Return a permutation of all examples, int64, that depends only on (seed, epoch); 0, 1, 2, ... for "file".
 
     The array is cached and read-only.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(examples) if shuffle else np.arange(examples)
-    order.flags.writeable = False
-    return order
+    is_shuffled = order == "shuffle"
+    numbers = np.random.default_rng([seed, epoch]).permutation(examples) if is_shuffled else np.arange(examples)
+    numbers.flags.writeable = False
+    return numbers
 
 
 def sample_mixture(sources: Sequence[tuple[int, int]], seed: int) -> np.ndarray:
@@ -51,7 +54,8 @@ def sample_mixture(sources: Sequence[tuple[int, int]], seed: int) -> np.ndarray:
     for place, (examples, target_count) in enumerate(sources):
         times, rest = divmod(target_count, examples)
         counts = np.full(examples, times)
-        counts[np.random.default_rng([seed, 2**31 + 1, place]).permutation(examples)[:rest]] += 1
+        if rest:
+            counts[np.random.default_rng([seed, 2**31 + 1, place]).permutation(examples)[:rest]] += 1
         numbers.append(begin + np.repeat(np.arange(examples), counts))
         begin += examples
     return np.concatenate(numbers)
@@ -70,9 +74,22 @@ def split_validation(digests: np.ndarray, ratio: float, seed: int) -> tuple[np.n
     return np.flatnonzero(~is_chosen[group]), np.flatnonzero(is_chosen[group])
 
 
-def plan_micro_batches(
-    lengths: Sequence[int], ranks: int, budget: int, packs_documents: bool = True
-) -> list[list[MicroBatch]]:
+@dataclass(frozen=True)
+class BatchPlan:
+    """A BatchPlan says how the examples of one batch are shared among ranks.
+
+    `micro_batches(rank)` makes those of a rank, so that each of a thousand ranks makes its own only. `loads` are the
+    tokens that each rank computes, with padding, int64 of shape (ranks,).
+    """
+
+    micro_batches: Callable[[int], list[MicroBatch]]
+    loads: np.ndarray
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return map(self.micro_batches, range(len(self.loads)))
+
+
+def plan_micro_batches(lengths: np.ndarray, ranks: int, budget: int, packs_documents: bool = True) -> BatchPlan:
     """Share one batch among ranks and pack each share into micro-batches.
 
         lengths 700 300 600 400, 2 ranks, budget 1000  ->  rank 0: [[0, 1]]   rank 1: [[2, 3]]
@@ -83,36 +100,148 @@ def plan_micro_batches(
 
     Raises ValueError where one example alone is longer than the budget.
     """
-    if len(lengths) and max(lengths) > budget:
-        raise ValueError(f"an example of {max(lengths)} tokens does not fit a micro-batch of {budget}")
-    counts: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [(0, rank) for rank in range(ranks)]  # a heap: the least loaded rank first, the lowest of equals
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):  # equals keep their order
-        load, rank = loads[0]
-        counts[rank].append(index)
-        heapreplace(loads, (load + lengths[index], rank))
-    packed = [_pack(share, lengths, budget) if packs_documents else [[index] for index in share] for share in counts]
-    count = max(1, max(len(bins) for bins in packed))
-    return [_split_until(bins, count, lengths) for bins in packed]
+    if len(lengths) and lengths.max() > budget:
+        raise ValueError(f"an example of {lengths.max()} tokens does not fit a micro-batch of {budget}")
+    shares = _share(lengths, ranks)
+    bins = _pack(shares, lengths, budget) if packs_documents else shares.places
+    count = max(1, int(bins.max(initial=0)) + 1)
+
+    def micro_batches(rank: int) -> list[MicroBatch]:
+        span = shares.span(rank)
+        filled: list[MicroBatch] = [[] for _ in range(int(bins[span].max(initial=-1)) + 1)]
+        for index, number in zip(shares.indices[span].tolist(), bins[span].tolist(), strict=True):
+            filled[number].append(index)
+        return _split_until(filled, count, lengths)
+
+    return BatchPlan(micro_batches, shares.loads)
 
 
-def _pack(share: list[int], lengths: Sequence[int], budget: int) -> list[MicroBatch]:
-    """Best-fit decreasing: each to the bin that it fills most; `share` comes longest first."""
-    bins: list[MicroBatch] = []
-    rooms: list[tuple[int, int]] = []  # (tokens left, bin), in order, so that the bin is found by bisection
-    for index in share:
-        place = bisect_left(rooms, (lengths[index], 0))
-        if place < len(rooms):
-            room, number = rooms.pop(place)
+def plan_padded(sources: np.ndarray, targets: np.ndarray, ranks: int, budget: int) -> BatchPlan:
+    """Share one batch of sources and targets, by their lengths, among ranks, and group each share into micro-batches.
+
+    Ranks are balanced in tokens, and have equal numbers of micro-batches, as in plan_micro_batches. Padding counts: no
+    micro-batch has more than `budget` = rows x (longest source + longest target) tokens, and its rows are of about the
+    same length.
+
+    Raises ValueError where one example alone is longer than the budget.
+    """
+    lengths = sources + targets
+    if len(lengths) and lengths.max() > budget:
+        raise ValueError(f"an example of {lengths.max()} tokens does not fit a micro-batch of {budget}")
+    shares = _share(lengths, ranks)
+    rows_of = sources.tolist(), targets.tolist()
+    grouped = [_group(shares.indices[shares.span(rank)].tolist(), *rows_of, budget) for rank in range(ranks)]
+    count = max(1, max(map(len, grouped)))
+    batches = [_split_until(groups, count, lengths) for groups in grouped]
+    loads = [sum(_padded(rows, *rows_of) for rows in groups) for groups in batches]
+    return BatchPlan(batches.__getitem__, np.array(loads))
+
+
+def _group(share: list[int], sources: Sequence[int], targets: Sequence[int], budget: int) -> list[MicroBatch]:
+    groups: list[MicroBatch] = []
+    for index in sorted(share, key=lambda index: (targets[index], sources[index], index), reverse=True):
+        if groups and _padded(rows := [*groups[-1], index], sources, targets) <= budget:
+            groups[-1] = rows
         else:
-            room, number = budget, len(bins)
-            bins.append([])
-        bins[number].append(index)
-        insort(rooms, (room - lengths[index], number))
+            groups.append([index])
+    return groups
+
+
+def _padded(rows: MicroBatch, sources: Sequence[int], targets: Sequence[int]) -> int:
+    longest = (max((lengths[row] for row in rows), default=0) for lengths in (sources, targets))
+    return len(rows) * sum(longest)
+
+
+def highest_efficiency(lengths: np.ndarray, batch_size: int, ranks: int) -> float:
+    """Return the fraction of the ranks' time that tokens can fill, the mean over batches of examples in this order.
+
+    No plan is better: a step takes as long as its longest example, and as an equal share of its tokens.
+    """
+    steps = min(SAMPLED_STEPS, max(1, len(lengths) // batch_size))
+    batches = lengths[: steps * batch_size].reshape(steps, -1)
+    tokens = batches.sum(axis=1)
+    return float((tokens / np.maximum(tokens, ranks * batches.max(axis=1))).mean())
+
+
+def efficient_batch_size(lengths: np.ndarray, batch_size: int, ranks: int, wanted: float) -> int | None:
+    """Return the first of 1, 2, 4, ... times `batch_size` whose highest_efficiency is at least the `wanted` one.
+
+    None where no batch of so few examples has it.
+    """
+    while batch_size <= len(lengths):
+        if highest_efficiency(lengths, batch_size, ranks) >= wanted:
+            return batch_size
+        batch_size *= 2
+    return None
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """The examples of each rank, one rank after the other, longest first.
+
+    `indices` has shape (examples,), `offsets` (ranks + 1,); `loads`, the tokens, has shape (ranks,).
+    """
+
+    indices: np.ndarray
+    offsets: np.ndarray
+    loads: np.ndarray
+
+    def span(self, rank: int) -> slice:
+        return slice(self.offsets[rank], self.offsets[rank + 1])
+
+    @property
+    def places(self) -> np.ndarray:
+        """The place of each example in its share, from 0, (examples,)."""
+        return np.arange(len(self.indices)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+
+
+def _share(lengths: np.ndarray, ranks: int) -> _Shares:
+    """Balance ranks in tokens: longest first, to the least loaded rank, the lowest of equals.
+
+    Several examples at a time: to the ranks from the least loaded one on, as long as none that has got one is again
+    less loaded than the next. That is about one for each rank.
+    """
+    order = np.argsort(-lengths, kind="stable")  # equals keep their order
+    sizes = lengths[order] * ranks
+    rank_of = np.empty(len(order), dtype=np.int64)
+    keys = np.arange(ranks)  # load x ranks + rank: sorted by load, and by rank where loads are equal
+    done = 0
+    while done < len(order):
+        keys.sort()
+        new = keys[: len(order) - done] + sizes[done : done + ranks]
+        is_overtaken = np.minimum.accumulate(new)[:-1] < keys[1 : len(new)]
+        count = 1 + int(is_overtaken.argmax()) if is_overtaken.any() else len(new)
+        rank_of[done : done + count] = keys[:count] % ranks
+        keys[:count] = new[:count]
+        done += count
+    offsets = np.append(0, np.cumsum(np.bincount(rank_of, minlength=ranks)))
+    loads = np.empty(ranks, dtype=np.int64)
+    loads[keys % ranks] = keys // ranks
+    return _Shares(order[np.argsort(rank_of, kind="stable")], offsets, loads)
+
+
+def _pack(shares: _Shares, lengths: np.ndarray, budget: int) -> np.ndarray:
+    """Return the micro-batch of each example: best-fit decreasing, each goes where it leaves least room.
+
+    All ranks at a time: first the longest example of each, then the second ones, and so on. A micro-batch that does not
+    exist yet has room for the full budget.
+    """
+    sizes = lengths[shares.indices]
+    starts, counts = shares.offsets[:-1], np.diff(shares.offsets)
+    rooms = np.full((len(counts), 1), budget)
+    bins = np.empty(len(sizes), dtype=np.int64)
+    for place in range(int(counts.max(initial=0))):
+        if (rooms[:, -1] < budget).any():
+            rooms = np.hstack([rooms, np.full((len(counts), 1), budget)])
+        ranks = np.flatnonzero(counts > place)
+        examples = starts[ranks] + place
+        room, size = rooms[ranks], sizes[examples]
+        bins[examples] = chosen = np.where(room >= size[:, None], room, budget + 1).argmin(axis=1)
+        rooms[ranks, chosen] -= size
     return bins
 
 
-def _split_until(bins: list[MicroBatch], count: int, lengths: Sequence[int]) -> list[MicroBatch]:
+def _split_until(bins: list[MicroBatch], count: int, lengths: np.ndarray) -> list[MicroBatch]:
     """Halve the fullest micro-batch until there are `count`; what cannot be halved is filled up with empty ones."""
     if len(bins) == count:
         return bins
@@ -121,7 +250,7 @@ def _split_until(bins: list[MicroBatch], count: int, lengths: Sequence[int]) -> 
 
     def offer(number: int) -> None:
         if len(bins[number]) > 1:
-            heappush(fullest, (-sum(lengths[index] for index in bins[number]), number))
+            heappush(fullest, (-int(lengths[bins[number]].sum()), number))
 
     for number in range(len(bins)):
         offer(number)

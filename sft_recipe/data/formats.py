@@ -1,4 +1,4 @@
-"""Converts records of all formats to Conversations: one small function per format, in the table FORMATS.
+"""Converts records of all formats to Conversations or token ids: one small function per format, in the table FORMATS.
 
 To add a format, write a function that returns the turns of a record, and add a line to FORMATS (and its name to
 `data.format` in config/schema.py).
@@ -11,8 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sft_recipe.config.reserved import NOT_TEMPLATE_VARIABLES
+from sft_recipe.data.content_parts import joined_text
 from sft_recipe.data.messages import Conversation, Message, check_text, data_error, json_type
+from sft_recipe.data.pretokenized import TokenizedRecord, tokenized_record
 from sft_recipe.data.readers import BadRecord, read_records
+from sft_recipe.data.tool_forms import in_order_of_calls, with_hermes_calls
 from sft_recipe.data.turns import (
     REASONING_KEYS,
     TOOL_KEYS,
@@ -33,8 +37,6 @@ from sft_recipe.errors import DataError
 
 SYSTEM_KEYS = ("system", "system_prompt")
 TEMPLATE_KEY = "chat_template_kwargs"
-# What the chat template gets from the conversation or from training.
-NOT_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,34 @@ def select_formats(format: str) -> Mapping[str, Format]:
 def to_conversation(record: Any, source: str, formats: Mapping[str, Format] | None = None) -> Conversation:
     """Return the conversation in a record; `formats` are those it may have (default: FORMATS).
 
-    Raises DataError, beginning with `source`, for a record of no known format or one that cannot be trained on.
+    Raises DataError, beginning with `source`, for a record of no known format or one that cannot be trained on, and
+    for one that holds token ids.
+    """
+    converted = convert(record, source, formats)
+    if isinstance(converted, TokenizedRecord):
+        raise data_error(source, "the record holds token ids (input_ids), not a conversation; only training reads it")
+    return converted
+
+
+def convert(
+    record: Any, source: str, formats: Mapping[str, Format] | None = None, is_encoder_decoder: bool = False
+) -> Conversation | TokenizedRecord:
+    """Return the conversation in a record, or its tokens; `formats` are those it may have (default: FORMATS).
+
+    `is_encoder_decoder` says which models the tokens are for; see tokenized_record. Raises DataError, beginning with
+    `source`, for a record of no known format or one that cannot be trained on.
     """
     if not isinstance(record, dict):
         raise data_error(source, f"the record is {json_type(record)}; expected an object with named fields", "type")
     check_media(record, "", source)
     format = _detect_format(record, source, FORMATS if formats is None else formats)
+    if format is FORMATS["tokens"]:
+        read = {*format.fields, *format.ignored}
+        return tokenized_record(record, source, unread_keys(record, read, ()), is_encoder_decoder)
+    return _conversation(record, source, format)
+
+
+def _conversation(record: Record, source: str, format: Format) -> Conversation:
     turns = format.turns(record, source)
     unread = _unread(record, format, turns)
     if not is_empty(record.get("history")) and not any(turn.field.startswith("history") for turn in turns):
@@ -92,9 +116,10 @@ def to_conversation(record: Any, source: str, formats: Mapping[str, Format] | No
     key, system = _system(record, source)
     if system.strip():
         turns = _join([Turn(key, Message("system", system))], turns)
+    tools, variables = _tools(record, turns, source), _template_variables(record, source)
+    turns = in_order_of_calls(with_hermes_calls(turns, source) if tools else turns)
     messages = tuple(turn.message for turn in turns)
     fields = [turn.field for turn in turns]
-    tools, variables = _tools(record, turns, source), _template_variables(record, source)
     return Conversation(messages, source, tools, unread, variables, fields)
 
 
@@ -121,14 +146,18 @@ def _detect_format(record: Record, source: str, formats: Mapping[str, Format]) -
         field = "text" if "text" in filled else "content"
         problem = (
             f"the record is one text ({field}) without roles, so that the part to train on is unknown; "
-            "write prompt and response, or messages"
+            f"expected {_described(formats)}"
         )
         raise data_error(source, problem)
-    expected = " or ".join(f"{name} ({', '.join(format.fields)})" for name, format in formats.items())
+    expected = _described(formats)
     missing = [field for format in formats.values() for field in format.fields if field not in record]
     hint = _spelling_hint(missing, record)
-    columns = "" if hint else "; data.columns maps other column names"
+    columns = "" if hint else "; data.columns (scripts/prepare_sft_data.py: --columns) maps other column names"
     raise data_error(source, f"the fields ({key_names(record)}) fit no format{hint}; expected {expected}{columns}")
+
+
+def _described(formats: Mapping[str, Format]) -> str:
+    return " or ".join(f"{name} ({', '.join(format.fields)})" for name, format in formats.items())
 
 
 def _spelling_hint(missing: Iterable[str], fields: Iterable[str]) -> str:
@@ -212,7 +241,7 @@ def _with_reasoning(turns: list[Turn], record: Record, source: str) -> list[Turn
 def _system(record: Record, source: str) -> tuple[str, str]:
     """Return the key and the text of the system prompt, which may be "" or white space."""
     key, text = filled_key(record, SYSTEM_KEYS), one_of(record, SYSTEM_KEYS, "", source)
-    return key, "" if text is None else check_text(text, key, source)
+    return key, "" if text is None else joined_text(text, key, source)
 
 
 def _tools(record: Record, turns: Iterable[Turn], source: str) -> tuple[Record, ...]:
@@ -239,9 +268,16 @@ def _schemas(tools: Any, name: str, source: str) -> tuple[Record, ...]:
         if not isinstance(tool, dict):
             problem = f"{name}[{index}] is {json_type(tool)}; expected a function schema: an object with a name"
             raise data_error(source, problem, "tools")
-    return tuple(
-        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in tools
-    )
+    return tuple(map(_schema, tools))
+
+
+def _schema(tool: Record) -> Record:
+    """A schema as chat templates expect it; Anthropic calls the parameters input_schema."""
+    if "name" not in tool or "function" in tool:
+        return tool
+    if "input_schema" in tool and "parameters" not in tool:
+        tool = {"parameters" if key == "input_schema" else key: value for key, value in tool.items()}
+    return {"type": "function", "function": tool}
 
 
 def _template_variables(record: Record, source: str) -> Record:
@@ -253,10 +289,16 @@ def _template_variables(record: Record, source: str) -> Record:
         raise data_error(
             source, f"{TEMPLATE_KEY} is {json_type(variables)}; expected an object: {{name: value}}", "type"
         )
-    if taken := next((name for name in NOT_VARIABLES if variables.get(name)), None):
+    if taken := next((name for name in NOT_TEMPLATE_VARIABLES if variables.get(name)), None):
         hint = "write tools beside the turns" if taken == "tools" else "remove it"
         raise data_error(source, f"{TEMPLATE_KEY}.{taken} is not a variable that a record can set; {hint}")
-    return {name: value for name, value in variables.items() if name not in NOT_VARIABLES and not is_null(value)}
+    return {
+        name: value for name, value in variables.items() if name not in NOT_TEMPLATE_VARIABLES and not is_null(value)
+    }
+
+
+def _no_turns(record: Record, source: str) -> list[Turn]:
+    return []
 
 
 def _optional_text(record: Record, field: str, source: str) -> str:
@@ -264,13 +306,15 @@ def _optional_text(record: Record, field: str, source: str) -> str:
     return "" if is_empty(value) else check_text(value, field, source)
 
 
-# The first format that fits is used: a list of turns contains more than a prompt beside it.
+# The first format that fits is used: a list of turns contains more than a prompt beside it. Token ids come last, since
+# tokenizing programs leave them beside the text.
 FORMATS = {
-    "preference": Format(("chosen",), _preference, ignored=("rejected",)),
+    "preference": Format(("chosen",), _preference),
     "messages": Format(("messages",), partial(turn_list, "messages")),
     "conversations": Format(("conversations",), partial(turn_list, "conversations")),
     "prompt_response": Format(("prompt", "response"), partial(_pair, "prompt", "response")),
     "prompt_completion": Format(("prompt", "completion"), partial(_pair, "prompt", "completion")),
     "query_response": Format(("query", "response"), partial(_pair, "query", "response")),
     "alpaca": Format(("instruction", "output"), _alpaca),
+    "tokens": Format(("input_ids",), _no_turns, ignored=("labels", "loss_mask", "attention_mask")),
 }

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from sft_recipe.errors import DataError
@@ -13,6 +13,7 @@ ROLES = ("system", "user", "assistant", "tool")
 THOUGHT = re.compile(r"(\s*<think>)(.*?)(</think>)", re.DOTALL)
 JSON_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
 JSON_TYPES |= {str: "text", list: "a list", dict: "an object"}
+NOT_UTF8 = "not UTF-8; save the file as UTF-8 (`iconv -f GBK -t UTF-8` converts that of Chinese Windows)"
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Message:
     """A Message is one turn of a conversation; every text is kept exactly as given.
 
     An assistant turn may have `reasoning` and `tool_calls`: `{"type": "function", "function": {"name", "arguments"}}`
-    with the arguments as an object, and optionally an `id`. A tool turn may name the tool and the call it answers.
-    `train` is False for an assistant turn that the model sees but is not trained on.
+    with the arguments as an object, and optionally an `id`. A tool turn may name the tool and the call it answers,
+    other turns who speaks. `train` is False for an assistant turn that the model sees but is not trained on.
     """
 
     role: str
@@ -56,7 +57,7 @@ class Conversation:
     when their messages, tools and variables are equal.
 
     Raises DataError for an unknown role, content that is not text, an empty prompt or response, reasoning or tool
-    calls outside an assistant turn, reasoning given twice, a system turn that is not first, and no assistant turn.
+    calls outside an assistant turn, reasoning given twice, two system turns in a row, and no assistant turn.
     """
 
     messages: tuple[Message, ...]
@@ -85,6 +86,11 @@ class Conversation:
     def size(self) -> int:
         """Return the number of characters in all contents."""
         return sum(len(message.content) + len(message.reasoning) for message in self.messages)
+
+    def cut(self, max_chars: int) -> "Conversation":
+        """Return the conversation with each content cut to so many characters; raises DataError for one left empty."""
+        messages = [replace(message, content=message.content[:max_chars]) for message in self.messages]
+        return replace(self, messages=tuple(messages), fields=())
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return the turns as chat templates expect them."""
@@ -131,11 +137,10 @@ def _check_role(roles: Sequence[str], index: int, name: str, source: str) -> Non
     role = roles[index]
     if role not in ROLES:
         found = repr(role) if isinstance(role, str) else json_type(role)
-        raise data_error(source, f"{name} is {found}; expected {', '.join(ROLES[:-1])} or {ROLES[-1]}", "roles")
-    if role == "system" and "system" in roles[:index]:
-        raise data_error(source, f"{name} is a second system turn; keep one, as the first turn", "roles")
-    if role == "system" and index > 0:
-        raise data_error(source, f"{name} is a system turn after other turns; move it to the front", "roles")
+        expected = f"{', '.join(ROLES[:-1])} or {ROLES[-1]}; data.roles maps other names"
+        raise data_error(source, f"{name} is {found}; expected {expected}", "roles")
+    if role == "system" and roles[index - 1 : index] == ["system"]:
+        raise data_error(source, f"{name} is a second system turn in a row; keep one of them", "roles")
 
 
 def _check_content(message: Message, name: str, source: str) -> None:

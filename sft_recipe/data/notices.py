@@ -1,10 +1,32 @@
-"""Words the notices about records that were dropped, cut or changed, so that nothing of that happens silently."""
+"""Words the notices about records that were dropped, cut or changed, and about ranks that wait: nothing is silent."""
 
 from pathlib import Path
 
+import numpy as np
+
 from sft_recipe.config.schema import DataConfig
+from sft_recipe.data.batching import efficient_batch_size, highest_efficiency
 from sft_recipe.data.token_store import StoreReport
 from sft_recipe.errors import DataError
+from sft_recipe.language import plural
+
+IDLE, WANTED = 0.8, 0.9  # of the ranks' time: with less in use there is a notice, which advises on this much
+
+
+def idle_notice(lengths: np.ndarray, batch_size: int, ranks: int) -> str | None:
+    """Return a notice where ranks wait for the one with the longest example; `lengths` in the order of training."""
+    used = highest_efficiency(lengths, batch_size, ranks)
+    if used >= IDLE:
+        return None
+    better = efficient_batch_size(lengths, batch_size, ranks, WANTED)
+    advice = "Use fewer ranks or lower MAX_LENGTH: no batch size of this data mends that."
+    if better:
+        most = 100 * highest_efficiency(lengths, better, ranks)
+        advice = f"BATCH_SIZE {better} allows {most:.0f}%."
+    return (
+        f"BATCH_SIZE {batch_size} (data.train_batch_size) keeps {plural(ranks, 'rank')} busy for at most "
+        f"{100 * used:.0f}% of their time, since all wait for the rank with the longest example. {advice}"
+    )
 
 
 def data_notices(report: StoreReport, part: str, data: DataConfig, rejected: Path) -> list[str]:
@@ -13,7 +35,7 @@ def data_notices(report: StoreReport, part: str, data: DataConfig, rejected: Pat
     Raises DataError if more than `data.max_bad_ratio` of the records are bad.
     """
     notices = []
-    records = f"{report.records:,} records"
+    records = plural(report.records, "record")
     bad = sum(report.rejected.values())
     if bad:
         notice = f"{part}: {bad:,} of {records} cannot be used ({report.rejected_kinds}); see {rejected}"
@@ -22,18 +44,22 @@ def data_notices(report: StoreReport, part: str, data: DataConfig, rejected: Pat
         notices.append(f"{notice}.")
     if report.too_long:
         action = {"drop": "left out", "right": "cut off at the end"}[data.truncation]
-        percent = 100 * report.too_long / report.records
+        percent, examples = 100 * report.too_long / report.records, plural(report.records, "example")
+        limits = f"longer than {plural(data.max_length, 'token')}"
+        longest = f"the longest has {report.longest_text} tokens"
+        if data.has_targets:
+            limits = f"longer than {data.max_length} (source) or {data.max_target_length} tokens (answer)"
+            longest = f"the longest have {report.longest} and {report.longest_target}"
         notices.append(
-            f"{part}: {report.too_long} of {report.records} examples ({percent:.1f}%) are longer than "
-            f"{data.max_length} tokens and {action} (data.truncation={data.truncation}); "
-            f"the longest has {report.longest_text} tokens."
+            f"{part}: {report.too_long} of {examples} ({percent:.1f}%) {limits}, {action} "
+            f"(data.truncation={data.truncation}); {longest}."
         )
     if report.without_target:
-        examples = f"{report.without_target} of {report.records} examples"
-        notices.append(f"{part}: {examples} have no supervised token left and are left out.")
+        examples = f"{report.without_target} of {plural(report.records, 'example')}"
+        notices.append(f"{part}: {examples} left out: no supervised token remains.")
     if report.special_text:
         notices.append(
-            f"{part}: {report.special_text:,} of {records} contain the text of a special token; "
+            f"{part}: {report.special_text:,} of {records} with the text of a special token; "
             "it stays text (data.parse_special_tokens)."
         )
     if report.dropped_reasoning:
@@ -42,11 +68,11 @@ def data_notices(report: StoreReport, part: str, data: DataConfig, rejected: Pat
             f"{report.dropped_reasoning:,} of {records}, so the model is not trained on it; "
             "set model.chat_template to a template that keeps it."
         )
-    if report.earlier_without_reasoning:
+    if report.earlier_without_reasoning and data.split_turns == "auto":
         notices.append(
-            f"{part}: {report.earlier_without_reasoning:,} answers are trained without their reasoning, which the chat "
-            "template drops once a user turn follows; to train on it, end one example with each answer and set "
-            "data.train_on=last, or set model.chat_template to a template that keeps it."
+            f"{part}: {plural(report.earlier_without_reasoning, 'answer')} trained without reasoning, which the chat "
+            "template drops once a user turn follows; data.split_turns=true makes an example of each answer, with the "
+            "reasoning, as at inference."
         )
     notices += [f"{part}: {sentence}." for sentence in report.remarks.sentences()]
     return notices

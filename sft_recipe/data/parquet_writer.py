@@ -1,6 +1,5 @@
 """Writes train and validation Parquet files from data of any format, without duplicates."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,27 +18,34 @@ from sft_recipe.data.batching import split_validation
 from sft_recipe.data.columns import Columns
 from sft_recipe.data.messages import Conversation
 from sft_recipe.data.pipeline import read_data
+from sft_recipe.data.pretokenized import TokenizedRecord
+from sft_recipe.data.quality import Problem, QualityChecks
 from sft_recipe.data.readers import BadRecord
 from sft_recipe.data.remarks import Remarks
 from sft_recipe.errors import DataError
-from sft_recipe.files import atomic_write
+from sft_recipe.files import atomic_write, digest_number
 from sft_recipe.progress import progress_bar
 
 ROW_GROUP = 10_000  # rows
-REJECTED = "rejected.jsonl"
+REJECTED, DROPPED = "rejected.jsonl", "dropped.jsonl"
 JSON_KEYS = ("tools", "chat_template_kwargs")  # as JSON text: Arrow would give all records the same keys
 TURN_KEYS = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id", "train")
 
 
 @dataclass(frozen=True)
 class ParquetOptions:
-    """What to write: `val_ratio` is the fraction held out, `small` the size of an additional subset of train."""
+    """What to write: `val_ratio` is the fraction held out, `small` the size of an additional subset of train.
+
+    Records with the problems `drop` (see quality.KINDS) are left out; `questions` are those of benchmarks.
+    """
 
     val_ratio: float = 0.05
     small: int | None = None
     seed: int = 42
     format: str = "auto"
     on_bad_record: str = "error"
+    drop: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
 
 
 @dataclass
@@ -48,7 +54,8 @@ class ScanResult:
 
     `is_used` has an entry for each record. `digests` (uint64) are those of the used records, in order. `dropped` counts
     the other records by reason. `keys` are the keys that occur in any record or turn. `is_single_turn`: all used
-    records consist of one prompt and one response. `remarks` are about all records that could be used.
+    records consist of one prompt and one response. `remarks` are about all records that could be used. `doubtful` are
+    lines about the records that were dropped for their quality.
     """
 
     is_used: list[bool] = field(default_factory=list)
@@ -58,6 +65,7 @@ class ScanResult:
     keys: set[str] = field(default_factory=set)
     is_single_turn: bool = True
     remarks: Remarks = field(default_factory=Remarks)
+    doubtful: list[bytes] = field(default_factory=list)
 
     @property
     def schema(self) -> pa.Schema:
@@ -83,9 +91,9 @@ def write_parquet(
         subsets = {name: indices for name, indices in _split(scan, options).items() if len(indices)}
         paths = {name: folder / f"{name}.parquet" for name in subsets}
         _write(paths, subsets, scan, compress(_read(files, options, columns, "Writing"), scan.is_used))
-        if scan.rejected:
-            with (folder / REJECTED).open("wb") as file:
-                file.writelines(item.as_line() for item in scan.rejected)
+        for name, lines in ((REJECTED, [item.as_line() for item in scan.rejected]), (DROPPED, scan.doubtful)):
+            if lines:
+                (folder / name).write_bytes(b"".join(lines))
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error.strerror or error}") from None
     return scan, {paths[name]: len(indices) for name, indices in subsets.items()}
@@ -93,6 +101,7 @@ def write_parquet(
 
 def _scan(files: Sequence[Path], options: ParquetOptions, columns: Columns) -> ScanResult:
     scan, seen = ScanResult(), set()
+    checks = QualityChecks(options.questions) if options.drop else None
     for item in _read(files, options, columns, "Reading"):
         if isinstance(item, BadRecord):
             is_empty = item.error.kind == "empty"
@@ -105,11 +114,16 @@ def _scan(files: Sequence[Path], options: ParquetOptions, columns: Columns) -> S
         scan.remarks.add(item)
         record = item.as_record()
         text = json.dumps(record, sort_keys=True)
-        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        digest = digest_number(text.encode())
         is_new = digest not in seen
         seen.add(digest)
-        scan.is_used.append(is_new)
         scan.dropped["exact duplicates"] += not is_new
+        if is_new and checks and (problem := _doubt(checks, item, options.drop)):
+            is_new = False
+            scan.dropped[problem.kind.replace("_", " ")] += 1
+            row = {"kind": problem.kind, "reason": problem.reason, "source": item.source, "record": record}
+            scan.doubtful.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        scan.is_used.append(is_new)
         if is_new:
             scan.digests.append(digest)
             scan.keys.update(*record["messages"], record)
@@ -120,12 +134,20 @@ def _scan(files: Sequence[Path], options: ParquetOptions, columns: Columns) -> S
     return scan
 
 
+def _doubt(checks: QualityChecks, conversation: Conversation, drop: Sequence[str]) -> Problem | None:
+    """The first problem for which a record is dropped; one that is dropped is not compared with later ones."""
+    problems = checks.check(conversation, lambda found: not any(problem.kind in drop for problem in found))
+    return next((problem for problem in problems if problem.kind in drop), None)
+
+
 def _read(
     files: Sequence[Path], options: ParquetOptions, columns: Columns, description: str
 ) -> Iterator[Conversation | BadRecord]:
     with progress_bar(description, "records") as advance:
         for file in files:
             for item in read_data(file, options.format, columns):
+                if isinstance(item, TokenizedRecord):
+                    raise DataError(f"{item.source}: the record holds token ids, which train.sh reads as they are.")
                 yield item
                 advance(1)
 

@@ -3,7 +3,8 @@
 sources.resolve_files      paths, globs, hub data sets  -> files
 readers.read_records       file                         -> records
 Columns.rename             record                       -> record with our field names
-formats.to_conversation    record                       -> Conversation
+formats.convert            record                       -> Conversation, or TokenizedRecord
+split_turns                Conversation                 -> one per assistant turn (data.split_turns)
 Renderer.encode_within     conversations                -> ids and mask     (in tokenize, in several processes)
 tokenize._admit            ids and mask                 -> truncated, or dropped
 store_writer.StoreWriter   ids and mask                 -> files of the store
@@ -17,15 +18,20 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from sft_recipe.data.columns import Columns
-from sft_recipe.data.formats import select_formats, to_conversation
+from sft_recipe.data.formats import convert, select_formats
 from sft_recipe.data.messages import Conversation
+from sft_recipe.data.pretokenized import TokenizedRecord
 from sft_recipe.data.readers import BadRecord, read_records
 from sft_recipe.data.rendering.renderer import Renderer
+from sft_recipe.data.rendering.source_target import SourceTargetRenderer
+from sft_recipe.data.split_turns import split_turns
+from sft_recipe.data.store_eviction import evict_stores, mark_used
 from sft_recipe.data.store_writer import StoreWriter, partial_folder, publish
 from sft_recipe.data.token_store import DAMAGE, REJECTED, StoreOptions, StoreReport, TokenStore, store_key
 from sft_recipe.data.tokenize import Chunk, EncodedChunk, encode_chunks
 from sft_recipe.distributed.processes import available_cores
-from sft_recipe.errors import DataError
+from sft_recipe.errors import DataError, notify
+from sft_recipe.language import plural
 
 CHUNK_RECORDS = 512  # records that a worker encodes at a time
 CHUNK_CHARACTERS = 1 << 26  # after which a chunk ends earlier; the digest of a store depends on where chunks end
@@ -46,62 +52,100 @@ def open_store(
     Raises DataError: a bad record (unless `on_bad_record` is skip); every example longer than `max_length`; no
     supervised token; a full disk. Raises ModelError: a tokenizer for which no mask can be made.
     """
-    renderer = Renderer(tokenizer, options=options.render)  # raises for a slow tokenizer, for which there is no key
+    renderer = make_renderer(tokenizer, options)  # raises for a slow tokenizer, for which there is no key
     folder = cache_dir / "tokens" / store_key(files, tokenizer, options)
     try:
-        return TokenStore.open(folder)
+        store = TokenStore.open(folder)
+        mark_used(folder)
+        return store
     except DAMAGE:
         pass
     try:
         with partial_folder(folder) as partial:
             build_store(partial, files, renderer, options, workers or available_cores(), show_progress)
             publish(partial, folder)
-        return TokenStore.open(folder)
+        store = TokenStore.open(folder)
+        evict_stores(folder.parent)
+        return store
     except OSError as error:
         raise DataError(f"the token store cannot be written to {folder.parent}: {error.strerror or error}") from None
+
+
+def make_renderer(tokenizer: PreTrainedTokenizerBase, options: StoreOptions) -> Renderer:
+    """Return the renderer of examples with these options. Raises ModelError for a tokenizer that it cannot use."""
+    if not options.has_targets:
+        return Renderer(tokenizer, options=options.render)
+    return SourceTargetRenderer(tokenizer, options=options.render, decoder_start_id=options.decoder_start_id)
 
 
 def build_store(
     folder: Path, files: Sequence[Path], renderer: Renderer, options: StoreOptions, workers: int, show_progress: bool
 ) -> None:
-    """Build the store of these files in an empty folder. Raises DataError and OSError."""
-    columns = Columns(options.columns)
+    """Build the store of these files in a folder, after what an interrupted build has left there.
+
+    Raises DataError and OSError.
+    """
+    columns = Columns(options.columns, options.roles)
     bad_records = _BadRecords(options.on_bad_record == "skip", folder / REJECTED)
     description = "Tokenizing " + ", ".join(path.name for path in files[:3])
-    chunks = _read_chunks(files, options.format, columns)
+    chunks = _read_chunks(files, options, columns)
     with StoreWriter(folder, len(files)) as writer:
+        if writer.chunks:
+            done = plural(writer.report.records, "record")
+            notify(f"{description}: continuing after {done}, where it was interrupted")
+        for _ in islice(chunks, writer.chunks):
+            pass
         for number, chunk in encode_chunks(chunks, renderer, options, workers, description, show_progress):
             bad_records.add(chunk)
             writer.add(number, chunk)
+            if not bad_records.errors:
+                writer.save_progress()
         bad_records.raise_errors()
         columns.check_all_found()
         _check_not_empty(writer.report, files, options)
         writer.finish()
 
 
-def _read_chunks(files: Sequence[Path], format: str, columns: Columns) -> Iterator[tuple[int, Chunk]]:
+def _read_chunks(files: Sequence[Path], options: StoreOptions, columns: Columns) -> Iterator[tuple[int, Chunk]]:
     for number, path in enumerate(files):
-        items = read_data(path, format, columns)
+        items = read_data(
+            path,
+            options.format,
+            columns,
+            split=options.split_turns,
+            max_chars=options.max_chars,
+            is_encoder_decoder=options.has_targets,
+        )
         while chunk := _read_chunk(items):
             yield number, chunk
 
 
-def _read_chunk(items: Iterator[Conversation | BadRecord]) -> Chunk:
+def _read_chunk(items: Iterator[Conversation | TokenizedRecord | BadRecord]) -> Chunk:
     """Return the next records, fewer if they are long."""
     chunk: Chunk = []
     characters = 0
     for item in islice(items, CHUNK_RECORDS):
         chunk.append(item)
-        characters += item.size if isinstance(item, Conversation) else 0
+        characters += 0 if isinstance(item, BadRecord) else item.size
         if characters > CHUNK_CHARACTERS:
             break
     return chunk
 
 
-def read_data(path: Path, format: str = "auto", columns: Columns | None = None) -> Iterator[Conversation | BadRecord]:
-    """Yield the conversations of a file; for a record that cannot be used yield a BadRecord, and go on reading.
+def read_data(
+    path: Path,
+    format: str = "auto",
+    columns: Columns | None = None,
+    *,
+    split: bool = False,
+    max_chars: int | None = None,
+    is_encoder_decoder: bool = False,
+) -> Iterator[Conversation | TokenizedRecord | BadRecord]:
+    """Yield the conversations and records of token ids of a file; for a record that cannot be used yield a BadRecord.
 
-    Raises DataError for an unknown format, and for a file that cannot be used or cannot be read further.
+    With `split` there is one for each assistant turn that is trained on. Messages are cut to `max_chars` characters.
+    `is_encoder_decoder` says which models token ids are for. Raises DataError for an unknown format, and for a file
+    that cannot be used or cannot be read further.
     """
     columns = columns or Columns()
     formats = select_formats(format)
@@ -110,9 +154,13 @@ def read_data(path: Path, format: str = "auto", columns: Columns | None = None) 
             yield record
             continue
         try:
-            yield to_conversation(columns.rename(record, location), location, formats)
+            item = convert(columns.rename(record, location), location, formats, is_encoder_decoder)
+            if max_chars and isinstance(item, Conversation):
+                item = item.cut(max_chars)
         except DataError as error:
             yield BadRecord(error, record)
+            continue
+        yield from split_turns(item) if split and isinstance(item, Conversation) else [item]
 
 
 class _BadRecords:
@@ -142,7 +190,7 @@ class _BadRecords:
         if others := self.errors[1 : MAX_OTHER_ERRORS + 1]:
             more = "More than " if len(self.errors) > MAX_OTHER_ERRORS + 1 else ""
             lines += [
-                f"{more}{len(others)} other records cannot be used either:",
+                f"{more}{plural(len(others), 'other record')} cannot be used either:",
                 *(f"  - {error}" for error in others),
             ]
         lines.append("data.on_bad_record=skip leaves such records out, counts them and writes them to a file.")
@@ -155,13 +203,22 @@ def _check_not_empty(report: StoreReport, files: Sequence[Path], options: StoreO
     names = ", ".join(path.name for path in files)
     usable = report.records - sum(report.rejected.values())
     if not usable:
-        raise DataError(f"{names}: none of the {report.records} records can be used ({report.rejected_kinds})")
-    if report.too_long == usable:
-        advice = f"set MAX_LENGTH to {report.longest_text}" + (
-            ", or data.truncation=right to cut off their ends" if options.truncation == "drop" else ""
-        )
         raise DataError(
-            f"{names}: all {usable} examples are longer than max_length={options.max_length} tokens "
-            f"(the longest has {report.longest_text}) and nothing is left to train on; {advice}"
+            f"{names}: none of the {plural(report.records, 'record')} can be used ({report.rejected_kinds})"
         )
-    raise DataError(f"{names}: no token is supervised in any of the {usable} records; there is nothing to train on")
+    if report.too_long == usable:
+        limits, longest = f"max_length={options.max_length} tokens", f"the longest has {report.longest_text}"
+        advice = f"set MAX_LENGTH to {report.longest_text}"
+        if options.has_targets:
+            limits = f"max_length={options.max_length} (source) or max_target_length={options.max_target_length} tokens"
+            longest = f"the longest have {report.longest} and {report.longest_target}"
+            advice = "set MAX_LENGTH and MAX_TARGET_LENGTH to these"
+        if options.truncation == "drop":
+            advice += ", or data.truncation=right to cut off their ends"
+        raise DataError(
+            f"{names}: none of the {plural(usable, 'example')} fits {limits} ({longest}) and nothing is left to train "
+            f"on; {advice}"
+        )
+    raise DataError(
+        f"{names}: no token is supervised in any of the {plural(usable, 'record')}; there is nothing to train on"
+    )

@@ -1,4 +1,4 @@
-"""Reads files of JSON, JSON lines, CSV and Parquet, compressed or not, into records, one at a time."""
+"""Reads files of JSON, JSON lines, CSV, Parquet and Arrow, compressed or not, into records, one at a time."""
 
 import codecs
 import csv
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from sft_recipe.data.json_text import JsonProblem, decode, loads, skip
-from sft_recipe.data.messages import data_error, json_type
+from sft_recipe.data.messages import NOT_UTF8, data_error, json_type
 from sft_recipe.errors import DataError
+from sft_recipe.language import plural
 
 BLOCK = 1 << 20  # bytes of a .json array read at a time
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -96,7 +97,7 @@ def check_file(path: Path) -> None:
 def _check_compression(path: Path) -> None:
     if path.suffix.lower() in UNREADABLE:
         raise data_error(str(path), f"{path.suffix} files are not read; {ADVICE}")
-    if suffix_of(path) == ".parquet" and path.suffix.lower() in COMPRESSED:
+    if suffix_of(path) in (".parquet", ".arrow") and path.suffix.lower() in COMPRESSED:
         raise data_error(str(path), "Parquet is compressed inside and not read in another compression; decompress it")
 
 
@@ -134,7 +135,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | BadRecord]]:
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                problem = data_error(f"{path}, line {number}", "not UTF-8; save the file as UTF-8", "malformed")
+                problem = data_error(f"{path}, line {number}", NOT_UTF8, "malformed")
                 problem.__cause__ = error
                 yield number, BadRecord(problem, repr(line)[2:-1])
 
@@ -265,7 +266,7 @@ def _blocks(path: Path) -> Iterator[str]:
                 yield decoder.decode(data, final=ended)
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].count(b"\n")
-                raise data_error(f"{path}, line {line}", "not UTF-8; save the file as UTF-8", "malformed") from error
+                raise data_error(f"{path}, line {line}", NOT_UTF8, "malformed") from error
             line += data.count(b"\n")
 
 
@@ -323,7 +324,7 @@ def _read_csv(path: Path) -> Records:
             _check_columns(header, f"{path}, {position}")
         elif row and len(row) != len(header):
             separators = DELIMITERS[delimiter]
-            problem = f"{len(row)} cells where the header has {len(header)}; quote cells that contain {separators}"
+            problem = f"{plural(len(row), 'cell')} where the header has {len(header)}; quote those with {separators}"
             yield position, BadRecord(data_error(f"{path}, {position}", problem, "malformed"), row)
         elif row:
             yield position, dict(zip(header, row, strict=True))
@@ -342,19 +343,42 @@ def _check_columns(names: list[str], source: str) -> None:
 
 
 def _read_parquet(path: Path) -> Records:
-    import pyarrow as pa
     import pyarrow.parquet as pq
+
+    def batches() -> Iterator[Any]:
+        with pq.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow.names, str(path))
+            yield from file.iter_batches(batch_size=1024)
+
+    return _read_batches(batches(), path, "Parquet")
+
+
+def _read_arrow(path: Path) -> Records:
+    """Read Arrow's IPC format, as files (Feather) and as streams, which is how `datasets` stores data on the disk."""
+    import pyarrow as pa
+
+    def batches() -> Iterator[Any]:
+        with pa.memory_map(str(path)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            _check_columns(reader.schema.names, str(path))
+            for part in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+                part.validate(full=True)  # else offsets of a damaged file lead anywhere in memory
+                yield from (part.slice(start, 1024) for start in range(0, len(part), 1024))
+
+    return _read_batches(batches(), path, "Arrow")
+
+
+def _read_batches(batches: Iterator[Any], path: Path, kind: str) -> Records:
+    import pyarrow as pa
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"record {number}", {key: _without_nulls(value) for key, value in row.items()}
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            yield f"record {number}", {key: _without_nulls(value) for key, value in row.items()}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        problem = f"cannot be read as Parquet after record {number} ({error}); write the file again"
+        problem = f"cannot be read as {kind} after record {number} ({error}); write the file again"
         raise data_error(str(path), problem, "malformed") from error
 
 
@@ -370,6 +394,7 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".arrow": _read_arrow,
 }
 ADVICE = f"decompress it, or name and compress it as one of {', '.join(COMPRESSED)}"
 FILE_TYPES = ", ".join(READERS) + f" (the first two and .csv also with {' or '.join(COMPRESSED)})"

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft_recipe.data.messages import Conversation, Message
+from sft_recipe.data.pretokenized import TokenizedRecord
+from sft_recipe.language import plural
 
 SHOWN = 3  # records that are named
 SHOWN_KEYS = 20  # keys that a sentence names, the most frequent ones
 MAX_KEYS = 100  # keys that are counted by name; the others together
+REJECTED_ANSWER = "rejected"  # the key of preference data
 OTHER_KEYS = "other keys"
+TURN_NAMES = "the name of a turn"  # where the chat template does not show it
 OPEN_REASONING = "a <think> that is never closed; the model is trained to leave it open"
 ONLY_REASONING = "reasoning without an answer; the model is trained to end its turn after it"
 
@@ -44,15 +48,15 @@ class Remarks:
         """Return the remarks that `asdict` turned into these values. Raises TypeError or LookupError for others."""
         return cls(values["unread"], Finding(**values["open_reasoning"]), Finding(**values["only_reasoning"]))
 
-    def add(self, conversation: Conversation) -> None:
-        """Count a record."""
-        for key in conversation.unread:
+    def add(self, record: Conversation | TokenizedRecord, omits_names: bool = False) -> None:
+        """Count a record; with `omits_names` the chat template does not show the names of its turns."""
+        for key in (*record.unread, *([TURN_NAMES] if omits_names else [])):
             self._add_unread(key, 1)
-        trained = [message for message in conversation.messages if message.role == "assistant" and message.train]
+        trained = [message for message in record.messages if message.role == "assistant" and message.train]
         if any(map(_is_open, trained)):
-            self.open_reasoning.add(1, [conversation.source])
+            self.open_reasoning.add(1, [record.source])
         if any(map(_is_only_reasoning, trained)):
-            self.only_reasoning.add(1, [conversation.source])
+            self.only_reasoning.add(1, [record.source])
 
     def merge(self, other: "Remarks") -> None:
         """Add the counts of records that come after those counted so far."""
@@ -67,19 +71,18 @@ class Remarks:
 
     def sentences(self) -> Iterator[str]:
         """Yield a sentence without a final period for each kind of remark that there is."""
-        if self.unread:
-            counts = sorted(self.unread.items(), key=lambda item: -item[1])
-            named = ", ".join(f"{key} ({_records(count)})" for key, count in counts[:SHOWN_KEYS])
+        unread = {key: count for key, count in self.unread.items() if key != REJECTED_ANSWER}
+        if unread:
+            counts = sorted(unread.items(), key=lambda item: -item[1])
+            named = ", ".join(f"{key} ({plural(count, 'record')})" for key, count in counts[:SHOWN_KEYS])
             more = f" and {len(counts) - SHOWN_KEYS} more" if len(counts) > SHOWN_KEYS else ""
             yield f"keys that are not read: {named}{more}"
+        if count := self.unread.get(REJECTED_ANSWER):
+            yield f"{plural(count, 'record')} with a rejected answer, which is not used: the chosen one is trained on"
         for finding, problem in ((self.open_reasoning, OPEN_REASONING), (self.only_reasoning, ONLY_REASONING)):
             if finding.count:
                 more = "; ..." if finding.count > len(finding.sources) else ""
-                yield f"{_records(finding.count)} with {problem}: {'; '.join(finding.sources)}{more}"
-
-
-def _records(count: int) -> str:
-    return f"{count:,} record{'s' if count != 1 else ''}"
+                yield f"{plural(finding.count, 'record')} with {problem}: {'; '.join(finding.sources)}{more}"
 
 
 def _is_open(message: Message) -> bool:

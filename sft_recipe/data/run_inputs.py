@@ -1,6 +1,5 @@
 """Prepares model, tokenizer and token stores once per machine, before any collective that could time out meanwhile."""
 
-import hashlib
 import json
 import os
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sft_recipe.config.schema import Config, DataConfig
 from sft_recipe.config.secrets import without_secrets
@@ -21,12 +20,16 @@ from sft_recipe.data.notices import data_notices
 from sft_recipe.data.pipeline import open_store
 from sft_recipe.data.rendering.renderer import RenderOptions
 from sft_recipe.data.sources import Source, SourceCounts, resolve_files
+from sft_recipe.data.statistics import DataStatistics, data_statistics, end_token
 from sft_recipe.data.token_store import REJECTED, Examples, StoreOptions, TokenStore
 from sft_recipe.distributed.rendezvous import rendezvous_dir
 from sft_recipe.errors import DataError
-from sft_recipe.files import write_text
+from sft_recipe.files import digest, write_text
+from sft_recipe.models.families import Family, decoder_start_token_id, family_of, fit
+from sft_recipe.models.hf_config import load_hf_config
 from sft_recipe.models.resolve import ResolvedModel, resolve_model, resolve_tokenizer
 from sft_recipe.models.tokenizer import check_vocabulary, load_tokenizer
+from sft_recipe.models.weight_files import weight_files
 
 VALIDATION = "validation "  # in front of the name of a validation set, in the names of stores
 READY_FILE = "prepared.json"
@@ -38,6 +41,7 @@ class RunInputs:
     """RunInputs are the model, tokenizer and examples of a run, all on this machine's disk."""
 
     model: ResolvedModel
+    family: Family
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     validation: dict[str, Examples]  # by the name of the set; one without a name has an empty one
@@ -46,15 +50,29 @@ class RunInputs:
     def stop_token_ids(self, sample: int = 1000) -> list[int]:
         """Return the special tokens that end the supervised turns of the first `sample` examples, sorted.
 
-        At inference the trained model ends its answers with these tokens.
+        At inference the trained model ends its answers with these tokens: those of the last turns and, where these also
+        occur in contexts, as markers and ends of turns do, those of earlier turns (`<|observation|>` after a call),
+        unless they occur inside a turn.
         """
-        special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        special.add(self.tokenizer.eos_token_id)
-        ends = set()
+        last: set[int] = set()
+        earlier, inside, context = set[int](), set[int](), set[int]()
         for index in range(min(sample, len(self.train))):
             ids, mask = self.train[index]
-            ends.add(int(ids[np.flatnonzero(mask)[-1]]))
-        return sorted(ends & special)
+            is_end = (mask == 1) & (np.append(mask[1:], 0) == 0)
+            last.add(end_token(ids, mask, self._special_ids))
+            earlier.update(ids[is_end].tolist())
+            inside.update(ids[(mask == 1) & ~is_end].tolist())
+            context.update(ids[mask == 0].tolist())
+        return sorted((last | (earlier - inside if last & context else set())) & self._special_ids)
+
+    def statistics(self, truncation: str) -> DataStatistics:
+        """Return the statistics of the training data, for which data.truncation was `truncation`."""
+        return data_statistics(self.train, truncation, self._special_ids)
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return special | {self.tokenizer.eos_token_id}
 
     def identity(self, config: Config) -> dict[str, Any]:
         """Return what must be equal for a run to be resumed: model, adapters, data, order of batches.
@@ -62,17 +80,21 @@ class RunInputs:
         A model is its content: its name, in front of the digest, is for messages (see consistency.different_keys).
         """
         lora = config.lora
+        base = ", over weights in 4 bits" if lora.quantize else ""
         return {
             **self._model_identity,
             "lora": f"rank {lora.rank}, alpha {lora.alpha:g}, on {lora.target_modules}, not on {lora.exclude_modules}"
+            + base
             if lora.enabled
             else "off",
+            "model.freeze": sorted(set(config.model.freeze)),
+            "model.train_only": sorted(set(config.model.train_only)),
             "model.override_config": without_secrets(config.model.override_config),
             "optim.optimizer": config.optim.optimizer,
             "data": self.train.fingerprint,
             "examples": len(self.train),
             "data.train_batch_size": config.data.train_batch_size,
-            "data.shuffle": config.data.shuffle,
+            "data.shuffle": config.data.order == "shuffle",
             "trainer.seed": config.trainer.seed,
         }
 
@@ -96,14 +118,45 @@ def prepare(config: Config, local_rank: int, say: Callable[[str], None]) -> RunI
             write_text(rendezvous_dir() / READY_FILE, json.dumps(paths))
     else:
         paths = _wait_for(rendezvous_dir() / READY_FILE)
-        tokenizer = load_tokenizer(config.model, Path(paths["tokenizer"]))
+        tokenizer = load_tokenizer(config.model, Path(paths["tokenizer"]), _model(config, paths)[1])
     return _open_inputs(config, paths, tokenizer)
 
 
-def store_options(data: DataConfig) -> StoreOptions:
-    """Return the options of a store that the configuration asks for."""
-    render = RenderOptions(data.train_on, data.train_on_reasoning, data.enable_thinking, data.parse_special_tokens)
-    return StoreOptions(data.format, data.max_length, data.truncation, data.columns, data.on_bad_record, render)
+def render_options(config: Config) -> RenderOptions:
+    """Return the rendering options that the configuration asks for."""
+    data = config.data
+    draws = data.thinking_mix is not None or data.random_system_prompt or data.drop_empty_thoughts
+    return RenderOptions(
+        data.train_on,
+        data.train_on_reasoning,
+        data.enable_thinking,
+        data.parse_special_tokens,
+        data.chat_template_kwargs,
+        data.fold_system,
+        data.append_stop_token,
+        data.thinking_mix,
+        data.random_system_prompt,
+        data.drop_empty_thoughts,
+        seed=config.trainer.seed if draws else 0,  # no other store depends on it
+    )
+
+
+def store_options(config: Config, hf_config: PretrainedConfig | None = None) -> StoreOptions:
+    """Return the options of a store that the configuration asks for, for a model with the configuration `hf_config`."""
+    data = config.data
+    return StoreOptions(
+        data.format,
+        data.max_length,
+        data.max_target_length,
+        decoder_start_token_id(hf_config) if hf_config and data.has_targets else None,
+        data.max_chars,
+        data.truncation,
+        data.columns,
+        data.roles,
+        data.on_bad_record,
+        render_options(config),
+        data.split_turns is True,
+    )
 
 
 def _prepare_machine(config: Config, say: Callable[[str], None]) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
@@ -117,7 +170,10 @@ def _prepare_machine(config: Config, say: Callable[[str], None]) -> tuple[PreTra
     if model.notice:
         say(model.notice)
     tokenizer_folder = resolve_tokenizer(config.model, model, cache_dir)
-    tokenizer = load_tokenizer(config.model, tokenizer_folder, say)
+    hf_config = load_hf_config(config.model, model)
+    config = fit(config, hf_config)
+    data, options = config.data, store_options(config, hf_config)
+    tokenizer = load_tokenizer(config.model, tokenizer_folder, family_of(hf_config), say)
     check_vocabulary(tokenizer, model)
     rejected = config.trainer.run_folder / REJECTED
     is_rank_0 = os.environ.get("RANK", "0") == "0"  # machines share the run folder
@@ -127,7 +183,7 @@ def _prepare_machine(config: Config, say: Callable[[str], None]) -> tuple[PreTra
     for part, part_sources in sources.items():
         files = [file for source in part_sources for file in source.files]
         with _preserved_truncation_and_padding(tokenizer):
-            store = open_store(files, tokenizer, store_options(data), cache_dir, data.num_workers, show_progress=True)
+            store = open_store(files, tokenizer, options, cache_dir, data.num_workers, show_progress=True)
         if is_rank_0 and store.report.rejected:
             with rejected.open("ab") as file:
                 file.write((store.folder / REJECTED).read_bytes())
@@ -172,8 +228,14 @@ def _wait_for(ready_file: Path) -> dict[str, Any]:
     return json.loads(ready_file.read_text())
 
 
-def _open_inputs(config: Config, paths: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> RunInputs:
+def _model(config: Config, paths: dict[str, Any]) -> tuple[ResolvedModel, Family]:
     folder, name = paths["model"]
+    model = ResolvedModel(Path(folder), name)
+    return model, family_of(load_hf_config(config.model, model))
+
+
+def _open_inputs(config: Config, paths: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> RunInputs:
+    model, family = _model(config, paths)
     seed, val_ratio = config.trainer.seed, config.data.val_ratio
     source_counts = {part: [SourceCounts(**item) for item in items] for part, items in paths["source_counts"].items()}
     parts = {}
@@ -184,9 +246,11 @@ def _open_inputs(config: Config, paths: dict[str, Any], tokenizer: PreTrainedTok
     validation = {part.removeprefix(VALIDATION): examples for part, examples in parts.items()}
     if val_ratio:
         train, validation[""] = _hold_out(train, val_ratio, seed)
+    if config.data.limit:
+        train = _first(config.data.limit, train)
     limit = config.eval.limit
     validation = {name: _first(limit, examples) if limit else examples for name, examples in validation.items()}
-    return RunInputs(ResolvedModel(Path(folder), name), tokenizer, train, validation, source_counts["train"])
+    return RunInputs(model, family, tokenizer, train, validation, source_counts["train"])
 
 
 def _validation_files(data: DataConfig) -> dict[str, str | list[str]]:
@@ -200,8 +264,8 @@ def _first(count: int, examples: Examples) -> Examples:
 
 
 def _hold_out(train: Examples, ratio: float, seed: int) -> tuple[Examples, Examples]:
-    """Split off validation examples. Raises DataError if all examples are equal."""
-    training, held_out = split_validation(train.store.digests[train.numbers], ratio, seed)
+    """Split off validation examples. Raises DataError if all examples belong to one group."""
+    training, held_out = split_validation(train.store.groups[train.numbers], ratio, seed)
     if not len(held_out):
         raise DataError("data.val_ratio needs two different examples, one to train on and one to validate with")
     validation = np.unique(train.numbers[held_out])
@@ -210,18 +274,17 @@ def _hold_out(train: Examples, ratio: float, seed: int) -> tuple[Examples, Examp
 
 def _weights_digest(folder: Path) -> str:
     """Return a digest of samples from every weight file; reading all of it would take too long."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(folder.glob("*.safetensors")):
+    samples = []
+    for path in weight_files(folder):
         size = path.stat().st_size
         with path.open("rb") as file:
             for sample in range(SAMPLES):
                 file.seek(size * sample // SAMPLES)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+                samples.append(file.read(SAMPLE_BYTES))
+    return digest(*samples)
 
 
 def _model_digest(folder: Path) -> str:
     """Return a digest of config.json and the sizes of the weight files."""
-    sizes = [[path.name, path.stat().st_size] for path in sorted(folder.glob("*.safetensors"))]
-    text = (folder / "config.json").read_bytes() + json.dumps(sizes).encode()
-    return hashlib.blake2b(text, digest_size=4).hexdigest()
+    sizes = [[path.name, path.stat().st_size] for path in weight_files(folder)]
+    return digest(folder / "config.json", json.dumps(sizes).encode(), size=4)

@@ -1,4 +1,4 @@
-"""Resolves data.train_files and data.val_files: files, globs and data sets of the hub, each with its share."""
+"""Resolves data.train_files and data.val_files: files, globs, URLs and data sets of the hub, each with its share."""
 
 import glob
 import os
@@ -9,11 +9,14 @@ from pathlib import Path
 
 from sft_recipe.data.messages import data_error
 from sft_recipe.data.readers import READERS, check_file, suffix_of
+from sft_recipe.data.remote import URL, download_data_set, download_files
 from sft_recipe.errors import DataError
-from sft_recipe.files import atomic_write, user_path
+from sft_recipe.files import user_path
 
 SHARE = re.compile(r"(?P<name>.+?)(\*(?P<weight>\d+(\.\d*)?|\.\d+)|#(?P<count>\d+))")
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:(?P<split>[\w.\[\]:%+-]+))?")
+HUB_NAME = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.+-]+)(?=:\w))?(:(?P<split>\w[\w.\[\]:%+-]*))?"
+)
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,11 @@ class SourceCounts:
 
 
 def resolve_files(spec: str | Path | Sequence[str | Path], cache_dir: Path | None = None) -> list[Source]:
-    """Return the sources for a path, a glob, a hub data set or a list of those; files of a glob are sorted.
+    """Return the sources for a path, a glob, a URL, a hub data set or a list of those; files of a glob are sorted.
 
-    `a.json*0.5` is half of a file's examples, `a.json*3` three copies, `b.jsonl#1000` a thousand of them, and
-    `owner/name` or `owner/name:split` a data set of the hub, which is stored in `cache_dir`.
+    `a.json*0.5` is half of a file's examples, `a.json*3` three copies, `b.jsonl#1000` a thousand of them. What is
+    elsewhere is stored in `cache_dir`: `s3://bucket/a.jsonl`, and data sets of the hub, `owner/name`,
+    `owner/name:split` or `owner/name:config:split`.
 
     Raises DataError for a file that check_file refuses or that is given twice, for a glob that matches nothing, for
     a share of 0, and for a data set that cannot be downloaded.
@@ -72,6 +76,8 @@ def _source(item: str, cache_dir: Path | None) -> Source:
 
 
 def _expand(name: str, cache_dir: Path | None) -> list[Path]:
+    if URL.fullmatch(name) and cache_dir:
+        return download_files(name, cache_dir)
     path = user_path(name)
     if os.path.exists(path):
         return [path]
@@ -83,28 +89,5 @@ def _expand(name: str, cache_dir: Path | None) -> list[Path]:
             raise DataError(f"No file matches {path.absolute()}; check the pattern.")
     hub_name = HUB_NAME.fullmatch(name)
     if hub_name and suffix_of(path) not in READERS and not path.parent.is_dir() and cache_dir:
-        return [_download(name.partition(":")[0], hub_name["split"] or "train", cache_dir)]
+        return [download_data_set(hub_name["name"], hub_name["config"], hub_name["split"] or "train", cache_dir)]
     return [path]
-
-
-def _download(name: str, split: str, cache_dir: Path) -> Path:
-    """Store a data set of the hub as one Parquet file, named after the fingerprint of its rows."""
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, split=split)
-    except Exception as error:  # many types, of four packages: no network, no such name, no such split, gated
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"{name} (split {split}) is neither a file here nor a data set that the hub gives ({reason}); "
-            "check the name, or download it and name the files."
-        ) from error
-    file = cache_dir / "datasets" / f"{name.replace('/', '--')}-{rows._fingerprint}.parquet"
-    if not file.exists():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(file) as partial:
-                rows.to_parquet(partial)
-        except OSError as error:
-            raise DataError(f"{name} cannot be stored in {file.parent}: {error.strerror or error}") from error
-    return file

@@ -5,31 +5,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from sft_recipe.data.content_parts import normalized_part
 from sft_recipe.data.json_text import JsonProblem, loads
 from sft_recipe.data.messages import Message, check_text, data_error, json_type
 
 Record = dict[str, Any]
 
-# Other names for the roles.
-ROLE_NAMES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "developer": "system",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-}
 CALL_ROLES = ("function_call", "tool_call")  # the content of such a turn is the call, as JSON
+# Other names for the roles, in lower case.
+OTHER_NAMES = {
+    "user": ("human", "prompter"),
+    "assistant": ("gpt", "chatgpt", "model", "bot", "chatbot", "ai", "bing", "bard", *CALL_ROLES),
+    "system": ("developer",),
+    "tool": ("function", "observation", "ipython", "tool_response", "tool_result", "function_response"),
+}
+ROLE_NAMES = {name: role for role, names in OTHER_NAMES.items() for name in (role, *names)}
+# The names of an assistant's reasoning, in records and in chat templates.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 CALL_KEYS = ("tool_calls", "function_call")
 ARGUMENT_KEYS = ("arguments", "parameters")
 TOOL_KEYS = ("tools", "functions")  # schemas, beside the turns or in the system turn
-LOSS_KEYS = ("train", "weight", "loss", "trainable", "loss_mask", "mask")  # all mean the same
+LOSS_KEYS = ("train", "weight", "loss_weight", "loss", "trainable", "loss_mask", "mask")  # all mean the same
 MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
 
 
@@ -42,8 +38,13 @@ class Turn(NamedTuple):
 
 
 def role_of(name: Any) -> Any:
-    """Return the role with this name, or else the name, which is not always a text."""
-    return ROLE_NAMES.get(name, name) if isinstance(name, str) else name
+    """Return the role with this name, in capitals or not, or else the name, which is not always a text."""
+    return ROLE_NAMES.get(name.lower(), name) if isinstance(name, str) else name
+
+
+def is_call_role(name: Any) -> bool:
+    """Return whether the content of a turn of the role with this name is a call, as JSON."""
+    return isinstance(name, str) and name.lower() in CALL_ROLES
 
 
 def turns_of(value: Any, role: str, field: str, source: str) -> list[Turn]:
@@ -68,7 +69,7 @@ def turn_list(field: str, record: Record, source: str) -> list[Turn]:
     for index, item in enumerate(turns):
         name = f"{field}[{index}]"
         converted = _turns(item, name, source)
-        is_call = item.get(filled_key(item, ("role", "from"))) in CALL_ROLES
+        is_call = is_call_role(item.get(filled_key(item, ("role", "from"))))
         if is_call and result and result[-1].message.role == "assistant":
             converted = [_with_call(result.pop(), converted[0].message, name, source)]
         result += converted
@@ -108,16 +109,16 @@ def _turns(turn: Any, name: str, source: str) -> list[Turn]:
     content: Any = None if is_null(turn.get(keys[1])) else turn[keys[1]]
     field = f"{name}.{keys[1]}"
     train = _is_trained(turn, role, name, source)
-    if isinstance(role, str) and role in CALL_ROLES and not calls:
-        tool_calls, content = _tool_calls(content, field, source), ""
+    if is_call_role(role) and not calls:
+        tool_calls, content = convert_calls(content, field, source), ""
     else:
-        tool_calls = _tool_calls(calls, f"{name}.tool_calls", source) if calls else ()
+        tool_calls = convert_calls(calls, f"{name}.tool_calls", source) if calls else ()
     message = Message(
         role_of(role),
         "" if content is None and (calls or tools) else content,
         reasoning=one_of(turn, REASONING_KEYS, f"{name}.", source) or "",
         tool_calls=tool_calls,
-        name=_value(turn, "name") if role_of(role) == "tool" else "",
+        name=_value(turn, "name"),
         tool_call_id=_value(turn, "tool_call_id"),
         train=train,
     )
@@ -137,6 +138,7 @@ def _parts(parts: list[Any], turn: Message, field: str, source: str) -> list[Mes
         if not isinstance(part, dict) or "type" not in part:
             actual = f"{json_type(part)} without type" if isinstance(part, dict) else json_type(part)
             raise data_error(source, f"{name} is {actual}; expected an object with type, and text or value", "type")
+        part = normalized_part(part, name, source)
         kind = part["type"]
         value = one_of(part, ("text", "value"), f"{name}.", source)
         if kind == "tool_result":
@@ -147,7 +149,7 @@ def _parts(parts: list[Any], turn: Message, field: str, source: str) -> list[Mes
             problem = f"{name} is a {kind} part after a part of a later type; expected {', '.join(contents)} in order"
             raise data_error(source, problem)
         elif kind == "tool_call":
-            contents[kind] += _tool_calls(value, name, source)
+            contents[kind] += convert_calls(value, name, source)
         else:
             contents[kind].append(check_text(value, f"{name}.text", source))
     reasoning, text, calls = "".join(contents["reasoning"]), "".join(contents["text"]), tuple(contents["tool_call"])
@@ -163,6 +165,8 @@ def _parts(parts: list[Any], turn: Message, field: str, source: str) -> list[Mes
 def _tool_result(part: Record, value: Any, turn: Message, name: str, source: str) -> Message:
     if "text" not in part and "value" not in part:
         raise data_error(source, f"{name} has no result; expected text or value, found {key_names(part)}", "type")
+    if value is None and "" in (part.get("text"), part.get("value")):
+        value = ""  # a result without a text, as opposed to null
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     tool, call = _value(part, "name") or turn.name, _value(part, "tool_call_id") or turn.tool_call_id
     return Message("tool", text, name=tool, tool_call_id=call)
@@ -185,8 +189,8 @@ def _is_trained(turn: Record, role: Any, name: str, source: str) -> bool:
     return not off
 
 
-def _tool_calls(value: Any, name: str, source: str) -> tuple[Record, ...]:
-    """Convert one call, a list of calls, or either as JSON, to the form that chat templates expect."""
+def convert_calls(value: Any, name: str, source: str) -> tuple[Record, ...]:
+    """Return one call, a list of calls, or either as JSON, in the form that chat templates expect. Raises DataError."""
     value = parse_json(value, name, source)
     calls = value if isinstance(value, list) else [value]
     return tuple(_tool_call(call, f"{name}[{index}]", source) for index, call in enumerate(calls))

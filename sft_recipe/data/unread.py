@@ -6,21 +6,25 @@ from typing import Any
 from sft_recipe.data.turns import (
     ARGUMENT_KEYS,
     CALL_KEYS,
-    CALL_ROLES,
     LOSS_KEYS,
     REASONING_KEYS,
     TOOL_KEYS,
     Record,
     filled_key,
+    is_call_role,
     is_empty,
     parse_json,
     role_of,
 )
 
-TURN_KEYS = {"tool_call_id", *LOSS_KEYS, *REASONING_KEYS, *CALL_KEYS}
-KEYS_OF_ROLE = {"tool": {"name"}, "system": set(TOOL_KEYS)}
+TURN_KEYS = {"name", "tool_call_id", *LOSS_KEYS, *REASONING_KEYS, *CALL_KEYS}
+KEYS_OF_ROLE = {"system": set(TOOL_KEYS)}
 PART_KEYS = {"type", "text", "value"}
-KEYS_OF_PART = {"tool_result": {"name", "tool_call_id"}}
+KEYS_OF_PART = {
+    "tool_result": {"name", "tool_call_id", "tool_use_id", "content"},
+    "tool_use": {"id", "name", "input"},
+    "thinking": {"thinking"},
+}
 CALL_OBJECT_KEYS, FUNCTION_KEYS = {"id", "type"}, {"name", *ARGUMENT_KEYS}
 
 
@@ -50,7 +54,7 @@ def _of_turn(turn: Record) -> Iterator[str]:
     role = str(role_of(turn.get(role_key)))
     yield from _others(turn, {role_key, content_key} | TURN_KEYS | KEYS_OF_ROLE.get(role, set()))
     content, calls_key = turn.get(content_key), filled_key(turn, CALL_KEYS)
-    if turn.get(role_key) in CALL_ROLES:
+    if is_call_role(turn.get(role_key)):
         yield from (f"{content_key}[].{key}" for call in _objects(content) for key in _of_call(call))
     elif isinstance(content, list):
         for part in _objects(content):

@@ -9,7 +9,14 @@ from pathlib import Path
 from sft_recipe.errors import PreflightError
 
 EXIT_FILE = "exit_code"
+REPORTED = "reported"
 OWN_FOLDER = "sft_recipe"  # in torchrun's folder of a run
+FIRST_ATTEMPT = "SFT_RECIPE_FIRST_ATTEMPT"  # of a machine that joined a run whose ranks had been restarted before
+
+
+def attempt() -> int:
+    """Return how often the ranks of the run were restarted before those of this process were started."""
+    return int(os.environ.get(FIRST_ATTEMPT, "0")) + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def rendezvous_dir() -> Path:
@@ -32,12 +39,17 @@ def is_error_reporter() -> bool:
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
         return True
     try:
-        (rendezvous_dir() / "reported").touch(exist_ok=False)
+        (rendezvous_dir() / REPORTED).touch(exist_ok=False)
     except FileExistsError:
         return False
     except (OSError, PreflightError):  # the error that it cannot be created is reported by each
         return True
     return True
+
+
+def is_error_reported() -> bool:
+    """Return True if a rank of this machine has asked whether it prints an error; torchrun then ends the others."""
+    return (_run_dir() / os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") / REPORTED).exists()
 
 
 def remove_rendezvous_dir() -> None:

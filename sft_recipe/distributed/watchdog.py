@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -14,7 +15,9 @@ from typing import Any, NoReturn
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from sft_recipe.distributed.rendezvous import is_error_reporter
+from sft_recipe.distributed.machines import record_attempt
+from sft_recipe.distributed.network import own_addresses
+from sft_recipe.distributed.rendezvous import attempt, is_error_reporter
 from sft_recipe.errors import RecipeError, first_line, is_debugging
 
 HEARTBEAT_INTERVAL_S = 2.0
@@ -48,9 +51,16 @@ class Watchdog:
         self._since = time.monotonic()
         self._is_limited = False
         self._stopped = threading.Event()
+        self._ended = threading.Event()
+        self._silent = 0  # intervals since a heartbeat was last completed
+        self._own_failure: str | None = None
+        # On one machine all ranks have the same.
+        self._addresses = own_addresses() if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else []
         self._store = open_store("watchdog")
         self._peers = {other: _PeerState() for other in ([0] if rank else range(1, world_size)) if other != rank}
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+        if world_size > 1:
+            threading.Thread(target=self._watch_store, name="watchdog of the store", daemon=True).start()
 
     def set_phase(self, phase: str, limited: bool = True) -> None:
         """Record that the main thread begins `phase`, which may last `heartbeat_timeout` seconds if limited."""
@@ -76,10 +86,12 @@ class Watchdog:
             raise
         finally:
             self._stopped.set()  # nothing is published any more
+            self._ended.set()
 
     def _publish_failure(self, reason: str, code: int) -> None:
         """This rank exits by itself after that, and prints the reason for the ranks of its machine."""
         self._stopped.set()
+        self._own_failure = reason
         with suppress(RuntimeError):  # the store may be gone
             self._record_failure(
                 f"rank {self.rank} on {socket.gethostname()} stopped: {reason}", code, reporter=_machine()
@@ -91,7 +103,26 @@ class Watchdog:
         with suppress(RuntimeError):
             if failure := self._read(FAILURE_KEY):
                 self._exit_as_told(failure)
-        _abort(f"rank {self.rank} aborts: a peer rank exited ({first_line(error)})", EXIT_PEER_LOST)
+        where = f"rank {self.rank} on {socket.gethostname()}"
+        _abort(f"{where} aborts: {self._lost_peer(str(error))} exited ({_reason(error)})", EXIT_PEER_LOST)
+
+    def _lost_peer(self, text: str) -> str:
+        """Return the rank or the machine at the address that an error of gloo names."""
+        address = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", text)
+        states: dict[int, dict[str, Any]] = {}
+        with suppress(RuntimeError):
+            states = {other: self._read(str(other)) for other in range(self.world_size) if other != self.rank}
+        there = {
+            other: state["host"]
+            for other, state in states.items()
+            if state and address and address[1].removeprefix("::ffff:") in state["addresses"]
+        }
+        if not there:
+            return "a peer rank"
+        ranks, host = list(there), next(iter(there.values()))
+        return (
+            f"rank {ranks[0]} on {host}" if len(ranks) == 1 else f"a rank on {host} (one of {ranks[0]} to {ranks[-1]})"
+        )
 
     def _run(self) -> None:
         """The first heartbeat comes at once: a rank without one counts as starting up."""
@@ -101,7 +132,22 @@ class Watchdog:
             except RuntimeError as error:  # the store is gone, and with it the machine of rank 0
                 if not self._stopped.wait(HEARTBEAT_INTERVAL_S):
                     _abort(f"the machine of rank 0 cannot be reached ({first_line(error)})", EXIT_PEER_LOST)
+            self._silent = 0
             self._stopped.wait(HEARTBEAT_INTERVAL_S)
+
+    def _watch_store(self) -> None:
+        """Without a route to machine 0 a call of the store does not return.
+
+        Intervals are counted, which do not pass in a stopped process.
+        """
+        while not self._ended.wait(HEARTBEAT_INTERVAL_S):
+            self._silent += 1
+            if self._silent * HEARTBEAT_INTERVAL_S > HEARTBEAT_TIMEOUT_S:
+                seconds = self._silent * HEARTBEAT_INTERVAL_S
+                lost = f"the machine of rank 0 ({os.environ['MASTER_ADDR']}) has not answered for {seconds:.0f} s"
+                _abort(
+                    self._own_failure or f"rank {self.rank} on {socket.gethostname()} aborts: {lost}", EXIT_PEER_LOST
+                )
 
     def _exchange_heartbeats(self) -> None:
         own = self._state()
@@ -152,6 +198,7 @@ class Watchdog:
         seconds = time.monotonic() - self._since if self._is_limited else 0.0
         return {
             "host": socket.gethostname(),
+            "addresses": self._addresses,
             "time": time.monotonic(),
             "progress": self._progress,
             "phase": self._phase,
@@ -197,13 +244,20 @@ def open_store(purpose: str) -> Store:
     if port == 0:  # a single process
         _chosen_port = store.port
         os.environ["MASTER_PORT"] = str(store.port)
-    return PrefixStore(f"sft_recipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{purpose}", store)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        record_attempt(store)
+    return PrefixStore(f"sft_recipe/{attempt()}/{purpose}", store)
 
 
 def _abort(reason: str, code: int) -> NoReturn:
     if is_error_reporter():
         print(f"error: {reason}", file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error without the source file that gloo puts before it."""
+    return re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).partition(". This is typically")[0]
 
 
 def _machine() -> str:

@@ -19,10 +19,9 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from sft_recipe.engine import patches
 from sft_recipe.errors import ModelError
+from sft_recipe.models.dims import LOGITS_CHUNK
 
-# Elements per part. Few logits save memory, many make the matrix products efficient; for the softmax in fp32, few stay
-# in a core's caches, and many save kernel launches on a GPU.
-LOGITS_CHUNK = {"cpu": 2**25, "cuda": 2**28}
+# Elements per part of the softmax in fp32: few stay in a core's caches, and many save kernel launches on a GPU.
 SOFTMAX_CHUNK = {"cpu": 2**19, "cuda": 2**25}
 
 
@@ -31,9 +30,10 @@ def patch_chunked_cross_entropy(model: PreTrainedModel) -> list[nn.Parameter] | 
 
     The loss is the negative log-likelihood of `targets` at `positions`, summed, times `ranks` and divided by `tokens`,
     in fp32. `tokens` is an integer tensor with one number: FSDP would round a floating input to the dtype that the
-    model computes in. `positions` may contain a position more than once. Call backward on the loss unchanged: the
-    head's weights may get their gradients in the forward pass. The second value returned is, with `counts_correct`, the
-    number of targets that have the largest logit. Without `targets` the forward is the model's own.
+    model computes in. `positions` may contain a position more than once. Call backward on the loss times `loss_scale`,
+    a number: the head's weights may get their gradients, scaled so, in the forward pass. The second value returned is,
+    with `counts_correct`, the number of targets that have the largest logit. With `output_router_logits` those of each
+    layer follow. Without `targets` the forward is the model's own.
 
     Returns the weights of the head, which must be unsharded wherever the model's own forward runs (else the new forward
     raises ModelError). Returns None and changes nothing where body and head cannot be called separately.
@@ -62,21 +62,24 @@ def patch_chunked_cross_entropy(model: PreTrainedModel) -> list[nn.Parameter] | 
         targets: torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
         ranks: int = 1,
+        loss_scale: float = 1.0,
         counts_correct: bool = False,
         **inputs: Any,
     ) -> Any:
         if positions is None or targets is None or tokens is None:
             return original(**inputs)
         given = {name: value for name, value in inputs.items() if value is not None}
-        hidden = body(**given).last_hidden_state[:, positions]
+        outputs = body(**given)
+        hidden = outputs.last_hidden_state[:, positions]
         weights = [attrgetter(name)(model) for name in shapes]  # FSDP may have replaced them for this forward
         for weight, (name, shape) in zip(weights, shapes.items(), strict=True):
             if isinstance(weight, DTensor) or weight.shape != shape:
                 raise ModelError(f"{name} is sharded where the loss needs all of it, so it would not be trained")
         scale = ranks / tokens.float()
-        return _SummedCrossEntropy.apply(
-            hidden, targets, scale, logits_of, vocabulary, torch.is_grad_enabled(), counts_correct, *weights
+        loss, correct = _SummedCrossEntropy.apply(
+            hidden, targets, scale, loss_scale, logits_of, vocabulary, torch.is_grad_enabled(), counts_correct, *weights
         )
+        return loss, correct, *(getattr(outputs, "router_logits", None) or ())
 
     model.forward = forward  # type: ignore[method-assign]
     return list(head)
@@ -119,6 +122,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         hidden: torch.Tensor,
         targets: torch.Tensor,
         scale: torch.Tensor,
+        loss_scale: float,
         logits_of: Callable[[torch.Tensor], torch.Tensor],
         vocabulary: int,
         is_training: bool,
@@ -140,7 +144,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if counts_correct:
                 correct += (values[0].argmax(-1) == target).sum()
             gradient = torch.empty_like(values) if _address(values) in saved else values
-            losses.append(_loss_and_gradient(values[0], target, scale, gradient[0], is_training))
+            losses.append(_loss_and_gradient(values[0], target, scale, loss_scale, gradient[0], is_training))
             if is_training:
                 before = [_accumulated(weight) for weight in trained]
                 grad_part, *grads = torch.autograd.grad(logits, [part, *trained], gradient, allow_unused=True)
@@ -154,15 +158,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
             grad_weights = (by_weight.get(id(weight)) for weight in weights)
             rounded = (None if grad is None else grad.to(hidden.dtype) for grad in grad_weights)
             ctx.save_for_backward(torch.cat(grad_hidden, dim=1), *rounded)
+            ctx.loss_scale = loss_scale
         ctx.mark_non_differentiable(correct)
         return torch.stack(losses).sum(), correct
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         upstream, _ = gradients
-        patches.assert_async(upstream == 1, "the loss was changed after its gradients were computed")
+        patches.assert_async(upstream == ctx.loss_scale, "the loss was changed after its gradients were computed")
         grad_hidden, *grad_weights = ctx.saved_tensors
-        return grad_hidden, *[None] * 6, *grad_weights
+        return grad_hidden, *[None] * 7, *grad_weights
 
 
 def _accumulated(weight: torch.Tensor) -> int:
@@ -172,12 +177,17 @@ def _accumulated(weight: torch.Tensor) -> int:
 
 
 def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, gradient: torch.Tensor, is_training: bool
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor,
+    loss_scale: float,
+    gradient: torch.Tensor,
+    is_training: bool,
 ) -> torch.Tensor:
     """`scale` times the summed loss of logits (tokens, vocabulary).
 
-    If `is_training`, writes `scale` times softmax(logits), less 1 at the target, to `gradient`, which may be the
-    logits.
+    If `is_training`, writes `scale` times `loss_scale` times softmax(logits), less 1 at the target, to `gradient`,
+    which may be the logits.
     """
     rows = max(1, SOFTMAX_CHUNK[logits.device.type] // logits.shape[1])
     losses = []
@@ -187,7 +197,7 @@ def _loss_and_gradient(
         losses.append(-probs.gather(1, target).sum())
         if is_training:
             probs.exp_().scatter_add_(1, target, probs.new_full((1, 1), -1.0).expand_as(target))
-            torch.mul(probs, scale, out=result)
+            torch.mul(probs, scale * loss_scale, out=result)
     return torch.stack(losses).sum() * scale
 
 

@@ -29,11 +29,6 @@ class MicroBatch:
     targets: torch.Tensor
 
 
-def micro_batches(data: TensorDict, shares_prefixes: bool) -> Iterator[MicroBatch]:
-    """The planned micro-batches of this rank; the first token of a document is never a target."""
-    return (pack(documents, shares_prefixes) for documents in planned_documents(data))
-
-
 def planned_documents(data: TensorDict) -> Iterator[list[Document]]:
     """Yield the documents of each planned micro-batch of this rank."""
     ids, mask = (data[key].values() for key in ("input_ids", "loss_mask"))
@@ -46,7 +41,7 @@ def planned_documents(data: TensorDict) -> Iterator[list[Document]]:
 
 
 def pack(documents: Sequence[Document], shares_prefixes: bool) -> MicroBatch:
-    """Return one micro-batch of all `documents`."""
+    """Return one micro-batch of all `documents`; the first token of a document is never a target."""
     lengths = [len(ids) for ids, _ in documents]
     ids, mask = (torch.cat(parts) for parts in zip(*documents, strict=True))
     position_ids = torch.cat([torch.arange(length) for length in lengths])

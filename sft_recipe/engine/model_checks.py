@@ -20,9 +20,11 @@ from verl.utils.device import get_device_name
 from sft_recipe.engine import patches
 from sft_recipe.engine.attention.documents import MaskUnsupported
 from sft_recipe.engine.attention.prefix_sharing import SHORTEST, Segment
-from sft_recipe.engine.loss import LOGITS_CHUNK
-from sft_recipe.engine.micro_batches import Document, MicroBatch, pack, planned_documents
+from sft_recipe.engine.loss import SOFTMAX_CHUNK
+from sft_recipe.engine.micro_batches import Document, MicroBatch, planned_documents
 from sft_recipe.errors import ModelError, RecipeError
+from sft_recipe.models.dims import LOGITS_CHUNK
+from sft_recipe.models.families import SEQ2SEQ, family_of
 
 if TYPE_CHECKING:
     from sft_recipe.engine.sft_engine import SFTEngine
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AFTERWARDS = 3  # the tokens of the last probed document that come after those whose loss is computed
-# Largest difference between the loss and that of plain transformers: a share of the loss, or in nats below one.
+# Largest difference between the loss and that of plain transformers: a share of the loss, or in nats below one. In
+# 16 bits it holds for the mean over at least ENOUGH tokens, in which the rounding of one token counts little.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+ENOUGH = 100
 
 
 def choose_packing(engine: "SFTEngine", token_budget: int) -> None:
@@ -44,7 +48,7 @@ def choose_packing(engine: "SFTEngine", token_budget: int) -> None:
         engine.shares_prefixes = engine.packs_documents = False
         log.warning("This model counts positions in rows of a pack: each document is computed by itself.")
         return
-    with evaluating(engine):
+    with evaluating(engine), engine.uncompiled():
         _require_mask_support(engine)
         _require_causality(engine)
         if engine.shares_prefixes and not _is_isolated(engine, is_shared=True):
@@ -60,14 +64,14 @@ def loss_difference(engine: "SFTEngine", data: TensorDict) -> float:
 
     The reference is a plain forward of the transformers model, with an attention of transformers, and without packing
     or prefix sharing. Returns the relative difference of the losses, or the difference in nats where they are below
-    one. Raises ModelError where it exceeds TOLERANCE. Of each document, as many supervised tokens are compared as the
+    one. Raises ModelError where it exceeds `tolerance`. Of each document, as many supervised tokens are compared as the
     loss has logits at a time.
     """
-    vocabulary = engine.model.config.get_text_config().vocab_size
+    vocabulary = engine.model.config.get_text_config(decoder=True).vocab_size
     limit = max(1, LOGITS_CHUNK[get_device_name()] // vocabulary)
     documents = [_with_at_most(limit, document) for document in next(planned_documents(data))]
     with evaluating(engine):
-        packed = pack(documents, engine.shares_prefixes)
+        packed = engine.pack(documents)
         ours = engine.micro_batch_loss(packed, tokens=torch.ones((), dtype=torch.long))[0].double()
         reference = _plain_loss(engine, documents).double()
     sums = torch.stack([ours, reference, torch.tensor(float(len(packed.targets)), device=ours.device).double()])
@@ -79,13 +83,24 @@ def loss_difference(engine: "SFTEngine", data: TensorDict) -> float:
             f"the loss of the first micro-batch is {reference_mean}, computed by plain transformers as well: look for "
             "NaN and infinite values in the model's weights. model.verify_first_step=false trains all the same."
         )
-    if not difference <= TOLERANCE[engine.compute_dtype]:
+    if not difference <= tolerance(engine.compute_dtype, int(sums[2])):
         raise ModelError(
             f"the loss of the first micro-batch is {ours_mean:.6f}, but plain transformers computes "
             f"{reference_mean:.6f} for {type(engine.model).__name__}: it would be trained wrongly. Try "
             "model.attn_implementation=sdpa; model.verify_first_step=false trains all the same."
         )
     return difference
+
+
+def tolerance(dtype: torch.dtype, tokens: int) -> float:
+    """Return the largest difference of the losses over `tokens` tokens that rounding explains.
+
+    Tokens are rounded independently, so that the error of their mean falls with the square root of their number. The
+    rounding of fp32 is far below its limit for a single token too.
+    """
+    if dtype == torch.float32:
+        return TOLERANCE[dtype]
+    return TOLERANCE[dtype] * math.sqrt(max(1.0, ENOUGH / max(1, tokens)))
 
 
 @contextmanager
@@ -109,22 +124,39 @@ def _plain_loss(engine: "SFTEngine", documents: list[Document]) -> torch.Tensor:
     used = patches.attention_implementation(engine.model.config)
     engine.model.set_attn_implementation(attention_of_transformers(engine))
     try:
-        losses = [_document_loss(engine, document) for document in documents]
-        for _ in range(count - len(documents)):
-            _document_loss(engine, documents[-1])
+        with engine.uncompiled():
+            losses = [_document_loss(engine, document) for document in documents]
+            for _ in range(count - len(documents)):
+                _document_loss(engine, documents[-1])
     finally:
         engine.model.set_attn_implementation(used)
     return torch.stack(losses).sum()
 
 
 def _document_loss(engine: "SFTEngine", document: Document) -> torch.Tensor:
+    if family_of(engine.model.config) is SEQ2SEQ:
+        batch = engine.pack([document])
+        with engine.autocast():  # the model shifts the labels by itself
+            output = engine.module(
+                input_ids=batch.input_ids.to(get_device_name()),
+                labels=batch.labels.to(get_device_name()),
+                use_cache=False,
+            )
+        return output.loss.float() * len(batch.targets)
     ids, mask = (tensor.to(get_device_name()) for tensor in document)
     targets = (mask[1:] > 0).nonzero()[:, 0] + 1
     selects = accepts(engine.model, "logits_to_keep")
     chosen = {"logits_to_keep": targets - 1} if selects else {}
     with engine.autocast():
         logits = engine.module(input_ids=ids[None], use_cache=False, **chosen).logits[0]
-    return F.cross_entropy((logits if selects else logits[targets - 1]).float(), ids[targets], reduction="sum")
+    return _summed_loss(logits if selects else logits[targets - 1], ids[targets])
+
+
+def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed cross-entropy in fp32, over a part of the tokens at a time: a step has no logits of all in fp32."""
+    rows = max(1, SOFTMAX_CHUNK[logits.device.type] // logits.shape[1])
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.stack([F.cross_entropy(part.float(), target, reduction="sum") for part, target in parts]).sum()
 
 
 def accepts(model: PreTrainedModel, name: str) -> bool:

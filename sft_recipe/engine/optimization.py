@@ -1,24 +1,10 @@
-"""The learning-rate schedule, and gradient clipping on a single rank."""
+"""Gradient clipping on a single rank, and the scale of the loss in fp16."""
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-
-
-def schedule(step: int, total: int, warmup: int, kind: str, min_ratio: float) -> float:
-    """Return the learning rate at optimizer step `step` (from 0), as a fraction of its peak.
-
-    Rises linearly over `warmup` steps, the first of them above 0; then constant, linear, or half a cosine
-    (https://arxiv.org/abs/1608.03983, without restarts) down to `min_ratio`, which it would reach at step `total`.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
-    return factor if kind == "constant" else min_ratio + (1.0 - min_ratio) * factor
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
@@ -36,3 +22,37 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> torch.Te
     for gradient in gradients:
         gradient.mul_(factor)
     return norm
+
+
+class LossScale:
+    """The factor of the loss that keeps gradients within the range of fp16.
+
+    Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2: halved after a step with a gradient that is
+    not finite, doubled after GROWTH_INTERVAL steps without. The norm that decides is the same on all ranks, and so the
+    scale is. In other dtypes it stays 1.
+    """
+
+    GROWTH_INTERVAL = 400
+    RANGE = 1.0, 2.0**24
+
+    def __init__(self, is_needed: bool):
+        self.is_needed = is_needed
+        self.value = 2.0**16 if is_needed else 1.0
+        self.good_steps = 0
+
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Divide all gradients by the scale."""
+        if self.value != 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.value)
+
+    def update(self, is_finite: bool) -> None:
+        """Adapt the scale after a step."""
+        if not self.is_needed:
+            return
+        self.good_steps = self.good_steps + 1 if is_finite else 0
+        if not is_finite or self.good_steps == self.GROWTH_INTERVAL:
+            smallest, largest = self.RANGE
+            self.value = min(max(self.value * (2.0 if is_finite else 0.5), smallest), largest)
+            self.good_steps = 0

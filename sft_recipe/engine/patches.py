@@ -10,13 +10,16 @@ come before `engine` in the import order, each in one place:
     data/sources.py      datasets: `Dataset._fingerprint`
     config/compose.py    Hydra: `hydra.core.override_parser` and `hydra.core.global_hydra`, which are not documented
 
-The only monkey patch is `keep_head_unwrapped`, of verl.
+The only monkey patches of a run are `keep_unwrapped`, of verl, and with model.use_liger those of liger-kernel, of
+transformers (models/liger.py). A rehearsal (rehearsal/) replaces much of torch.cuda with
+the help of private names, in a process that does nothing else.
 """
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -27,10 +30,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sft_recipe.errors import PreflightError
+from sft_recipe.errors import PreflightError, pip_install
 
 # Versions with which all of these were tried; pyproject.toml asks for the same.
-SUPPORTED = {"torch": ">=2.11,<2.13.1", "transformers": ">=5.10,<5.11", "verl": "==0.9.1"}
+SUPPORTED = {"peft": ">=0.18,<0.22", "torch": ">=2.11,<2.13.1", "transformers": ">=5.10,<5.11", "verl": "==0.9.1"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ _SOFTMAX_BACKWARD = PrivateApi(
 )
 _DTENSOR_SPEC = PrivateApi("torch", "torch.distributed.tensor:DTensor._spec")
 _TREE_MAP = PrivateApi("torch", "torch.utils._pytree:tree_map_only")
+_HANDLE = "torch.distributed.fsdp._flat_param:FlatParamHandle"
+_SHARDED_VIEWS = PrivateApi("torch", f"{_HANDLE}._use_sharded_views", ("self",), f"{_HANDLE}._use_sharded_flat_param")
+_WITHOUT_WEIGHTS = [
+    PrivateApi("peft", f"{module}:init_empty_weights") for module in ("peft.tuners.tuners_utils", "peft.peft_model")
+]
 
 EVERYWHERE = (
     _SELECT,
@@ -104,13 +112,19 @@ EVERYWHERE = (
     # Methods that SFTEngine overrides.
     PrivateApi("verl", f"{_ENGINE}._build_module", ("self",), _BUILD),
     PrivateApi("verl", f"{_ENGINE}._build_fsdp_module", ("self", "module"), _BUILD),
+    PrivateApi("verl", f"{_ENGINE}._build_lora_module", ("self", "module"), _BUILD),
     PrivateApi("verl", f"{_ENGINE}._build_lr_scheduler", ("self", "optimizer"), _BUILD),
     PrivateApi("verl", f"{_ENGINE}._gradient_sync_context", ("self", "is_last_micro_batch")),
     PrivateApi("transformers", "transformers:PretrainedConfig._attn_implementation"),
     PrivateApi("transformers", "transformers:PreTrainedModel._no_split_modules"),
     PrivateApi("transformers", "transformers:PreTrainedModel._supports_sdpa"),
+    PrivateApi("transformers", "transformers:PreTrainedModel._supports_flash_attn"),
+    PrivateApi("transformers", "transformers:PreTrainedModel._compatible_flash_implementations"),
+    PrivateApi("transformers", "transformers:PreTrainedModel._can_record_outputs"),
     _ASSERT_ASYNC,
     _DTENSOR_SPEC,
+    _SHARDED_VIEWS,
+    *_WITHOUT_WEIGHTS,
 )
 ON_CPUS = (
     _SOFTMAX_BACKWARD,
@@ -134,7 +148,7 @@ def _moved(problems: list[str], packages: list[str]) -> str:
     wanted = " ".join(f"'{name}{SUPPORTED[name]}'" for name in names)
     return (
         f"The installed {installed} does not fit this version of sft_recipe: {'; '.join(problems)}. "
-        f"Install a supported version: pip install {wanted}"
+        f"Install a supported version: {pip_install(wanted)}"
     )
 
 
@@ -172,26 +186,40 @@ def supports_sdpa(model_class: type[PreTrainedModel]) -> bool:
     return model_class._supports_sdpa
 
 
+def supports_flash_attention(model_class: type[PreTrainedModel], name: str) -> bool:
+    """Return whether the model can attend with the FlashAttention that transformers calls `name`."""
+    compatible = getattr(model_class, "_compatible_flash_implementations", None)  # None: all of them
+    return model_class._supports_flash_attn and (compatible is None or name in compatible)
+
+
 def layer_class_names(model: PreTrainedModel) -> Collection[str]:
     """Return the names of the classes of the model's layers."""
     return model._no_split_modules or ()
+
+
+def recorded_outputs(module: nn.Module) -> Collection[str]:
+    """Return the names of the intermediate outputs that a model's module returns on request: `router_logits`, ..."""
+    return getattr(module, "_can_record_outputs", None) or ()
 
 
 # verl
 
 
 @contextmanager
-def keep_head_unwrapped(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+def keep_unwrapped(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, verl does not wrap any module that holds one of `weights` in an FSDP unit.
 
     They belong to the root's unit then, and are unsharded while its forward and backward run. verl would wrap an untied
-    head with FSDP2, and its adapters with FSDP1; those are unsharded only while they are called themselves.
+    head with FSDP2, and its adapters with FSDP1; those are unsharded only while they are called themselves. With FSDP2
+    it would also wrap embeddings inside of a layer that is wrapped already, which fails: T5 has such.
     """
     excluded = set(weights)
     select, policy_for = _SELECT.find(), _POLICY.find()
 
     def select_others(*args: Any) -> list[nn.Module]:
-        return [module for module in select(*args) if excluded.isdisjoint(module.parameters())]
+        chosen = [module for module in select(*args) if excluded.isdisjoint(module.parameters())]
+        inner = {part for module in chosen for part in module.modules() if part is not module}
+        return [module for module in chosen if module not in inner]
 
     def policy_for_others(**settings: Any) -> Callable | None:
         policy = policy_for(**settings)
@@ -218,6 +246,19 @@ def _replace(api: PrivateApi, value: Any) -> None:
     setattr(import_module(module), name, value)
 
 
+# peft
+
+
+def build_adapters_in_one_thread() -> None:
+    """Let peft build layers without weights in the context of torch.device("meta"), which is that of one thread.
+
+    Its own context replaces nn.Module.register_parameter in all threads: FSDP1, in the one that trains, would fail.
+    """
+    for api in _WITHOUT_WEIGHTS:
+        api.find()
+        _replace(api, partial(torch.device, "meta"))
+
+
 # torch
 
 
@@ -229,6 +270,17 @@ def assert_async(condition: torch.Tensor, message: str) -> None:
 def without_fsdp1(module: nn.Module) -> nn.Module:
     """Return the module that FSDP1 has wrapped, or `module` itself."""
     return module.module if isinstance(module, FullyShardedDataParallel) else module
+
+
+def restore_frozen_root(module: nn.Module) -> None:
+    """Let the modules of FSDP1's root unit hold their frozen parameters again, after a backward pass.
+
+    On one GPU, where the unit is not sharded, FSDP1 takes weights that it did not cast for restored and leaves views of
+    them in their places. The next forward pass would fail for tied weights, and a state dictionary for any.
+    """
+    handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
+    if handle and not handle.uses_sharded_strategy and not handle.flat_param.requires_grad:
+        handle._use_sharded_views()
 
 
 def dtensor_like(local: torch.Tensor, original: DTensor) -> DTensor:
@@ -250,10 +302,7 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
 
 
 def replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Set a parameter of a module without `register_parameter`.
-
-    peft replaces that function in all threads while it builds a model without weights, as the thread that saves does.
-    """
+    """Set a parameter of a module without `register_parameter`, which libraries replace in all threads at times."""
     module._parameters[name] = parameter
 
 

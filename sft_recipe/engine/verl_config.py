@@ -1,11 +1,10 @@
 """Translates the configuration into verl's dataclasses; the only module that knows verl's keys."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from verl.trainer.config import CheckpointConfig
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
-from verl.workers.config.optimizer import OptimizerConfig
 
 from sft_recipe.config.auto import (
     attention,
@@ -14,7 +13,8 @@ from sft_recipe.config.auto import (
     reshards_after_forward,
     uses_gradient_checkpointing,
 )
-from sft_recipe.config.optimizer import further_arguments
+from sft_recipe.config.optim import OptimConfig
+from sft_recipe.config.optimizer import further_arguments, is_of_bitsandbytes
 from sft_recipe.config.schema import Config, FsdpConfig
 from sft_recipe.engine import patches
 from sft_recipe.models.hf_config import load_hf_config
@@ -23,10 +23,23 @@ from sft_recipe.models.resolve import ResolvedModel
 
 @dataclass
 class ScheduledOptimizerConfig(FSDPOptimizerConfig):
-    """verl's optimizer config, which also accepts other schedules than constant and cosine."""
+    """verl's optimizer config, with the schedule of engine/lr_schedule.py in place of verl's own."""
 
-    def __post_init__(self) -> None:
-        OptimizerConfig.__post_init__(self)
+    schedule: OptimConfig | None = None
+
+
+@dataclass
+class ModelConfig(HFModelConfig):
+    """verl's model config, with the weights that do not train, whether linear layers have theirs in 4 bits, and where
+    the inputs of recomputed layers are kept.
+
+    verl's own enable_activation_offload finds tensors again by their address, and takes those of equal address for one.
+    """
+
+    quantize: bool = False
+    freeze: list[str] = field(default_factory=list)
+    train_only: list[str] = field(default_factory=list)
+    offloads_layer_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,9 +85,14 @@ def fsdp_engine(config: Config, device: str) -> FSDPEngineConfig:
             "reduce_dtype": fsdp.mixed_precision.reduce_dtype,
             "buffer_dtype": "fp32",
         },
-        use_orig_params=config.lora.enabled,
+        # Encoder-decoders may have weights for images, which are frozen.
+        use_orig_params=config.lora.enabled
+        or config.model.is_partly_frozen
+        or config.data.has_targets
+        or is_of_bitsandbytes(config.optim)
+        or fsdp.use_torch_compile,  # which needs the weights by themselves
         ulysses_sequence_parallel_size=fsdp.ulysses_sequence_parallel_size,
-        use_torch_compile=False,
+        use_torch_compile=fsdp.use_torch_compile,
         seed=config.trainer.seed,
     )
 
@@ -95,17 +113,22 @@ def megatron_engine(fsdp: FsdpConfig, seed: int) -> Any:
 
 def _model(config: Config, model: ResolvedModel, device: str) -> HFModelConfig:
     lora = config.lora
-    built = HFModelConfig(
+    built = ModelConfig(
         path=str(model.folder),
         load_tokenizer=config.fsdp.strategy == "megatron",  # only that engine needs its padding token
         trust_remote_code=config.model.trust_remote_code,
         enable_gradient_checkpointing=uses_gradient_checkpointing(config, device),
         use_remove_padding=True,
+        use_liger=config.model.use_liger,
         override_config={"attn_implementation": attention(config, device)},
         lora_rank=lora.rank if lora.enabled else 0,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # verl passes it on to peft, which takes a float
         target_modules=lora.target_modules,
         exclude_modules=lora.exclude_modules,  # type: ignore[arg-type]  # and a list here
+        quantize=lora.quantize,
+        freeze=config.model.freeze,
+        train_only=config.model.train_only,
+        offloads_layer_inputs=config.model.enable_activation_offload and device == "cuda",
         lora={"rank": lora.rank, "alpha": lora.alpha} if lora.enabled else {},
     )
     built.hf_config = load_hf_config(config.model, model)
@@ -120,10 +143,7 @@ def _optim(config: Config, total_steps: int) -> ScheduledOptimizerConfig:
         optimizer_impl=optim.optimizer_impl,
         override_optimizer_config=further_arguments(optim),
         lr=optim.lr,
-        lr_scheduler_type=optim.lr_scheduler_type,
-        lr_warmup_steps_ratio=optim.lr_warmup_steps_ratio,
-        lr_warmup_steps=optim.lr_warmup_steps,
-        min_lr_ratio=optim.min_lr_ratio,
+        schedule=optim,
         betas=optim.betas,
         weight_decay=optim.weight_decay,
         clip_grad=optim.max_grad_norm,

@@ -15,7 +15,7 @@ from sft_recipe.evaluation.validation import evaluate, validation_metrics
 class BatchSource(Protocol):
     """Builds this rank's part of a batch."""
 
-    def build(self, examples: Examples, indices: np.ndarray) -> TensorDict:
+    def plan_and_build(self, examples: Examples, indices: np.ndarray) -> TensorDict:
         """Return the batch of the examples at `indices`."""
 
 
@@ -64,7 +64,7 @@ class Evaluator:
                 examples,
                 self.token_budget,
                 self.model.data_ranks,
-                self.batches.build,
+                self.batches.plan_and_build,
                 self.model.evaluate,
                 completed,
             )

@@ -9,8 +9,11 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from sft_recipe.config.trainer import EvalConfig
+from sft_recipe.data.rendering.options import RenderOptions
+from sft_recipe.data.rendering.source_target import prompt_encoder
 from sft_recipe.data.token_store import Examples
 from sft_recipe.evaluation.scores import Scores, score, tool_calls
+from sft_recipe.models.families import CAUSAL, SEQ2SEQ, Family
 
 TOOL_MATCH = "eval/tool_match"
 HALF_CHARACTER = "\ufffd"  # what the first bytes of a character are decoded to
@@ -72,13 +75,20 @@ class AnswerGenerator:
         end_ids: Sequence[int],
         generate: Generate,
         token_budget: int,
+        family: Family = CAUSAL,
+        options: RenderOptions = RenderOptions(),  # noqa: B008  # frozen
     ):
-        """`end_ids` end an answer; a batch holds about `token_budget` tokens."""
+        """`end_ids` end an answer; a batch holds about `token_budget` tokens.
+
+        The fixed prompts are encoded for a model of the `family`, with the `options` of the data.
+        """
         self.config = config
         self.tokenizer = tokenizer
         self.end_ids = list(end_ids)
         self.generate = generate
         self.token_budget = token_budget
+        self.family = family
+        self.options = options
         self.prompts = [*self._fixed_prompts(), *_validation_prompts(sets, config.generate)]
 
     def run(self) -> GenerationResult:
@@ -108,17 +118,19 @@ class AnswerGenerator:
         return Sample(prompt.set, self._text(prompt.ids), reference, text, is_truncated)
 
     def _text(self, ids: list[int]) -> str:
-        """The text before the end token. Other special tokens stay: some mark tool calls."""
-        return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.end_ids else ids))
+        """The text before the end token. Other special tokens stay: some mark tool calls.
+
+        Those that a tokenizer puts around the texts of an encoder-decoder do not.
+        """
+        ids = ids[:-1] if ids and ids[-1] in self.end_ids else ids
+        return str(self.tokenizer.decode(ids, skip_special_tokens=self.family is SEQ2SEQ))
 
     def _fixed_prompts(self) -> list[Prompt]:
-        rendered: list[Any] = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            for text in self.config.prompts
-        ]
-        return [Prompt("prompts", list(ids), None) for ids in rendered]
+        if not self.config.prompts:
+            return []
+        encode = prompt_encoder(self.tokenizer, self.family, self.options)
+        questions = [[{"role": "user", "content": text}] for text in self.config.prompts]
+        return [Prompt("prompts", encode(messages).ids, None) for messages in questions]
 
 
 def _validation_prompts(sets: dict[str, Examples], count: int) -> list[Prompt]:

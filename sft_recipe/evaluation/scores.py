@@ -45,7 +45,12 @@ def score(answers: Sequence[str], references: Sequence[str]) -> Scores:
 
 
 def tool_calls(text: str) -> list[tuple[str, Any]]:
-    """Return name and arguments of each call in a text: JSON objects with `name` and `arguments` or `parameters`.
+    """Return name and arguments of each call in a text; see `find_tool_calls`."""
+    return [call for _, call in find_tool_calls(text)]
+
+
+def find_tool_calls(text: str) -> list[tuple[int, tuple[str, Any]]]:
+    """Return place, name and arguments of each call: JSON objects with `name` and `arguments` or `parameters`.
 
     Templates put them between markers of their own. Arguments that are JSON in a string are read.
     """
@@ -58,7 +63,7 @@ def tool_calls(text: str) -> list[tuple[str, Any]]:
         if isinstance(value, dict) and isinstance(value.get("name"), str):
             arguments = value.get("arguments", value.get("parameters"))
             if arguments is not None:
-                calls.append((value["name"], _parsed(arguments)))
+                calls.append((place, (value["name"], _parsed(arguments))))
         place = text.find("{", place + length)
     return calls
 

@@ -62,7 +62,7 @@ def evaluate(
     counts = True
     for indices in _chunks(examples.lengths, budget * ranks * MICRO_BATCHES_PER_CALL):
         progress(int(indices[0]))
-        supervised = sum(int(examples[index][1].sum()) for index in indices)
+        supervised = int((examples.lengths[indices] - examples.source_lengths[indices]).sum())
         found = infer(build_batch(examples, indices))
         nll += found["loss"] * supervised
         tokens += supervised

@@ -16,11 +16,14 @@ from sft_recipe.export.gguf_folder import write_gguf_folder
 from sft_recipe.export.hf_folder import write_hf_folder
 from sft_recipe.export.model_card import model_card
 from sft_recipe.export.options import ExportOptions
+from sft_recipe.export.pth_folder import write_pth_folder
 from sft_recipe.export.source import Source
-from sft_recipe.export.trained import load_trained
+from sft_recipe.export.trained import load_trained, trained_config
 from sft_recipe.export.verification import Verification, make_reference, verify_export, verify_tokens
 from sft_recipe.files import sync
 from sft_recipe.progress import progress_bar
+
+WRITERS = {"hf": write_hf_folder, "gguf": write_gguf_folder, "pth": write_pth_folder}
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,16 @@ def export_model(source: Source, options: ExportOptions, out: Path, show_progres
     Nothing is left where it fails. Raises ConfigError for options that do not fit the model, PreflightError where
     `out` holds something or cannot be written, ModelError where the export does not compute what the model computes.
     """
+    if options.format == "gguf":
+        check_architecture(trained_config(source))
     _check_options(source, options)
     disable_progress_bar()
     with _new_folder(out) as folder:
-        with progress_bar("computing the trained model's answers", "steps", show=show_progress):
+        with progress_bar("computing the trained model's answers", show=show_progress):
             trained = load_trained(source)
-            if options.format == "gguf":
-                check_architecture(trained.config)
             reference = make_reference(trained.model, trained.tokenizer)
-        write = write_gguf_folder if options.format == "gguf" else write_hf_folder
-        written = write(trained, options, folder, show_progress)
-        with progress_bar("loading the export back", "steps", show=show_progress):
+        written = WRITERS[options.format](trained, options, folder, show_progress)
+        with progress_bar("loading the export back", show=show_progress):
             verify_tokens(written.prompt_ids, reference)
             verification = verify_export(written.load(), reference, written.bound)
         (folder / "README.md").write_text(model_card(source, written, verification, out.name), encoding="utf-8")

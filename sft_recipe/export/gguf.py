@@ -8,11 +8,12 @@ import gguf
 import numpy as np
 import torch
 from gguf.quants import quantize
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from sft_recipe.errors import ModelError
 from sft_recipe.export.gguf_tokenizer import add_tokenizer
 from sft_recipe.export.weights import Weights
+from sft_recipe.models.families import family_of
 from sft_recipe.models.loading import check_weights
 
 QUANTS = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
@@ -86,7 +87,7 @@ def load_gguf(path: Path, config: PretrainedConfig) -> Any:
     found.head_dim = _head_dim(config)
     if _is_llama3(config):
         found.rope_parameters = config.rope_parameters
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = family_of(config).auto.from_pretrained(
         **location, config=found, dtype=torch.float32, output_loading_info=True
     )
     model, report = loaded

@@ -6,21 +6,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from sft_recipe.checkpoint.manager import check_free_space
 from sft_recipe.export.merge import load_adapters
 from sft_recipe.export.options import ExportOptions, Written
-from sft_recipe.export.source import ADAPTER_CONFIG
+from sft_recipe.export.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from sft_recipe.export.trained import TrainedModel, load_exported_tokenizer
 from sft_recipe.export.verification import prompt_ids
 from sft_recipe.export.weights import DTYPES, entry_bytes, write_weights
+from sft_recipe.models.families import family_of
+from sft_recipe.models.hf_config import read_hf_config
 from sft_recipe.models.loading import load_model
+from sft_recipe.models.quantization import adapter_metadata
+from sft_recipe.models.resolve import ResolvedModel
 from sft_recipe.progress import progress_bar
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def write_hf_folder(trained: TrainedModel, options: ExportOptions, folder: Path, show_progress: bool) -> Written:
@@ -40,7 +42,7 @@ def write_hf_folder(trained: TrainedModel, options: ExportOptions, folder: Path,
         bound=bound,
         load=partial(_load_adapter if is_adapter else _load_model, trained, folder),
         prompt_ids=partial(prompt_ids, tokenizer),
-        usage=_usage(is_adapter),
+        usage=_usage(family_of(trained.config).auto_class, is_adapter, trained.quantized_in),
     )
 
 
@@ -77,7 +79,7 @@ def _write_adapter(trained: TrainedModel, options: ExportOptions, folder: Path) 
     dtype = options.dtype or stored
     if dtype != stored:
         weights = {name: value.to(DTYPES[dtype]) for name, value in weights.items()}
-    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata=adapter_metadata(trained.quantized_in))
     settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     is_folder = Path(base.name).expanduser().exists()
     settings["base_model_name_or_path"] = str(base.folder.absolute()) if is_folder else base.name
@@ -90,20 +92,27 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _load_adapter(trained: TrainedModel, folder: Path) -> Any:
-    base = load_model(trained.source.base.folder, trained.config, trained.model.dtype, trained.trusts_code)
-    return load_adapters(base, folder).get_base_model()
+    return load_adapters(trained.load_base(), folder).get_base_model()
 
 
 def _load_model(trained: TrainedModel, folder: Path) -> Any:
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trained.trusts_code)
-    return load_model(folder, config, config.dtype, trained.trusts_code).eval()
+    config = read_hf_config(ResolvedModel(folder, folder.name), trained.trusts_code)
+    dtype: Any = config.dtype
+    return load_model(folder, config, dtype, trained.trusts_code).eval()
 
 
-def _usage(is_adapter: bool) -> str:
-    model_class = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
+def _usage(auto_class: str, is_adapter: bool, quantized_in: torch.dtype | None) -> str:
+    model_class = auto_class.replace("Auto", "AutoPeft", 1) if is_adapter else auto_class
     imports = [f"from transformers import {model_class}, AutoTokenizer"]
     if is_adapter:
         imports = [f"from peft import {model_class}", "from transformers import AutoTokenizer"]
-    lines = [*imports, "", 'folder = "."  # this folder', f"model = {model_class}.from_pretrained(folder)"]
+    arguments = "folder"
+    if is_adapter and quantized_in:
+        imports = ["import torch", imports[0], "from transformers import AutoTokenizer, BitsAndBytesConfig"]
+        arguments += f""", dtype={quantized_in}, quantization_config=BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype={quantized_in},
+)"""
+    lines = [*imports, "", 'folder = "."  # this folder', f"model = {model_class}.from_pretrained({arguments})"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     return "```python\n" + "\n".join(lines) + "\n```"

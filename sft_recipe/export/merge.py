@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from sft_recipe.engine.patches import build_adapters_in_one_thread
 from sft_recipe.errors import ModelError, first_line
 from sft_recipe.export.weights import Entry, StoredWeights
+from sft_recipe.models.families import SEQ2SEQ, family_of
 
 PROBE_TOKENS = 16
 TOLERANCE = 1e-3  # of logits in fp32, relative to the largest
@@ -30,11 +32,12 @@ def merge_adapters(base: Any, adapter: Path) -> Any:
 def load_adapters(base: Any, adapter: Path) -> Any:
     """Return `base` with the adapters of a folder, as a PeftModel in evaluation mode.
 
-    The adapters are loaded without initial values, which would draw random numbers. Raises ModelError where they do
-    not fit the model, and for a learned prompt, which is not in the model's layers.
+    The adapters are loaded without initial values, which would draw random numbers of a model that trains in another
+    thread. Raises ModelError where they do not fit the model, and for a learned prompt, which is not in its layers.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
+    build_adapters_in_one_thread()
     try:
         weights = load_file(adapter / "adapter_model.safetensors")
         untie_where_adapted(base, weights)
@@ -167,11 +170,15 @@ def untie_where_adapted(model: Any, adapter: Mapping[str, torch.Tensor]) -> None
 
 
 def probe_logits(model: Any) -> torch.Tensor:
-    """Return the model's logits for PROBE_TOKENS tokens of its vocabulary, (tokens, vocabulary)."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(PROBE_TOKENS) * (vocabulary // PROBE_TOKENS)
+    """Return the model's logits for PROBE_TOKENS tokens of its vocabulary, (tokens, vocabulary).
+
+    An encoder-decoder gets them as source and as target.
+    """
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = (torch.arange(PROBE_TOKENS) * (vocabulary // PROBE_TOKENS))[None]
+    targets = {"decoder_input_ids": ids} if family_of(model.config) is SEQ2SEQ else {}
     with torch.no_grad():
-        return model(input_ids=ids[None], use_cache=False).logits[0].float()
+        return model(input_ids=ids, use_cache=False, **targets).logits[0].float()
 
 
 def require_same_logits(expected: torch.Tensor, found: torch.Tensor, action: str) -> None:

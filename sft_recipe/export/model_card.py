@@ -23,6 +23,7 @@ SETTINGS = {
     "seed": "trainer.seed",
 }
 ADAPTERS = {"LoRA rank": "lora.rank", "LoRA alpha": "lora.alpha", "LoRA modules": "lora.target_modules"}
+ADAPTERS |= {"base in 4 bits (QLoRA)": "lora.quantize"}
 
 
 def model_card(source: Source, written: Written, verification: Verification, title: str) -> str:
@@ -30,7 +31,7 @@ def model_card(source: Source, written: Written, verification: Verification, tit
     kind, dtype = written.kind, written.dtype
     config = run_config(source.run) if source.run else {}
     base = _public(_get(config, "model.path") or (source.base.name if source.adapter else ""))
-    parts = [_front_matter(kind, base), f"# {title}", _summary(source, kind, dtype, base)]
+    parts = [_front_matter(kind, base), f"# {title}", _summary(kind, dtype, base)]
     if source.checkpoint:
         manifest = read_manifest(source.checkpoint)
         parts += [_data(config, manifest), _settings(config, manifest), _scores(source, manifest["step"])]
@@ -49,7 +50,7 @@ def _front_matter(kind: str, base: str) -> str:
     return "---\n" + yaml.safe_dump(matter, sort_keys=True) + "---"
 
 
-def _summary(source: Source, kind: str, dtype: str, base: str) -> str:
+def _summary(kind: str, dtype: str, base: str) -> str:
     origin = f", fine-tuned from `{base}` with sft_recipe" if base else ""
     article = "An" if kind[0] in "aeiou" else "A"
     return f"{article} {kind} in {dtype}{origin}."
@@ -92,8 +93,8 @@ def _verification(verification: Verification, dtype: str) -> str:
     rows = {
         "prompts": verification.prompts,
         "largest difference of a logit": f"{verification.largest_difference:.3g}",
-        "relative to the largest logit": f"{100 * verification.relative_difference:.2g}%",
-        f"bound for {dtype}": f"{100 * verification.bound:g}%",
+        "root mean square, relative to that of the logits": f"{100 * verification.relative_difference:.2g}%",
+        f"bound for {dtype}": f"{100 * verification.bound:.2g}%",
         "same greedy tokens": f"{verification.same_choices} of {verification.tokens}",
     }
     text = (

@@ -9,7 +9,7 @@ from typing import Any
 class ExportOptions:
     """ExportOptions say what is written: `merge` merges the adapter; `dtype` is None for that of the stored model.
 
-    `format` is hf or gguf; `quant`, f16 or q8_0, is for the latter.
+    `format` is hf, gguf or pth; `quant`, f16 or q8_0, is for gguf.
     """
 
     merge: bool = False

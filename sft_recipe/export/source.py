@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from sft_recipe.checkpoint.manager import list_checkpoints
-from sft_recipe.checkpoint.manifest import MANIFEST, fingerprints, read_manifest
+from sft_recipe.checkpoint.manifest import BEST, MANIFEST, compare, read_manifest
+from sft_recipe.config.run_config import read_run_config
 from sft_recipe.config.schema import ModelConfig
 from sft_recipe.errors import CheckpointError, ConfigError, ModelError
 from sft_recipe.export.layout import ADAPTER, MODEL
 from sft_recipe.files import user_path
+from sft_recipe.models.minimind_lora import convert_lora
 from sft_recipe.models.resolve import ResolvedModel, resolve_model
 
 ADAPTER_CONFIG = "adapter_config.json"
-BEST = "best"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def find_source(run: str | None, step: int | None, adapter: str | None, base: st
     if (run is None) == (adapter is None):
         raise ConfigError("name what to export: a run, checkpoint or model folder, or --adapter DIR; one of them")
     folder = user_path(run or adapter or "")
+    if adapter and folder.is_file() and folder.suffix == ".pth":
+        folder = convert_lora(folder, _cache_dir())
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder.absolute()}; name a run folder, a checkpoint or a model folder")
     checkpoint = None if adapter else locate_checkpoint(folder, step)
@@ -82,7 +85,10 @@ def _with_base(
         if base:
             raise ConfigError(f"--model names the base of an adapter; {name} is a complete model")
         return Source(name, resolve_named(str(model), settings), None, model, checkpoint, settings)
-    base = base or _named_base(adapter)
+    if not base:
+        base = named_base(adapter, "name it with --model")
+        if Path(base).is_absolute() and not Path(base).is_dir():
+            raise ModelError(f"the adapter's base model {base} is not on this machine: name it with --model")
     resolved = resolve_named(base, settings)
     has_tokenizer = (model / "tokenizer_config.json").is_file()
     return Source(name, resolved, adapter, model if has_tokenizer else resolved.folder, checkpoint, settings)
@@ -91,20 +97,26 @@ def _with_base(
 def resolve_named(path: str, settings: ModelConfig) -> ResolvedModel:
     """Return the model at `path`, with no fallback, read with these settings. Raises ModelError."""
     config = settings.model_copy(update={"path": path, "fallback": None})
-    cache = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sft_recipe"
-    return resolve_model(config, cache)
+    return resolve_model(config, _cache_dir())
 
 
-def _named_base(adapter: Path) -> str:
+def _cache_dir() -> Path:
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sft_recipe"
+
+
+def named_base(adapter: Path, remedy: str) -> str:
+    """Return the base model that an adapter's configuration names.
+
+    Raises ModelError where it cannot be read, and where it names none; `remedy` says what to do then.
+    """
+    path = adapter / ADAPTER_CONFIG
     try:
-        name = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}") from None
-    if not name:
-        raise ModelError(f"{adapter / ADAPTER_CONFIG} names no base model: name it with --model")
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise ModelError(f"the adapter's base model {name} is not on this machine: name it with --model")
-    return str(name)
+        raise ModelError(f"{path} cannot be read: {error}") from None
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{path} names no base model: {remedy}")
+    return name
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -150,13 +162,13 @@ def _check_files(checkpoint: Path) -> None:
             f"{checkpoint} has no model: it could not be exported when the run saved it. ./train.sh with the run's "
             "settings and --resume_from auto exports it once the run is at its last step; or name another --step"
         )
-    names = [name for name in files if name.split("/")[0] in (MODEL, ADAPTER)]
+    own = {name: found for name, found in files.items() if name.split("/")[0] in (MODEL, ADAPTER)}
     try:
-        actual = fingerprints(checkpoint, names)
+        problem = compare(checkpoint, own)
     except OSError as error:
         raise CheckpointError(f"{checkpoint}: {error.filename} cannot be read: {error.strerror}") from None
-    if damaged := [name for name in names if actual[name] != files[name]]:
-        raise CheckpointError(f"{checkpoint} is damaged: {damaged[0]} does not have its checksum; name another --step")
+    if problem:
+        raise CheckpointError(f"{checkpoint} is damaged: {problem}; name another --step")
 
 
 def _settings(checkpoint: Path | None) -> ModelConfig:
@@ -170,9 +182,8 @@ def _settings(checkpoint: Path | None) -> ModelConfig:
 
 
 def run_config(run: Path) -> dict[str, Any]:
-    """Return the configuration that a run wrote, as plain values; empty where there is none."""
+    """Return the configuration that a run wrote, as plain values; empty where it cannot be read."""
     try:
-        tree = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_run_config(run)
+    except CheckpointError:
         return {}
-    return tree if isinstance(tree, dict) else {}

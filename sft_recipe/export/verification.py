@@ -1,6 +1,7 @@
 """Verifies an export: the logits and the greedy choices of the loaded export against those of the trained model."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sft_recipe.errors import ModelError
-from sft_recipe.export.merge import relative_difference
+from sft_recipe.models.families import SEQ2SEQ, decoder_start_token_id, family_of
 
 NEW_TOKENS = 16  # greedy tokens of each answer
 PROMPTS = (
@@ -23,27 +24,34 @@ PROMPTS = (
     "What is 12 times 7?",
     "Write a short poem about spring.",
 )
-# The largest difference of a logit, relative to the largest logit, that rounding weights to a type explains.
-BOUNDS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "f16": 1e-2, "q8_0": 1e-1}
+# Logits may differ by FP32 of their size, or by ROUNDINGS times what rounding the export's weights once more changes.
+FP32 = 1e-3
+ROUNDINGS = 2.5
+FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "f16": torch.float16}
+Q8_BLOCK = 32
+FINER = {"float16": "--dtype float32", "bfloat16": "--dtype float32", "q8_0": "--quant f16"}  # what rounds less
 
 
 @dataclass(frozen=True)
 class Reference:
     """A Reference holds what the trained model computes: its greedy answers to PROMPTS, and the logits of these.
 
-    `ids` and `mask` are (prompts, tokens), padded on the left; `logits` are (prompts, NEW_TOKENS, vocabulary) and
-    belong to the last NEW_TOKENS tokens.
+    `inputs` are those of the model's forward: `input_ids` and `attention_mask` (prompts, tokens), padded on the left,
+    and `decoder_input_ids` of an encoder-decoder. `logits` are (prompts, NEW_TOKENS, vocabulary) and belong to the last
+    NEW_TOKENS tokens.
     """
 
     prompts: list[list[int]]
-    ids: torch.Tensor
-    mask: torch.Tensor
+    inputs: dict[str, torch.Tensor]
     logits: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Verification:
-    """A Verification compares an export with the trained model, on `tokens` greedy tokens of `prompts` answers."""
+    """A Verification compares an export with the trained model, on `tokens` greedy tokens of `prompts` answers.
+
+    `relative_difference` of the logits and its `bound` are root mean squares, relative to that of the logits.
+    """
 
     prompts: int
     tokens: int
@@ -54,9 +62,9 @@ class Verification:
 
     def __str__(self) -> str:
         return (
-            f"over {self.prompts} prompts the largest difference of a logit is {self.largest_difference:.3g} "
-            f"({100 * self.relative_difference:.2g}% of the largest logit; bound {100 * self.bound:g}%), and "
-            f"{self.same_choices} of {self.tokens} greedy tokens are the same"
+            f"over {self.prompts} prompts logits differ by {100 * self.relative_difference:.2g}% (bound "
+            f"{100 * self.bound:.2g}%), one by {self.largest_difference:.3g}, and {self.same_choices} of {self.tokens} "
+            "greedy tokens are the same"
         )
 
 
@@ -67,39 +75,52 @@ def make_reference(model: Any, tokenizer: PreTrainedTokenizerBase) -> Reference:
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     model.generation_config = GenerationConfig()  # no end tokens: all answers have the same length
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+    is_seq2seq = family_of(model.config) is SEQ2SEQ
+    start = decoder_start_token_id(model.config) if is_seq2seq else None
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0, decoder_start_token_id=start)
     with computed_in_fp32(model):
-        ids = model.generate(ids, attention_mask=mask, generation_config=greedy)
-        mask = torch.nn.functional.pad(mask, (0, NEW_TOKENS), value=1)
-        logits = _answer_logits(model, ids, mask)
+        answers = model.generate(ids, attention_mask=mask, generation_config=greedy)
+        inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": answers}
+        if not is_seq2seq:
+            inputs = {"input_ids": answers, "attention_mask": torch.nn.functional.pad(mask, (0, NEW_TOKENS), value=1)}
+        logits = _answer_logits(model, inputs)
     if not torch.isfinite(logits).all():
         raise ModelError("the trained model computes logits that are not finite (NaN or infinite): nothing to export")
-    return Reference(prompts, ids, mask, logits)
+    return Reference(prompts, inputs, logits)
 
 
 def verify_export(model: Any, reference: Reference, kind: str) -> Verification:
-    """Compare an export, loaded back, with the trained model; `kind` is a key of BOUNDS.
+    """Compare an export, loaded back, with the trained model; `kind` is how its weights were rounded (`rounded`).
 
-    Raises ModelError where a logit differs by more than the bound.
+    Raises ModelError where logits differ by more than that explains.
     """
     with computed_in_fp32(model):
-        logits = _answer_logits(model, reference.ids, reference.mask)
+        logits = _answer_logits(model, reference.inputs)
     if logits.shape != reference.logits.shape:
         raise ModelError(
             f"the export has a vocabulary of {logits.shape[-1]}, the trained model one of {reference.logits.shape[-1]}"
         )
-    same = logits.argmax(-1) == reference.logits.argmax(-1)
+    same, difference = logits.argmax(-1) == reference.logits.argmax(-1), logits - reference.logits
+    size, rounding = _root_mean_square(reference.logits), 0.0
+    if kind != "float32":
+        with computed_in_fp32(model, kind):
+            rounding = _root_mean_square(_answer_logits(model, reference.inputs) - logits)
     result = Verification(
         prompts=len(reference.prompts),
         tokens=same.numel(),
-        largest_difference=float((logits - reference.logits).abs().max()),
-        relative_difference=relative_difference(reference.logits, logits),
-        bound=BOUNDS[kind],
+        largest_difference=float(difference.abs().max()),
+        relative_difference=_root_mean_square(difference) / size,
+        bound=max(FP32, ROUNDINGS * rounding / size),
         same_choices=int(same.sum()),
     )
     if not result.relative_difference <= result.bound:
-        raise ModelError(f"the export is not the trained model, and was removed: {result}")
+        advice = f". If this is the rounding to {kind}, {FINER[kind]} passes" if kind in FINER else ""
+        raise ModelError(f"the export is not the trained model, and was removed: {result}{advice}")
     return result
+
+
+def _root_mean_square(values: torch.Tensor) -> float:
+    return float(values.square().mean().sqrt().clamp(min=1e-12))
 
 
 def verify_tokens(prompt_ids: Callable[[str], list[int]], reference: Reference) -> None:
@@ -127,8 +148,8 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 @contextmanager
-def computed_in_fp32(model: Any) -> Iterator[None]:
-    """Inside, each layer computes in fp32: its weights are converted for its forward pass only.
+def computed_in_fp32(model: Any, kind: str = "float32") -> Iterator[None]:
+    """Inside, each layer computes in fp32: its weights are converted, and rounded, for its forward pass only.
 
     Weights that are mapped from files stay there, so that memory holds the largest layer rather than the model.
     """
@@ -136,16 +157,17 @@ def computed_in_fp32(model: Any) -> Iterator[None]:
     stored: dict[torch.nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def convert(module: torch.nn.Module, *_: Any) -> None:
-        stored[module] = [(tensor, tensor.data) for tensor in _low_precision(module)]
+        stored[module] = [(tensor, tensor.data) for tensor in converted[module]]
         for tensor, data in stored[module]:
-            tensor.data = data.float()
+            tensor.data = rounded(data.float(), kind)
 
     def restore(module: torch.nn.Module, *_: Any) -> None:
         for tensor, data in stored.pop(module):
             tensor.data = data
 
-    for module in model.modules():
-        if _low_precision(module):
+    converted = {module: _converted(module, kind) for module in model.modules()}
+    for module in converted:
+        if converted[module]:
             handles.append(module.register_forward_pre_hook(convert))
             handles.append(module.register_forward_hook(restore, always_call=True))
     try:
@@ -156,15 +178,33 @@ def computed_in_fp32(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _low_precision(module: torch.nn.Module) -> list[torch.Tensor]:
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return [tensor for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
+def _converted(module: torch.nn.Module, kind: str) -> list[torch.Tensor]:
+    """Return what is in less precision than fp32, and all weights where `kind` rounds them."""
+    low = torch.bfloat16, torch.float16
+    weights = [tensor for tensor in module.parameters(recurse=False) if tensor.is_floating_point()]
+    converted = [tensor for tensor in weights if tensor.dtype in low or kind != "float32"]
+    return [*converted, *(buffer for buffer in module.buffers(recurse=False) if buffer.dtype in low)]
 
 
-def _answer_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return a weight with about the errors that storing it in `kind` causes, also where it has been stored so.
+
+    For that the grid is another one: that of bf16 and fp16 is shifted, that of q8_0 has 113 steps instead of 127.
+    """
+    if kind in FLOATS and (kind != "f16" or weight.ndim > 1):  # a GGUF file has its vectors in fp32
+        return (weight / math.sqrt(2)).to(FLOATS[kind]).float() * math.sqrt(2)
+    if kind == "q8_0" and weight.ndim > 1 and weight.shape[-1] % Q8_BLOCK == 0:
+        blocks = weight.reshape(-1, Q8_BLOCK)
+        step = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30) / 113
+        return ((blocks / step).round() * step).view_as(weight)
+    return weight
+
+
+def _answer_logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the logits that predict the last NEW_TOKENS tokens of each row: (rows, NEW_TOKENS, vocabulary)."""
     known = inspect.signature(model.forward).parameters
-    positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if "position_ids" in known else {}
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    placed = {"position_ids": positions} if "position_ids" in known else {}
     kept = {"logits_to_keep": NEW_TOKENS + 1} if "logits_to_keep" in known else {}
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **positions, **kept).logits
+    logits = model(**inputs, use_cache=False, **placed, **kept).logits
     return logits[:, -NEW_TOKENS - 1 : -1].float()

@@ -1,7 +1,6 @@
 """Reads a model's weights one at a time, and writes them as safetensors shards: memory holds one shard."""
 
 import json
-import re
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -11,11 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sft_recipe.errors import ConfigError
 from sft_recipe.models.weight_files import INDEX, WEIGHTS, weight_files
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class Entry(NamedTuple):
@@ -55,15 +52,6 @@ class StoredWeights:
 def _dtype(name: str) -> torch.dtype:
     known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return known.get(name, torch.int64)
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes that a text such as 5GB or 500MiB means. Raises ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", text.strip().upper())
-    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise ConfigError(f"--shard_size {text}: expected a size such as 5GB, 500MB or 2GiB")
-    return size
 
 
 def plan_shards(entries: dict[str, Entry], dtype: torch.dtype, shard_size: int) -> list[list[str]]:

@@ -5,9 +5,9 @@ A single rank needs no torchrun, whose imports would delay it by seconds.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from sft_recipe import timing
 from sft_recipe.distributed.processes import available_cores
 from sft_recipe.distributed.rendezvous import record_stop
-from sft_recipe.errors import PreflightError
+from sft_recipe.errors import ConfigError, PreflightError, run_command
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -27,17 +27,29 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 29500
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+# The C library reads them when a process starts, so that train.sh sets them on machines without a GPU, with the reason.
+HEAP_SETTINGS = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1"}
 FIRST_FAILURES_S = 10  # torchrun gives the other ranks 30 s to end after a failure; then it kills them
 
 
 def start_ranks(config: Config) -> int:
     """Run this machine's ranks to their end with a composed configuration; returns the exit code of the run."""
     _set_threads(config.trainer.n_gpus_per_node)
+    _set_allocator()
     timing.mark("launcher: configuration")
     if config.trainer.world_size == 1 and not config.trainer.auto_restart:
         return _fork(config)
-    with _resolved_file(config) as path:
+    with _machines(config.trainer), resolved_file(config) as path:
         return _torchrun(torchrun_args(config.trainer, [f"--resolved-config={path}"]))
+
+
+def main() -> int:
+    """Run this machine's ranks with the configuration that another launcher writes to standard input, as JSON."""
+    from sft_recipe.config.compose import from_json
+
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))  # Ray blocks SIGINT
+    return run_command(lambda: start_ranks(from_json(sys.stdin.read())))
 
 
 def torchrun_args(trainer: TrainerConfig, arguments: list[str]) -> list[str]:
@@ -63,12 +75,38 @@ def torchrun_args(trainer: TrainerConfig, arguments: list[str]) -> list[str]:
 
 
 @contextmanager
-def _resolved_file(config: Config) -> Iterator[Path]:
-    """Write the configuration for the ranks to a file that only this user can read, until they have ended."""
+def _machines(trainer: TrainerConfig) -> Iterator[None]:
+    """Meet the other machines of the run; machine 0 serves the store in which they met to the end."""
+    if trainer.nnodes == 1:
+        yield
+        return
+    from sft_recipe.distributed.machines import meet, report_failure
+    from sft_recipe.distributed.network import choose_interface
+
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a warning for each connection without reverse DNS
+    port = trainer.master_port or DEFAULT_PORT
+    try:
+        choose_interface(trainer.master_addr, port, is_master=trainer.node_rank == 0)
+    except ConfigError as error:
+        report_failure(trainer, port, f"{socket.gethostname()}: {error}")
+        raise
+    store = meet(trainer, port)
+    yield
+    del store
+
+
+@contextmanager
+def resolved_file(config: Config) -> Iterator[Path]:
+    """Write the configuration for the ranks to a file that only this user can read, until they have ended.
+
+    It is the file of the argument `--resolved-config`, which load_for_rank reads.
+    """
+    from sft_recipe.config.compose import to_json
+
     with tempfile.TemporaryDirectory(prefix="sft_recipe-") as folder:  # mode 0700
         path = Path(folder) / "config.json"
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(config.model_dump(mode="json"), file)
+            file.write(to_json(config))
         yield path
 
 
@@ -91,6 +129,12 @@ def _fork(config: Config) -> int:
 def _set_threads(ranks: int) -> None:
     """Share all cores among the ranks: torchrun would give each of several ranks one thread."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
+
+
+def _set_allocator() -> None:
+    """Let blocks of GPU memory grow, which fragments less, unless the user has configured PyTorch's allocator."""
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def _torchrun(arguments: list[str]) -> int:
@@ -155,3 +199,7 @@ def _forward_signals(log_dir: Path | None = None) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, forward)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

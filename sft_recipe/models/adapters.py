@@ -1,11 +1,44 @@
-"""Checks that the modules which lora.target_modules and lora.exclude_modules name exist in the model."""
+"""Adds LoRA's adapters to a model, and checks the modules that lora.target_modules and lora.exclude_modules name."""
 
 import re
 from collections.abc import Collection
+from typing import Any
 
-from sft_recipe.config.schema import ALL_LINEAR, LoraConfig
+from sft_recipe.config.lora import ALL_LINEAR, LoraConfig
 from sft_recipe.config.validation import nearest
 from sft_recipe.errors import ConfigError
+from sft_recipe.models.families import family_of
+from sft_recipe.models.loading import freeze_other_modalities
+
+
+def add_adapters(
+    model: Any, rank: int, alpha: float, targets: str | Collection[str], excluded: str | Collection[str] | None
+) -> Any:
+    """Return peft's model around `model`: its weights are frozen, and adapters in fp32 are trained.
+
+    Raises ConfigError where peft refuses `targets`.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    settings: Any = dict(r=rank, lora_alpha=alpha, target_modules=targets, exclude_modules=excluded)
+    try:
+        adapted: Any = get_peft_model(model, PeftLoraConfig(task_type=family_of(model.config).task_type, **settings))
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules={targets}: {str(error).splitlines()[0]}") from None
+    freeze_other_modalities(adapted)
+    return adapted
+
+
+def check_embeddings(model: Any) -> None:
+    """Raise ConfigError where embeddings that FSDP2 would wrap by themselves have adapters: it cannot wrap those."""
+    from peft.tuners.lora.layer import Embedding
+
+    if not model.config.tie_word_embeddings and any(isinstance(module, Embedding) for module in model.modules()):
+        raise ConfigError(
+            "lora.target_modules names the embeddings, and fsdp2 cannot divide their adapters where the head has other "
+            "weights; leave them out of lora.target_modules"
+        )
 
 
 def check_modules(lora: LoraConfig, names: Collection[str]) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 FP32 = 4  # bytes
+# Logits that exist at the same time: few save memory, many make the matrix products efficient.
+LOGITS_CHUNK = {"cpu": 2**25, "cuda": 2**28}
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,33 @@ class ModelDims:
         mlp = (2 if is_unsharded else 3 if on_cpu else 4) * width * self.intermediate  # gate, up; product; activation
         return norms + outputs + attention + head_norms + mlp
 
-    def head_bytes(self, tokens: int, width: int, on_cpu: bool, logits: int) -> int:
+    @property
+    def copied_inputs(self) -> int:
+        """Return how many numbers a layer saves more for each token where adapters in fp32 have FSDP1's own units.
+
+        peft converts the inputs to fp32, and autocast each of them back: the projections share none. The adapters of
+        query, key and value would share one, as would gate and up; what attention returns is saved by itself.
+        """
+        return 3 * self.hidden + self.query
+
+    def head_bytes(self, tokens: int, width: int, on_cpu: bool, logits: int, is_trained: bool = True) -> int:
         """Return the bytes of embeddings, head and loss for `tokens`, with at most `logits` logits at the same time.
 
-        They are: the last norm; the head's input and its gradient; a chunk of logits and its gradient; the gradient of
-        the head's weight.
+        They are: the last norm; the head's input and its gradient; a chunk of logits, which its gradient overwrites, on
+        a CPU with the chunk before it; and the gradient of the head's weight where it `is_trained`, on a GPU with its
+        sum in fp32 where there are several chunks.
         """
         each = self._norm(self.hidden, width, on_cpu) + 2 * width * self.hidden
-        part = 2 * width * min(tokens * self.vocabulary, logits)
-        return tokens * each + part + width * self.vocabulary * self.hidden
+        part = width * min(tokens * self.vocabulary, (1 + on_cpu) * logits)
+        is_summed = not on_cpu and 0 < logits < tokens * self.vocabulary
+        gradient = (2 * width + FP32 if is_summed else width) * self.vocabulary * self.hidden
+        return tokens * each + part + gradient * is_trained
+
+    def outside_layers(self, total: int) -> int:
+        """Return about how many of `total` weights are embeddings and head, which are the same in some models."""
+        layers = self.layers * self.hidden * (2 * self.query + 2 * self.key + 3 * self.intermediate)
+        one = self.vocabulary * self.hidden
+        return min(2 * one, max(one, total - layers))
 
     @staticmethod
     def _norm(size: int, width: int, on_cpu: bool) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,11 @@ class MatmulParams:
     def of(cls, dims: ModelDims, layers: int, adapters: int = 0) -> "MatmulParams":
         """Combine the dimensions with the numbers of weights in layers and adapters (0 for full fine-tuning)."""
         return cls(layers, dims.hidden * dims.vocabulary, adapters, dims.layers * dims.query)
+
+    def step_flops(self, lengths: np.ndarray, supervised: np.ndarray) -> float:
+        """Return the operations for documents of these lengths, with so many supervised tokens."""
+        pairs = (lengths * (lengths + 1) // 2).sum()
+        return self.flops(int(lengths.sum()), int(supervised.sum()), int(pairs))
 
     def flops(self, tokens: float, supervised: float, pairs: float) -> float:
         """Return the operations of forward and backward passes together; see FORMULA."""

@@ -7,12 +7,13 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sft_recipe.config.schema import ModelConfig
 from sft_recipe.config.secrets import without_secrets
 from sft_recipe.errors import ConfigError, ModelError, first_line
+from sft_recipe.models.families import family_of
 from sft_recipe.models.resolve import ResolvedModel
+from sft_recipe.models.untied_head import has_untied_head, note_untied_head
 
 OTHER_TASKS = ("Classification", "QuestionAnswering", "MaskedLM", "RewardModel", "ForScore")
 ROPE = "rope_parameters"
@@ -24,17 +25,18 @@ NEEDS_ORIGINAL_LENGTH = ("yarn", "longrope", "llama3")
 def load_hf_config(settings: ModelConfig, model: ResolvedModel) -> PretrainedConfig:
     """Return the configuration that the model is built with, and saved with.
 
-    Raises ModelError for a model that is no causal language model, or whose weights are quantized, and ConfigError
-    for a value of `model.override_config` that the model's configuration has no place for.
+    Raises ModelError for a model that does not predict text, or whose weights are quantized, and ConfigError for a
+    value of `model.override_config` that the model's configuration has no place for.
     """
-    config = _read(model, settings.trust_remote_code)
-    _require_causal_model(config, model)
+    config = read_hf_config(model, settings.trust_remote_code)
+    _require_language_model(config, model)
     return _with_overrides(config, settings.override_config) if settings.override_config else config
 
 
-def _read(model: ResolvedModel, trust_remote_code: bool) -> PretrainedConfig:
+def read_hf_config(model: ResolvedModel, trust_remote_code: bool) -> PretrainedConfig:
+    """Return the configuration of the model's folder. Raises ModelError where it cannot be read."""
     try:
-        return AutoConfig.from_pretrained(model.folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the configuration is the user's; its classes raise anything
         reason = first_line(error)
         if "does not recognize this architecture" in reason:
@@ -43,21 +45,22 @@ def _read(model: ResolvedModel, trust_remote_code: bool) -> PretrainedConfig:
                 "trains here, pins this version"
             )
         raise ModelError(f"{model.name} cannot be read: {reason}") from None
+    note_untied_head(config, model.folder)
+    return config
 
 
-def _require_causal_model(config: PretrainedConfig, model: ResolvedModel) -> None:
-    name = next(iter(config.architectures or []), "")
+def _require_language_model(config: PretrainedConfig, model: ResolvedModel) -> None:
+    name, family = next(iter(config.architectures or []), ""), family_of(config)
     if any(task in name for task in OTHER_TASKS):
-        raise ModelError(f"{model.name} is a {name}, not a causal language model: it has no head that predicts tokens")
-    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
-        raise ModelError(f"{model.name} is a {config.model_type}, which transformers has no causal language model for")
+        raise ModelError(f"{model.name} is a {name}, without a head that predicts tokens: no {family.name}")
+    if not family.has(config):
+        raise ModelError(f"{model.name} is a {config.model_type}, which transformers has no {family.name} for")
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method", "unknown")
         raise ModelError(
             f"{model.name} has quantized weights ({getattr(method, 'value', method)}), which cannot be trained: name "
-            "the model that they were made from (bf16 or fp32 weights)"
+            "the model that they were made from (bf16 or fp32 weights); --use_qlora trains over that in 4 bits"
         )
 
 
@@ -83,6 +86,8 @@ def _with_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> P
         raise ConfigError(
             f"model.override_config={without_secrets(dict(overrides))}: {type(config).__name__} says: {reason}"
         ) from None
+    if has_untied_head(config):
+        rebuilt.tie_word_embeddings = False
     for key, value in given.items():
         found = getattr(rebuilt, key, None)
         if not _has_arrived(value, found):

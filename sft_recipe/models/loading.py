@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sft_recipe.errors import ModelError, first_line
+from sft_recipe.models import quantization
+from sft_recipe.models.families import SEQ2SEQ, family_of
+from sft_recipe.models.untied_head import HEAD, as_tied, has_untied_head, separate_head
 
 log = logging.getLogger(__name__)
 
 SHOWN = 3  # names in a message
+OTHER_MODALITIES = {"vision_tower", "multi_modal_projector"}  # modules of transformers' encoder-decoders
 # What tools put before the names of weights, with the tool or method that does.
 PREFIXES = {
     "base_model.model.": "peft, for a model with LoRA adapters",
@@ -31,32 +36,64 @@ def build_model(
     `attention` is the name of an attention implementation; by default the one that `config` names.
     """
     chosen = {"attn_implementation": attention} if attention else {}
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **chosen)
+    is_untied = has_untied_head(config)
+    if is_untied:
+        config = as_tied(config)
+    model = family_of(config).auto.from_config(config, trust_remote_code=trust_remote_code, **chosen)
+    if is_untied:
+        separate_head(model)
+    freeze_other_modalities(model)
+    return model
 
 
 def load_model(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    quantize_on: torch.device | None = None,
 ) -> PreTrainedModel:
     """Return the model of `folder`, built with `config`, with its weights in `dtype`.
+
+    With `quantize_on` the weights of linear layers are quantized on that device, one at a time; see quantization.py.
 
     Raises ModelError where the folder lacks a weight, or has one of another shape, or where `config` ties weights that
     differ; weights that the model has no place for are a warning.
     """
+    is_untied = has_untied_head(config)
+    settings: dict[str, Any] = {}
+    if quantize_on:
+        with torch.device("meta"):
+            empty = build_model(config, trust_remote_code)
+        settings = quantization.loading_settings(empty, dtype, quantize_on)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = family_of(config).auto.from_pretrained(
             folder,
-            config=config,
+            config=as_tied(config) if is_untied else config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported here, with all others
+            **settings,
         )
     except Exception as error:  # of safetensors, transformers, or the model's own code
         raise ModelError(f"the weights of {folder} cannot be loaded: {first_line(error)}") from None
     model, report = loaded
     check_weights(folder, report)
-    _check_tied(folder, model)
+    _check_tied(folder, model, may_differ={HEAD} if is_untied else set())
+    if is_untied:
+        separate_head(model)
+    if quantize_on:
+        quantization.check_quantized(model, quantization.quantized_layers(empty))
+    freeze_other_modalities(model)
     return model
+
+
+def freeze_other_modalities(model: nn.Module) -> None:
+    """Let the weights not train that text does not reach: T5Gemma 2 also reads images."""
+    for name, weight in model.named_parameters():
+        if not OTHER_MODALITIES.isdisjoint(name.split(".")):
+            weight.requires_grad_(False)
 
 
 def check_weights(source: Path, report: Mapping[str, Any]) -> None:
@@ -97,14 +134,17 @@ def _likely_cause(missing: list[str], unexpected: list[str]) -> str:
     return "Get the complete model: an incomplete download or a failed conversion is the likely cause."
 
 
-def _check_tied(folder: Path, model: PreTrainedModel) -> None:
+def _check_tied(folder: Path, model: PreTrainedModel, may_differ: set[str]) -> None:
     """Raise ModelError where weights should be the same, but the folder holds different ones, so that they are not."""
     model_ties: Any = model  # transformers annotates neither
     untied = model_ties.get_expanded_tied_weights_keys(all_submodels=True).keys() - model_ties.all_tied_weights_keys
-    if untied:
+    if untied := untied - may_differ:
+        remedy = "Set model.override_config={tie_word_embeddings: false}."
+        if family_of(model.config) is SEQ2SEQ:  # would separate the embeddings of encoder and decoder as well
+            remedy = f"A {model.config.model_type} with such weights is not supported."
         raise ModelError(
             f"{folder}: its configuration says that head and embeddings are the same weights, but the folder holds a "
-            f"different {_names(sorted(untied))}. Set model.override_config={{tie_word_embeddings: false}}."
+            f"different {_names(sorted(untied))}. {remedy}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Finds models: in a folder, on the hub, in a GGUF file, or embedded; the result is always a folder."""
+"""Finds models: in a folder, on the hub, in a GGUF file or state dict, or embedded; the result is always a folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 from sft_recipe.config.schema import ModelConfig
 from sft_recipe.errors import ModelError, is_debugging
 from sft_recipe.files import user_path
+from sft_recipe.models import minimind
 from sft_recipe.models.gguf import EMBEDDED, convert_gguf, embedded_gguf
+from sft_recipe.models.state_dict import SUFFIXES, convert_state_dict
 from sft_recipe.models.weight_files import check_weight_files
 
 
@@ -42,6 +44,9 @@ def resolve_model(config: ModelConfig, cache_dir: Path, needs_weights: bool = Tr
 def resolve_tokenizer(config: ModelConfig, model: ResolvedModel, cache_dir: Path) -> Path:
     """Return the folder of the tokenizer: the model's unless `tokenizer_path` is set. Raises ModelError."""
     if config.tokenizer_path is None:
+        is_converted = model.name.startswith(minimind.PREFIX) or model.name.endswith(SUFFIXES)
+        if is_converted and not any(model.folder.glob("tokenizer*")):
+            raise ModelError(f"{model.name} has no tokenizer beside it: name its folder with --tokenizer_path")
         return model.folder
     return _find(config.tokenizer_path, cache_dir, config.trust_remote_code, needs_weights=False)
 
@@ -50,15 +55,25 @@ def _find(name: str, cache_dir: Path, trust_remote_code: bool, needs_weights: bo
     path = user_path(name)
     if name.lower() in (EMBEDDED.lower(), f"huggingfacetb/{EMBEDDED}".lower()) and not path.exists():
         return convert_gguf(embedded_gguf(), cache_dir)
+    if name.startswith(minimind.PREFIX):
+        return minimind.random_model(name, cache_dir)
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"{path} is a file, but not a .gguf file; a model is a folder, a hub id or a .gguf file")
-        return convert_gguf(path, cache_dir)
+        return _convert(path, cache_dir)
     if path.is_dir():
         return _checked_folder(path, needs_weights)
-    if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if name.endswith((".gguf", *SUFFIXES)) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no model at {path.absolute()}")
     return _checked_folder(_download(name, trust_remote_code, needs_weights), needs_weights)
+
+
+def _convert(path: Path, cache_dir: Path) -> Path:
+    if path.suffix in SUFFIXES:
+        return convert_state_dict(path, cache_dir)
+    if path.suffix == ".gguf":
+        return convert_gguf(path, cache_dir)
+    raise ModelError(
+        f"{path} is a file of another type; a model is a folder, a hub id, a .gguf file, or a .pth or .bin state dict"
+    )
 
 
 def _download(name: str, trust_remote_code: bool, needs_weights: bool) -> Path:

@@ -6,25 +6,37 @@ from typing import Any
 import torch
 
 from sft_recipe.config.auto import PACKED_ATTENTION, attention
-from sft_recipe.config.schema import Config, LoraConfig
+from sft_recipe.config.schema import Config
 from sft_recipe.errors import ConfigError, ModelError, first_line
-from sft_recipe.models.adapters import check_modules
+from sft_recipe.models.adapters import add_adapters, check_modules
 from sft_recipe.models.dims import ModelDims
+from sft_recipe.models.families import family_of
 from sft_recipe.models.flops import MatmulParams, matmul_params
+from sft_recipe.models.freezing import describe_trained, freeze_weights
 from sft_recipe.models.hf_config import load_hf_config
 from sft_recipe.models.loading import build_model
+from sft_recipe.models.quantization import check_quantizable
 from sft_recipe.models.resolve import ResolvedModel
+from sft_recipe.models.seq2seq_sizes import Seq2SeqDims, Seq2SeqMatmulParams
+
+Products = MatmulParams | Seq2SeqMatmulParams
 
 
 @dataclass(frozen=True)
 class ModelStats:
-    """Counts all and trainable parameters; `dims` and `products` are None for unknown architectures."""
+    """Counts all and trainable parameters; `dims` and `products` are None for unknown architectures.
+
+    `products` is None also where weights are frozen: how much their gradients cost depends on what trains below them.
+    """
 
     total: int
     trainable: int
     dims: ModelDims | None = None
-    products: MatmulParams | None = None
+    products: Products | None = None
     positions: "Positions | None" = None
+    trained: str = ""  # what trains, where that is a part of the model
+    quantized: int = 0  # parameters in 4 bits
+    stored: torch.dtype = torch.float32  # of the weights in the model's folder
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,9 @@ class Positions:
 def model_stats(config: Config, model: ResolvedModel, device: str) -> ModelStats:
     """Build the model and its adapters on torch's meta device, and count.
 
-    Raises ModelError for a model that is no causal language model of transformers or lacks the chosen attention, and
-    ConfigError for LoRA modules that the model lacks.
+    Raises ModelError for a model that transformers has no class for, that lacks the chosen attention, or that has
+    nothing to quantize, and
+    ConfigError for LoRA modules and for weights to freeze that the model lacks.
     """
     built = _on_meta(config, model, attention(config, device))
     if not getattr(built, "_no_split_modules", None):  # a private name; see engine/patches.py
@@ -84,14 +97,36 @@ def model_stats(config: Config, model: ResolvedModel, device: str) -> ModelStats
             "program does not train; models that combine tokens by attention alone can be trained"
         )
     total = sum(parameter.numel() for parameter in built.parameters())
-    dims = ModelDims.of(built.config.to_dict())
-    products = MatmulParams.of(dims, matmul_params(built, dims)) if dims else None
-    stats = ModelStats(total, total, dims, products, Positions.of(built))
+    dims, products = _sizes(built, config)
+    stored = built.config.dtype or torch.float32
+    stats = ModelStats(total, _trained(built), dims, products, Positions.of(built), stored=stored)
+    if config.model.is_partly_frozen:
+        freeze_weights(built, config.model.freeze, config.model.train_only)
+        return replace(stats, trainable=_trained(built), products=None, trained=describe_trained(built))
     if not config.lora.enabled:
         return stats
-    adapters = sum(parameter.numel() for parameter in _with_adapters(built, config.lora).parameters()) - total
-    products = products and replace(products, adapters=adapters)
-    return replace(stats, total=total + adapters, trainable=adapters, products=products)
+    lora = config.lora
+    quantized = check_quantizable(built) if lora.quantize else 0
+    check_modules(lora, [name for name, _ in built.named_modules()])
+    adapted = add_adapters(built, lora.rank, lora.alpha, lora.target_modules, lora.exclude_modules)
+    adapters = sum(parameter.numel() for parameter in adapted.parameters()) - total
+    if isinstance(products, MatmulParams):
+        products = replace(products, adapters=adapters)
+    elif products:
+        products = Seq2SeqMatmulParams.of_model(built)
+    return replace(stats, total=total + adapters, trainable=_trained(adapted), products=products, quantized=quantized)
+
+
+def _trained(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _sizes(model: Any, config: Config) -> tuple[ModelDims | None, Products | None]:
+    if config.data.has_targets:
+        settings = config.data, config.model.attn_implementation
+        return Seq2SeqDims.of_model(model.config, *settings), Seq2SeqMatmulParams.of_model(model)
+    dims = ModelDims.of(model.config.to_dict())
+    return dims, MatmulParams.of(dims, matmul_params(model, dims)) if dims else None
 
 
 def _on_meta(config: Config, model: ResolvedModel, attention: str) -> Any:
@@ -101,7 +136,7 @@ def _on_meta(config: Config, model: ResolvedModel, attention: str) -> Any:
             chosen = None if attention == PACKED_ATTENTION else attention  # the engine knows which models support it
             built = build_model(hf_config, config.model.trust_remote_code, chosen)
     except Exception as error:  # the model's code raises anything for sizes that do not fit each other
-        raise ModelError(f"{model.name} cannot be built as a causal language model: {first_line(error)}") from None
+        raise ModelError(f"{model.name} cannot be built ({family_of(hf_config).name}): {first_line(error)}") from None
     if not hf_config.architectures:
         raise ModelError(
             f"{model.folder}/config.json names no architecture; add {type(built).__name__!r} to `architectures`"
@@ -109,19 +144,16 @@ def _on_meta(config: Config, model: ResolvedModel, attention: str) -> Any:
     return built
 
 
-def _with_adapters(model: Any, lora: LoraConfig) -> Any:
-    check_modules(lora, [name for name, _ in model.named_modules()])
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
+class StatsOf:
+    """The statistics of a model with a configuration's adapters are counted once for each kind of LoRA."""
 
-    settings = PeftLoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        target_modules=lora.target_modules,
-        exclude_modules=lora.exclude_modules,
-    )
-    try:
-        return get_peft_model(model, settings)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules={lora.target_modules}: {str(error).splitlines()[0]}") from None
+    def __init__(self, model: ResolvedModel, device: str):
+        self.model, self.device = model, device
+        self._known: dict[tuple[bool, bool], ModelStats] = {}
+
+    def __call__(self, config: Config) -> ModelStats:
+        """Return them. Raises what `model_stats` raises."""
+        kind = config.lora.enabled, config.lora.quantize
+        if kind not in self._known:
+            self._known[kind] = model_stats(config, self.model, self.device)
+        return self._known[kind]

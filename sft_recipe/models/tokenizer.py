@@ -9,16 +9,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sft_recipe.config.schema import ModelConfig
 from sft_recipe.errors import ModelError, first_line
 from sft_recipe.files import user_path
+from sft_recipe.models.families import CAUSAL, Family
 from sft_recipe.models.resolve import ResolvedModel
 
 
 def load_tokenizer(
-    config: ModelConfig, folder: Path, say: Callable[[str], None] = lambda text: None
+    config: ModelConfig, folder: Path, family: Family, say: Callable[[str], None] = lambda text: None
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer with the chat template for training: `model.chat_template`, else the model's, else ChatML.
 
-    The template is saved with the trained model. Raises ModelError where the folder has no tokenizer that transformers
-    can read, or the template cannot be read.
+    An encoder-decoder model needs no template, and gets none that it does not have. The template is saved with the
+    trained model. Raises ModelError where the folder has no tokenizer that transformers can read, or the template
+    cannot be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -31,7 +33,7 @@ def load_tokenizer(
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise ModelError(f"model.chat_template: {path.absolute()} cannot be read: {reason}") from None
-    if ensure_chat_template(tokenizer):
+    if family is CAUSAL and ensure_chat_template(tokenizer):
         say(f"{config.path} has no chat template: a plain ChatML one is used, and saved with the trained model.")
     return tokenizer
 
@@ -71,7 +73,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: ResolvedModel) -> None:
     """Raise ModelError where the tokenizer has ids that the model has no embedding for."""
     settings = json.loads((model.folder / "config.json").read_text())
-    embeddings = settings.get("vocab_size") or settings.get("text_config", {}).get("vocab_size")
+    parts = (settings, settings.get("text_config"), settings.get("decoder"))  # the last of an encoder-decoder
+    embeddings = next((part["vocab_size"] for part in parts if isinstance(part, dict) and part.get("vocab_size")), None)
     largest = max(tokenizer.get_vocab().values())
     if embeddings and largest >= embeddings:
         raise ModelError(

@@ -1,11 +1,13 @@
 """Checks a folder's weight files by their headers, before anything is built: all there, complete, and real."""
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
 
 from sft_recipe.errors import ModelError
+from sft_recipe.language import plural
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -36,8 +38,22 @@ def weight_files(folder: Path) -> list[Path]:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         raise ModelError(f"{folder} has neither {WEIGHTS} nor {INDEX}; {', '.join(others[:3])} is not read")
-    hint = " (only pickled weights, which are not loaded)" if any(folder.glob("*.bin")) else ""
+    pickled = sorted(folder.glob("*.bin"))
+    hint = f"; only pickled weights, which are loaded where they are named: --model {pickled[0]}" if pickled else ""
     raise ModelError(f"{folder} has no weights: there is no .safetensors file{hint}")
+
+
+def count_weights(path: Path) -> int:
+    """Return how many numbers a safetensors file, which check_weight_files accepts, holds."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def refuse_lfs_pointer(path: Path, begin: bytes) -> None:
+    """Raise ModelError for a file that begins, with at least 8 bytes, as a pointer of Git LFS."""
+    if begin and begin[: len(LFS_POINTER)] == LFS_POINTER[: len(begin)]:
+        raise ModelError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` in that folder")
 
 
 def _check_file(path: Path) -> None:
@@ -45,8 +61,7 @@ def _check_file(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         begin = file.read(8)
-        if LFS_POINTER.startswith(begin) and begin:
-            raise ModelError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` in that folder")
+        refuse_lfs_pointer(path, begin)
         length = struct.unpack("<Q", begin)[0] if len(begin) == 8 else LARGEST_HEADER + 1
         try:
             header: Any = json.loads(file.read(length)) if length <= LARGEST_HEADER else None
@@ -61,4 +76,5 @@ def _check_file(path: Path) -> None:
         )
     expected = 8 + length + max(ends, default=0)
     if size != expected:
-        raise ModelError(f"{path} has {size:,} bytes instead of {expected:,}: the download or copy is incomplete")
+        problem = f"{path} has {plural(size, 'byte')} instead of {expected:,}"
+        raise ModelError(f"{problem}: the download or copy is incomplete")

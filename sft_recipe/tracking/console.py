@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 
 
 def console() -> Console:
@@ -12,4 +13,4 @@ def console() -> Console:
 
 def notice(text: str) -> None:
     """Print something that the user must not miss, in a frame."""
-    console().print(Panel(text, title="notice", title_align="left", border_style="yellow", expand=False))
+    console().print(Panel(Text(text), title="notice", title_align="left", border_style="yellow", expand=False))

@@ -1,22 +1,30 @@
 """verl's loggers, such as TensorBoard and Weights & Biases: checked before the run, and created for it."""
 
 import os
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from sft_recipe.config.preflight import is_installed
 from sft_recipe.config.schema import Config
-from sft_recipe.errors import CheckpointError, PreflightError, first_line
+from sft_recipe.errors import CheckpointError, PreflightError, first_line, pip_install
 from sft_recipe.tracking import wandb_run
 
 # Of the loggers that would write to the current folder: the variable that names another, and which in the run folder.
 FOLDERS = {"TENSORBOARD_DIR": "tensorboard", "SWANLAB_LOG_DIR": "swanlog", "VERL_FILE_LOGGER_ROOT": "."}
+# Of the loggers whose package has another name: what is imported, and what pip installs.
+PACKAGES = {
+    "vemlp_wandb": ("volcengine_ml_platform", "volcengine-ml-platform"),
+    "rl_insight": ("rl_insight", "rl-insight"),
+}
 
 
 def check_loggers(config: Config) -> None:
     """Raise PreflightError for a logger that is not installed, and on rank 0, which logs, without a login for wandb."""
     for name in _names(config):
-        if name != "file" and not is_installed(name):
-            raise PreflightError(f"trainer.logger names {name}, which is not installed: pip install {name}")
+        module, package = PACKAGES.get(name, (name, name))
+        if name != "file" and not is_installed(module):
+            raise PreflightError(f"trainer.logger names {name}, which is not installed: {pip_install(package)}")
         if name == "wandb" and os.environ.get("RANK", "0") == "0":
             wandb_run.check_login()
 
@@ -32,7 +40,7 @@ def create_loggers(config: Config, is_continued: bool) -> Any:
         return None
     from verl.utils.tracking import Tracking
 
-    folder = trainer.run_folder.absolute()
+    folder, project = trainer.run_folder.absolute(), trainer.wandb_project or trainer.project_name
     for variable, place in FOLDERS.items():
         os.environ.setdefault(variable, str(folder / place))
     if "wandb" in names:
@@ -41,9 +49,11 @@ def create_loggers(config: Config, is_continued: bool) -> Any:
         except OSError as error:
             raise CheckpointError(f"{folder / wandb_run.ID_FILE} cannot be written: {error.strerror}") from None
     try:
-        return Tracking(
-            project_name=trainer.wandb_project or trainer.project_name,
-            experiment_name=trainer.experiment_name or folder.name,
+        if "mlflow" in names and "MLFLOW_TRACKING_URI" not in os.environ:
+            _prepare_mlflow(folder, project)
+        tracking = Tracking(
+            project_name=project,
+            experiment_name=trainer.name,
             default_backend=names,
             config=config.public(),
         )
@@ -51,6 +61,18 @@ def create_loggers(config: Config, is_continued: bool) -> Any:
         raise PreflightError(
             f"trainer.logger: {', '.join(names)} cannot be started: {first_line(error)}. Solve that, or leave it out."
         ) from error
+    if missing := sorted(set(names) - tracking.logger.keys()):  # verl goes on without mlflow after a warning
+        raise PreflightError(f"trainer.logger: {', '.join(missing)} cannot be started; a warning above says why")
+    return tracking
+
+
+def _prepare_mlflow(folder: Path, project: str) -> None:
+    """A database in the run folder, with the files of the runs beside it. Raises what mlflow raises."""
+    mlflow = import_module("mlflow")
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+    if mlflow.get_experiment_by_name(project) is None:
+        mlflow.create_experiment(project, artifact_location=(folder / "mlartifacts").as_uri())
 
 
 def _names(config: Config) -> list[str]:

@@ -12,6 +12,7 @@ from sft_recipe import FORMAT_VERSION
 from sft_recipe.files import atomic_write
 
 FILE = "metrics.jsonl"
+SAMPLES = "samples.jsonl"  # beside it
 
 
 class MetricsFile:
@@ -59,10 +60,9 @@ class MetricsFile:
             os.fsync(file.fileno())
             self.end, self.waiting = self.end + len(self.waiting), b""
 
-    def values(self, key: str) -> list[Any]:
-        """Return the values of one key in all rows that have it. Raises OSError."""
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-        return [row[key] for row in rows if key in row]
+    def read(self) -> list[dict[str, Any]]:
+        """Return all rows that are on the disk. Raises OSError."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
 
 
 def _is_nonfinite(value: Any) -> bool:

@@ -1,6 +1,5 @@
 """The log of a run: progress and messages on the console, rows in metrics.jsonl, numbers for verl's loggers."""
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -11,13 +10,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sft_recipe import timing
 from sft_recipe.config.schema import Config
+from sft_recipe.distributed.rendezvous import attempt
 from sft_recipe.errors import CheckpointError, first_line
 from sft_recipe.evaluation.generation import GenerationResult, Sample
+from sft_recipe.language import plural
+from sft_recipe.tracking.answer_tables import log_answers
 from sft_recipe.tracking.console import console
 from sft_recipe.tracking.loggers import create_loggers
-from sft_recipe.tracking.metrics_file import FILE, MetricsFile
+from sft_recipe.tracking.metrics_file import FILE, SAMPLES, MetricsFile
+from sft_recipe.tracking.run_facts import PEAK_MEMORY, PREDICTED_MEMORY, add_facts, read_facts
+from sft_recipe.tracking.train_log import FILE as TEXT
+from sft_recipe.tracking.train_log import TrainLog
 
-SAMPLES = "samples.jsonl"
+ALWAYS_SHOWN = {"val/loss", "train/epoch_loss"}  # rows with these are shown whatever trainer.log_freq is
 SHOWN_SAMPLES, SAMPLE_WIDTH = 3, 160  # in the terminal; characters
 
 
@@ -41,11 +46,12 @@ class RunLog:
         path = config.trainer.run_folder / FILE
         try:
             self.rows = MetricsFile(path, completed_steps)
+            self.text = TrainLog(path.with_name(TEXT), self.rows.read())
             generates = config.eval.generate or config.eval.prompts
             self.answers = MetricsFile(path.with_name(SAMPLES), completed_steps) if generates else None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
-        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        is_restart = attempt() > 0
         self.loggers = create_loggers(config, is_continued=completed_steps > 0 or is_restart)
         self.bar = Progress(
             BarColumn(bar_width=16),
@@ -56,6 +62,7 @@ class RunLog:
         )
         self.task = self.bar.add_task("Training", total=total_steps, completed=completed_steps, state="")
         self.total = total_steps
+        self.log_freq = config.trainer.log_freq
 
     def start(self) -> None:
         """Show the progress bar, where there is a terminal."""
@@ -84,30 +91,33 @@ class RunLog:
     def validating(self, done: int, total: int) -> None:
         """Show how many examples are validated; without a terminal, print a message at the beginning only."""
         if self.enabled and self.console.is_terminal:
-            self.bar.update(self.task, state=f"validating, {done:,} of {total:,} examples")
+            self.bar.update(self.task, state=f"validating, {done:,} of {plural(total, 'example')}")
         elif done == 0:
-            self.say(f"validating {total:,} examples")
+            self.say(f"validating {plural(total, 'example')}")
 
     def step(self, row: dict[str, Any]) -> None:
         """Record one optimizer step, or the evaluation before the first: on the disk first, then everywhere else."""
         if not self.enabled:
             return
         self._write(row)
-        numbers = {key: value for key, value in row.items() if key != "step" and value is not None}
-        self._log_elsewhere(lambda loggers: loggers.log(data=numbers, step=row["step"]))
+        self.text.add(row)
+        is_shown = row["step"] % self.log_freq == 0 or row["step"] == self.total or bool(row.keys() & ALWAYS_SHOWN)
+        if is_shown:
+            self._log_elsewhere(lambda loggers: loggers.log(data=_numbers(row), step=row["step"]))
         if "train/loss" in row:
             state = _state(row)
             self.bar.update(self.task, completed=row["step"], state=state)
-            if not self.console.is_terminal:
+            if is_shown and not self.console.is_terminal:
                 self.say(f"step {row['step']}/{self.total}  {state}")
         if row.get("val/loss") is not None:
             self.say(_evaluation(row))
 
     def samples(self, step: int, result: GenerationResult) -> None:
-        """Print some answers and how they were scored, and write all of them to samples.jsonl."""
+        """Print some answers and how they were scored; write all to samples.jsonl and the tables of the loggers."""
         if not self.enabled or not self.answers:
             return
         self.answers.add({"step": step, "samples": [asdict(sample) for sample in result.samples]})
+        self._log_elsewhere(lambda loggers: log_answers(loggers.logger, step, result.samples))
         for sample in result.samples[:SHOWN_SAMPLES]:
             self.say(_sample(sample))
         if result.scores:
@@ -115,7 +125,7 @@ class RunLog:
             tools = f", tool calls {found['eval/tool_match']:.2f}" if "eval/tool_match" in found else ""
             self.say(
                 f"step {step}: BLEU-4 {found['eval/bleu4']:.2f}, ROUGE-L {found['eval/rouge_l']:.3f}, exact match "
-                f"{found['eval/exact_match']:.2f}{tools} over {found['eval/samples']} answers, where "
+                f"{found['eval/exact_match']:.2f}{tools} over {plural(int(found['eval/samples']), 'answer')}, where "
                 f"{found['eval/truncated']} were cut off and {found['eval/empty']} empty ({result.scores.signature})"
             )
 
@@ -131,30 +141,36 @@ class RunLog:
         saves: list[tuple[float, float]],
         seconds: float,
         skipped_steps: int,
+        peak_memory: float,
     ) -> None:
-        """Print how the loss changed over all steps, what saving cost, and where the model is.
+        """Print how the loss changed over all steps, what saving cost, the peak of memory, and where the model is.
 
         `model` is the folder of the newest model, `best` that of the best evaluated one, if any was.
         `saves` holds two durations in seconds for each save: until it was complete, and how long it blocked training.
         `seconds` is the duration of the training since it was started or resumed, `skipped_steps` the number of steps
-        whose gradients were not finite.
+        whose gradients were not finite, `peak_memory` the GiB of the rank that had most, also for run.json.
         """
         if not self.enabled:
             return
-        losses = [loss for loss in self.rows.values("train/loss") if loss is not None]
+        losses = [loss for loss in (row.get("train/loss") for row in self.rows.read()) if loss is not None]
         part = min(10, len(losses) // 5)
         if part > 1:
             first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
             self.say(f"Mean loss {first:.4f} in the first {part} steps, {last:.4f} in the last {part}.")
         if skipped_steps:
             self.say(
-                f"{skipped_steps} of {self.total} steps changed nothing, because their gradients were not finite "
+                f"{skipped_steps} of {plural(self.total, 'step')} changed nothing: gradients that were not finite "
                 "(train/skipped_steps in metrics.jsonl)."
             )
         took, blocked = sum(save[0] for save in saves), sum(save[1] for save in saves)
         share = 100 * blocked / seconds if seconds else 0.0
-        count = f"{len(saves)} checkpoint{'s' * (len(saves) != 1)}"
+        count = plural(len(saves), "checkpoint")
         self.say(f"{count} took {took:.1f} s (training blocked {blocked:.1f} s, {share:.1f}% of its time).")
+        folder = self.rows.path.parent
+        add_facts(folder, {PEAK_MEMORY: round(peak_memory, 4)})
+        predicted = read_facts(folder).get(PREDICTED_MEMORY)
+        expected = f", predicted {predicted:.2f}" if predicted else ""
+        self.say(f"Peak memory of a rank: {peak_memory:.2f} GiB{expected}.")
         self.say(f"The model is in {model}")
         if best and best.resolve() != model.resolve():
             self.say(f"The best evaluated model ({best.resolve().parent.name}) is in {best}")
@@ -178,6 +194,12 @@ class RunLog:
             self.say(f"WARNING: {self.rows.path} {state}. Its rows are kept in memory until it can be.")
 
 
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for the loggers, which have the step apart, and all names in a group: train/, val/, eval/ or perf/."""
+    renamed = {"train/epoch" if key == "epoch" else key: value for key, value in row.items() if key != "step"}
+    return {key: value for key, value in renamed.items() if value is not None}
+
+
 def _sample(sample: Sample) -> str:
     def short(text: str | None) -> str:
         words = " ".join((text or "").split())
@@ -191,7 +213,7 @@ def _evaluation(row: dict[str, Any]) -> str:
     def describe(prefix: str) -> str:
         accuracy = row.get(f"{prefix}token_accuracy")
         right = f", {100 * accuracy:.1f}% of tokens right" if accuracy is not None else ""
-        return f"{row[f'{prefix}loss']:.4f} over {row[f'{prefix}tokens']:,} tokens{right}"
+        return f"{row[f'{prefix}loss']:.4f} over {plural(row[f'{prefix}tokens'], 'token')}{right}"
 
     names = [key.split("/")[1] for key in row if key.startswith("val/") and key.endswith("/loss") and key != "val/loss"]
     lines = [f"step {row['step']}: validation loss {describe('val/')}"]

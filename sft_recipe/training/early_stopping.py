@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sft_recipe.config.trainer import EarlyStoppingConfig
+from sft_recipe.language import plural
 
 
 @dataclass
@@ -57,7 +58,7 @@ class EarlyStopping:
             return f"{config.metric} is {progress.last:.4g}, better than the target {config.target:g}"
         if config.patience is not None and progress.waited >= config.patience:
             by = f" by {config.min_delta:g}" if config.min_delta else ""
-            evaluations = f"{progress.waited} evaluation{'s' * (progress.waited > 1)}"
+            evaluations = plural(progress.waited, "evaluation")
             best = "never a number" if progress.best is None else f"best {progress.best:.4g}"
             return f"{config.metric} has not improved{by} in {evaluations} ({best}, now {progress.last:.4g})"
         return None

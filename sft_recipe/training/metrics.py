@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from verl.utils import flops_counter
 
 from sft_recipe.data.token_store import Examples
-from sft_recipe.engine.cpu.platform import measured_peak_flops
-from sft_recipe.models.flops import MatmulParams
+from sft_recipe.models.peak_flops import measured_peak_flops, peak_flops
+from sft_recipe.models.stats import Products
 from sft_recipe.training.schedule import Schedule
 
 
@@ -27,7 +26,7 @@ class StepMetrics:
         self,
         schedule: Schedule,
         train: Examples,
-        products: MatmulParams | None,
+        products: Products | None,
         device: str,
         dtype: torch.dtype,
         skipped_steps: int,
@@ -47,11 +46,14 @@ class StepMetrics:
         self.skipped_steps += not math.isfinite(metrics["grad_norm"])
         lengths = self.train.lengths[indices]
         tokens = int(lengths.sum())
-        supervised = sum(int(self.train[index][1].sum()) for index in indices)
+        targets = lengths - self.train.source_lengths[indices]
+        supervised = int(targets.sum())
+        aux_loss = {"train/aux_loss": metrics["aux_loss"]} if "aux_loss" in metrics else {}
         return self._epoch_loss(step, metrics["loss"], supervised) | {
             "step": step,
             "epoch": round(self.schedule.epoch(step), 4),
             "train/loss": metrics["loss"],
+            **aux_loss,
             "train/grad_norm": metrics["grad_norm"],
             "train/lr": learning_rate,
             "train/tokens": tokens,
@@ -59,7 +61,7 @@ class StepMetrics:
             "train/skipped_steps": self.skipped_steps,
             "perf/seconds": round(seconds, 4),
             "perf/tokens_per_s": tokens / seconds,
-            "perf/mfu": self._mfu(lengths, supervised, seconds),
+            "perf/mfu": self._mfu(lengths, targets, seconds),
             "perf/memory_gb": metrics["perf/max_memory_allocated_gb"],
         }
 
@@ -72,16 +74,14 @@ class StepMetrics:
         self.epoch_loss = (0.0, 0) if is_complete else (nll, tokens)
         return {"train/epoch_loss": nll / tokens} if is_complete and tokens else {}
 
-    def _mfu(self, lengths: np.ndarray, supervised: int, seconds: float) -> float | None:
-        """Return the share of the matrix products' peak (see models/flops.py); None where sizes or peak are unknown."""
-        if self.products is None or math.isinf(self._peak_flops):
+    def _mfu(self, lengths: np.ndarray, supervised: np.ndarray, seconds: float) -> float | None:
+        """Return the share of the matrix products' peak (see models/flops.py); None where sizes are unknown."""
+        if self.products is None:
             return None
-        sizes = lengths.astype(np.int64)
-        pairs = int((sizes * (sizes + 1) // 2).sum())
-        flops = self.products.flops(int(sizes.sum()), supervised, pairs)
-        return flops / seconds / self._peak_flops / dist.get_world_size()
+        return self.products.step_flops(lengths, supervised) / seconds / self._peak_flops / dist.get_world_size()
 
     @cached_property
     def _peak_flops(self) -> float:
-        """FLOP/s of this rank's device: measured on a CPU, after the first step; the vendor's for bf16 on a GPU."""
-        return flops_counter.get_device_flops("B") if self.device == "cuda" else measured_peak_flops(self.dtype)
+        """FLOP/s of this rank's device: the vendor's for a known GPU, else measured, after the first step."""
+        known = peak_flops(torch.cuda.get_device_name(), self.dtype) if self.device == "cuda" else None
+        return known or measured_peak_flops(self.dtype, self.device)

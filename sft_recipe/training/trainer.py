@@ -18,14 +18,16 @@ from sft_recipe.checkpoint.manifest import fingerprint, read_manifest
 from sft_recipe.checkpoint.state import FsdpState, MegatronState
 from sft_recipe.config.auto import compute_dtype
 from sft_recipe.config.schema import Config
-from sft_recipe.data.run_inputs import RunInputs
+from sft_recipe.data.run_inputs import RunInputs, render_options
 from sft_recipe.distributed.signals import EXIT_PREEMPTED, SignalHandler
 from sft_recipe.distributed.watchdog import COLLECTIVE_TIMEOUT, Watchdog
 from sft_recipe.errors import CheckpointError, ConfigError, TrainingError
 from sft_recipe.evaluation.evaluator import Evaluator
 from sft_recipe.evaluation.generation import TOOL_MATCH, AnswerGenerator
 from sft_recipe.export.huggingface import MODEL, ModelSaver
+from sft_recipe.language import plural
 from sft_recipe.models.stats import ModelStats
+from sft_recipe.report.recorder import RunReporter
 from sft_recipe.tracking.console import notice
 from sft_recipe.tracking.run_log import RunLog
 from sft_recipe.training.batches import BatchBuilder
@@ -84,6 +86,7 @@ class SFTTrainer:
         self.stopping = EarlyStopping(config.trainer.early_stopping, restored.early_stopping)
         self.evaluator = self._build_evaluator()
         self.loss_difference = self._verify_first_step()
+        self.worker.free_cache()
 
     def fit(self) -> int:
         """Train to the end. Returns the exit code: 0, or EXIT_PREEMPTED after a request to stop, when all is saved.
@@ -109,7 +112,7 @@ class SFTTrainer:
                 requests = self._gather_requests(step)
                 is_wanted = requests.stop or requests.save or (is_best and self.config.trainer.save_best)
                 if is_wanted or is_over or self._is_save_due(step):
-                    self._save(step, self._metadata(step, found))
+                    self._save(step, self._metadata(step, found), is_last=is_over or requests.stop)
                 if is_over:
                     self._finish(step, started, reason)
                     break
@@ -117,7 +120,7 @@ class SFTTrainer:
                     return self._stop(step)
         except _StopRequested:
             if row is not None:
-                self._save(step, self._metadata(step, unvalidated=row))
+                self._save(step, self._metadata(step, unvalidated=row), is_last=True)
             return self._stop(step)
         finally:
             self.signals.is_over = True
@@ -127,15 +130,20 @@ class SFTTrainer:
     def train_step(self, step: int) -> dict[str, Any]:
         """Run optimizer step `step` (from 1). Returns its row of metrics."""
         started = time.perf_counter()
-        indices = self.batches.indices(step)
+        plan = self.batches.plan_step(step)
         self.watchdog.set_phase(f"step {step}: reading its examples")
         self._seed_step(step)
         self.worker.set_step(step - 1)
         learning_rate = self.worker.learning_rate
-        batch = self.batches.build(self.inputs.train, indices)
+        batch = self.batches.build(self.inputs.train, plan)
+        self.batches.plan_ahead(step + 1)
+        data_seconds = time.perf_counter() - started
         self.watchdog.set_phase(f"step {step}: computing")
         metrics = self.worker.train(batch)
-        return self.metrics.row(step, indices, metrics, learning_rate, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        efficiency = round(plan.token_efficiency, 4)
+        perf = {"perf/data_seconds": round(data_seconds, 4), "perf/token_efficiency": efficiency}
+        return self.metrics.row(step, plan.indices, metrics, learning_rate, seconds) | perf
 
     def _build_checkpointing(self, dtype: torch.dtype) -> None:
         config, engine = self.config, self.worker.engine
@@ -158,7 +166,10 @@ class SFTTrainer:
         answers = None
         if evaluation.generate or evaluation.prompts:
             ends, tokenizer = self.inputs.stop_token_ids(), self.inputs.tokenizer
-            answers = AnswerGenerator(evaluation, sets, tokenizer, ends, self.worker.generate, data.token_budget)
+            family, options = self.inputs.family, render_options(self.config)
+            answers = AnswerGenerator(
+                evaluation, sets, tokenizer, ends, self.worker.generate, data.token_budget, family, options
+            )
         if self.config.trainer.early_stopping.metric == TOOL_MATCH and not (answers and answers.expects_tool_calls()):
             raise ConfigError(f"trainer.early_stopping.metric={TOOL_MATCH}: no answer of the data calls a tool")
         return Evaluator(data.token_budget, sets, self.batches, self.worker, answers)
@@ -169,7 +180,7 @@ class SFTTrainer:
         if not self.config.model.verify_first_step or not steps:
             return None
         self.watchdog.set_phase("verifying the first step")
-        batch = self.batches.build(self.inputs.train, self.batches.indices(steps[0]))
+        batch = self.batches.build(self.inputs.train, self.batches.plan_step(steps[0]))
         return self.worker.verify(batch)
 
     def _restore(self) -> "_Restored":
@@ -177,6 +188,7 @@ class SFTTrainer:
             return _Restored()
         self.state.read(self.resume / STATE)
         manifest = read_manifest(self.resume)
+        self.worker.restore_loss_scale(manifest.get("loss_scale"))
         total_steps = self.schedule.total_steps
         if "format_version" not in manifest and dist.get_rank() == 0:
             notice(
@@ -185,7 +197,7 @@ class SFTTrainer:
             )
         if manifest["total_steps"] != total_steps and dist.get_rank() == 0:
             notice(
-                f"The run was planned for {manifest['total_steps']} steps and now goes to {total_steps}: "
+                f"The run was planned for {plural(manifest['total_steps'], 'step')} and now goes to {total_steps}: "
                 "the learning rate follows the schedule for the new number."
             )
         return _Restored(
@@ -210,11 +222,13 @@ class SFTTrainer:
         return row
 
     def _open_log(self, steps: range) -> None:
-        total = self.schedule.total_steps
-        self.log = RunLog(self.config, steps.start - 1, total, enabled=dist.get_rank() == 0)
+        total, overlap, is_first = self.schedule.total_steps, self.config.trainer.async_save, dist.get_rank() == 0
+        self.log = RunLog(self.config, steps.start - 1, total, enabled=is_first)
         self.saver = AsyncSaver(
-            self.checkpoints, self.state, self.export, self.log.record, self.log.say, self.config.trainer.async_save
+            self.checkpoints, self.state, self.export, self.log.record, self.log.say, overlap, last_step=total
         )
+        is_resumed = self.resume is not None
+        self.report = RunReporter(self.config.trainer.run_folder, self.log.say, is_resumed, enabled=is_first)
         self.first_step, self.logged_saves, self.nonfinite_steps = steps.start, 0, 0
         if self.resume and not steps:
             self._finish_again(self.resume, steps.start - 1)
@@ -232,7 +246,12 @@ class SFTTrainer:
         if step == self.first_step and timing.ENABLED:
             timing.mark("first step")
             self.log.start_up()
-        if self.metrics.skipped_steps == self.schedule.total_steps or self.nonfinite_steps == MAX_NONFINITE_STEPS:
+        has_failed = (
+            self.metrics.skipped_steps == self.schedule.total_steps or self.nonfinite_steps == MAX_NONFINITE_STEPS
+        )
+        if has_failed or self.schedule.is_evaluation_due(self.config.trainer.test_freq, step):
+            self.report.update(is_last=has_failed)
+        if has_failed:
             raise TrainingError(_nonfinite_advice(step, self.nonfinite_steps, self.config))
 
     def _evaluation(self, step: int) -> dict[str, Any]:
@@ -247,6 +266,7 @@ class SFTTrainer:
         if not self.schedule.is_evaluation_due(self.config.trainer.test_freq, step):
             return {}
         evaluation = self.evaluator.run(progress)
+        self.worker.free_cache()
         self.log.samples(step, evaluation.generated)
         return evaluation.metrics
 
@@ -254,15 +274,16 @@ class SFTTrainer:
         """Raises _StopRequested like `_evaluation`."""
         if self.resume is None and (found := self._evaluation(0)):
             self.log.step({"step": 0, "epoch": 0.0} | found)
+            self.report.update()
 
     def _is_save_due(self, step: int) -> bool:
         return self.schedule.is_due(self.config.trainer.save_freq, step) or step == self.saver.retry_at
 
-    def _save(self, step: int, metadata: dict[str, Any]) -> None:
+    def _save(self, step: int, metadata: dict[str, Any], is_last: bool) -> None:
         if step > self.resumed_step:
             self.watchdog.set_phase(f"step {step}: saving")
             self.signals.wants_save = False
-            self.saver.start(step, metadata)
+            self.saver.start(step, metadata, is_last)
 
     def _metadata(
         self, step: int, evaluation: dict[str, Any] | None = None, unvalidated: dict[str, Any] | None = None
@@ -276,6 +297,7 @@ class SFTTrainer:
             "epoch": self.schedule.epoch(step),
             "skipped_steps": self.metrics.skipped_steps,
             "epoch_loss": self.metrics.epoch_loss,
+            "loss_scale": self.worker.loss_scale,
             "evaluation": {"metric": compared.metric, "mode": compared.mode, "value": value}
             if math.isfinite(value)
             else None,
@@ -293,6 +315,7 @@ class SFTTrainer:
         reason = self.stopping.reason()
         why = f", where the run stopped early: {reason}" if reason else ""
         self.log.say(f"Nothing is left to train: {checkpoint} is at step {step} of {self.schedule.total_steps}{why}.")
+        self.report.conclude(reason)
         is_own = checkpoint.parent.resolve() == self.checkpoints.folder.resolve()
         if dist.get_rank() == 0 and is_own and self.worker.is_sft_engine and not (checkpoint / MODEL).exists():
             self.saver.export_again(checkpoint)
@@ -316,11 +339,14 @@ class SFTTrainer:
         seconds = time.perf_counter() - started
         best = self.checkpoints.best()
         self.log.conclude(
-            self.saver.newest / MODEL, best and best / MODEL, self.saver.timings, seconds, self.metrics.skipped_steps
-        )
+            self.saver.newest / MODEL, best and best / MODEL, self.saver.timings, seconds, self.metrics.skipped_steps,
+            self.worker.peak_memory(),
+        )  # fmt: skip
+        self.report.conclude(reason)
 
     def _stop(self, step: int) -> int:
         self.saver.close(step)
+        self.report.update(is_last=True)
         self.log.say(f"Stopped at step {step} of {self.schedule.total_steps}. Continue with --resume_from auto.")
         return EXIT_PREEMPTED
 

@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name, get_torch_device
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.losses import sft_loss
 
@@ -17,9 +19,11 @@ from sft_recipe.config.auto import shares_prefixes
 from sft_recipe.config.schema import Config
 from sft_recipe.engine.generation import greedy
 from sft_recipe.engine.model_checks import choose_packing, loss_difference
+from sft_recipe.engine.seq2seq_engine import Seq2SeqEngine  # noqa: F401  # registers itself with verl
 from sft_recipe.engine.sft_engine import SFTEngine
 from sft_recipe.engine.verl_config import build_verl_config
 from sft_recipe.errors import is_debugging
+from sft_recipe.models.families import family_of
 from sft_recipe.models.resolve import ResolvedModel
 
 
@@ -41,7 +45,7 @@ class Worker:
         with _quiet_stdout():
             self._worker = TrainingWorker(
                 TrainingWorkerConfig(
-                    model_type="language_model",
+                    model_type=family_of(built.model.hf_config).engine,
                     model_config=built.model,
                     engine_config=built.engine,
                     optimizer_config=built.optim,
@@ -55,8 +59,11 @@ class Worker:
         self.is_sft_engine = isinstance(self.engine, SFTEngine)
         if isinstance(self.engine, SFTEngine):
             self.engine.on_micro_batch = on_micro_batch
-            self.engine.shares_prefixes = shares_prefixes(config, device)
-            choose_packing(self.engine, config.data.token_budget)
+            if not config.data.has_targets:
+                self.engine.use_router_loss(config.model.router_aux_loss_coef)
+                # A shared token would count once in the router's loss.
+                self.engine.shares_prefixes = shares_prefixes(config, device) and not self.engine.router_coefficient
+                choose_packing(self.engine, config.data.token_budget)
 
     @property
     def data_rank(self) -> int:
@@ -78,6 +85,17 @@ class Worker:
         """The learning rate that the next step uses."""
         return self.engine.optimizer.param_groups[0]["lr"]
 
+    @property
+    def loss_scale(self) -> tuple[float, int] | None:
+        """The scale of the loss and the steps since it changed, for a checkpoint; None where nothing is scaled."""
+        scale = self.engine.loss_scale if self.is_sft_engine else None
+        return (scale.value, scale.good_steps) if scale and scale.is_needed else None
+
+    def restore_loss_scale(self, saved: Sequence[Any] | None) -> None:
+        """Continue with the `loss_scale` of a checkpoint, where this run scales the loss."""
+        if saved and self.loss_scale:
+            self.engine.loss_scale.value, self.engine.loss_scale.good_steps = saved
+
     def set_step(self, step: int) -> None:
         """Set the learning rate to its value after `step` optimizer steps."""
         if self.is_sft_engine:
@@ -93,9 +111,13 @@ class Worker:
         return loss_difference(self.engine, batch)
 
     def train(self, batch: TensorDict) -> dict[str, Any]:
-        """Run one optimizer step. Returns verl's metrics: the global `loss`, the `grad_norm` before clipping, ..."""
+        """Run one optimizer step. Returns verl's metrics: the global `loss`, the `grad_norm` before clipping, ...
+
+        `aux_loss` is the loss of a router, where one is trained.
+        """
         tu.assign_non_tensor(batch, update_lr_scheduler=not self.is_sft_engine)
-        return self._metrics(self._worker.train_batch(batch))
+        metrics = self._metrics(self._worker.train_batch(batch))
+        return metrics | ({"aux_loss": float(np.mean(metrics["aux_loss"]))} if "aux_loss" in metrics else {})
 
     def evaluate(self, batch: TensorDict) -> dict[str, Any]:
         """Run a forward pass without gradients. Returns verl's metrics, with the global `loss`.
@@ -111,6 +133,16 @@ class Worker:
     ) -> list[list[int]]:
         """Continue this rank's prompts greedily; see engine.generation.greedy. Not under Megatron."""
         return greedy(self.engine, prompts, max_new_tokens, end_ids, tokens)
+
+    def free_cache(self) -> None:
+        """Return memory that is free to the system: after another kind of work steps need blocks of other sizes."""
+        get_torch_device().empty_cache()
+
+    def peak_memory(self) -> float:
+        """Return the most memory that a rank has had so far, of its GPU or of its process on a CPU; in GiB."""
+        peak = torch.tensor(get_torch_device().max_memory_allocated(), device=get_device_name())
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        return int(peak) / 2**30
 
     def _metrics(self, output: TensorDict | None) -> dict[str, Any]:
         if self.is_sft_engine:

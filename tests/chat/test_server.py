@@ -33,7 +33,7 @@ BODY = {"model": "paris", "messages": QUESTION}
 @contextmanager
 def serving(model, **options):
     """Serve a model, or a given server, at a free port; gives the address."""
-    chat = model if isinstance(model, ChatServer) else ChatServer(model, "paris", Sampling(), **options)
+    chat = model if isinstance(model, ChatServer) else ChatServer({"paris": model}, Sampling(), **options)
     server = uvicorn.Server(uvicorn.Config(chat.app(), log_config=None, access_log=False, timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -153,9 +153,22 @@ def test_key_is_required_everywhere_but_for_health(scripted):
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "messages", "half of a character"),
         ({"temperature": "hot"}, 400, "temperature", "temperature is 'hot'; it must be a number from 0"),
         ({"max_tokens": 0}, 400, "max_tokens", "max_tokens is 0; it must be a whole number from 1"),
+        ({"temperature": 10**400}, 400, "temperature", "temperature is 1000"),
+        ({"top_k": 10**400}, 400, "top_k", "it must be a whole number from 0 to 2147483647"),
+        ({"max_tokens": 5, "max_completion_tokens": 7}, 400, "max_tokens", "are the same limit and differ"),
         ({"temprature": 1}, 400, "temprature", "unknown parameter temprature; did you mean temperature?"),
         ({"n": 2}, 400, "n", "n=2 is not supported"),
-        ({"tools": [{"type": "function"}]}, 400, "tools", "is not supported"),
+        ({"tools": [{"type": "function"}]}, 400, "tools[0]", "tools[0] is no function; expected {"),
+        ({"tools": {}}, 400, "tools", "tools is an object; expected a list"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "does not show tools"),
+        ({"tool_choice": "required"}, 400, "tool_choice", "is not supported"),
+        ({"messages": [{"role": "tool"}]}, 400, "messages[0].content", "messages[0].content is missing"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            400,
+            "messages[0].tool_calls",
+            "messages[0].tool_calls[0].arguments is not",
+        ),
         ({"stream": "yes"}, 400, "stream", "stream is text; expected true or false"),
         ({"chat_template_kwargs": {"style": 1}}, 400, "messages", "has no variable style"),
         ({"messages": [{"role": "user", "content": "a " * 600}]}, 400, "messages", "the model's context is 512"),
@@ -268,7 +281,7 @@ def test_answers_end_when_the_server_does(scripted, monkeypatch):
         return original(self, emit, cancel, variables)
 
     monkeypatch.setattr(Session, "answer", answer)
-    server = ChatServer(load(scripted), "paris", Sampling())
+    server = ChatServer({"paris": load(scripted)}, Sampling())
     with serving(server) as url, ThreadPoolExecutor(2) as clients:
         first = clients.submit(post, url, BODY)
         assert began.wait(60)

@@ -165,6 +165,7 @@ def test_invalid_options_are_named(options, message):
 
 
 def test_restricting_the_tokens_means_sampling():
+    assert Sampling().updated({"temperature": 1e-320}).temperature == 0
     assert Sampling().updated({"top_p": 0.9}).temperature == 1
     assert Sampling(temperature=0.7).updated({"top_p": 0.9}).temperature == 0.7
     assert Sampling().updated({"top_p": 1.0, "top_k": 0}).temperature == 0

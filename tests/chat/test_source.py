@@ -12,6 +12,7 @@ from sft_recipe.chat.sampling import Sampling
 from sft_recipe.chat.session import Session
 from sft_recipe.chat.source import find_source
 from sft_recipe.checkpoint.manifest import write_manifest
+from sft_recipe.data.render import RenderOptions
 from sft_recipe.errors import CheckpointError, ConfigError, ModelError
 from tests.chat.conftest import ADAPTED, ANSWER, load
 from tests.chat.scripted import build_scripted_model
@@ -42,10 +43,11 @@ def test_run_means_its_newest_checkpoint_and_best_comes_first(run):
     assert find_source(str(run)).model.folder == run / "checkpoints/step_10/huggingface"
     assert find_source(str(run / "checkpoints")).model.folder == run / "checkpoints/step_10/huggingface"
     (run / "checkpoints/best").symlink_to("step_2")
-    (run / "config.yaml").write_text("data:\n  enable_thinking: false\n")
+    (run / "config.yaml").write_text("data:\n  enable_thinking: false\n  chat_template_kwargs: {effort: low}\n")
     source = find_source(str(run))
     assert source.model.folder.resolve() == run / "checkpoints/step_2/huggingface"
-    assert (source.trained_from, source.enable_thinking) == ("owner/base", False)
+    assert source.trained_from == "owner/base"
+    assert source.options == RenderOptions(enable_thinking=False, chat_template_kwargs={"effort": "low"})
 
 
 def test_checkpoints_and_model_folders(run, tmp_path):
@@ -80,6 +82,7 @@ def test_base_of_an_adapter_is_the_one_that_is_loaded(adapter, scripted, tmp_pat
     """The run may have named it by a path relative to where it was started."""
     checkpoint(tmp_path / "run", 2, adapter, base="models/base")
     assert find_source(str(tmp_path / "run")).trained_from == str(scripted)
+    assert [model.name for model in load_models(str(tmp_path / "run"), "", CPU)] == ["models/base", f"{tmp_path}/run"]
 
 
 def test_base_and_adapter_share_one_model(adapter, scripted, monkeypatch):

@@ -70,7 +70,7 @@ def test_reasoning_is_dimmed(tmp_path):
 
 def test_answers_cannot_control_the_terminal(model):
     def respond(session, emit, cancel):
-        emit(Piece("answer", "a\x1b[31mb\rc\x9bd\n"))
+        emit(Piece("answer", "a\x1b[31mb\rc\x9b\u202ed\u2066\n"))
         return session.ask(QUESTION)
 
     screen = io.StringIO()
@@ -115,6 +115,12 @@ def test_question_through_a_pipe_is_answered_alone(scripted, capsys, monkeypatch
     assert (code, out, err) == (0, f"{ANSWER}\n", "")
     code, out, err = run_command([scripted, "--max_new_tokens", 2], capsys, monkeypatch, QUESTION)
     assert (code, out) == (0, "Paris\n") and "cut after 2 tokens" in err
+
+
+def test_commands_in_a_pipe_are_text_of_the_question_and_a_notice_says_so(scripted, capsys, monkeypatch):
+    code, out, err = run_command([scripted], capsys, monkeypatch, f"{QUESTION}\n/save a.jsonl\n/etc is a folder\n")
+    assert (code, out) == (0, f"{ANSWER}\n")
+    assert err == "notice: /save: stdin is one question; commands are read from a terminal only\n"
 
 
 def test_list_of_prompts(scripted, tmp_path, capsys, monkeypatch):

@@ -81,6 +81,20 @@ def test_damaged_newest_checkpoint_is_quarantined_and_the_previous_one_used(
     assert [row["step"] for row in metrics(folder / "out")] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("name", ["another.safetensors", "._shard.safetensors"])
+def test_foreign_tensors_beside_the_state_are_named_and_nothing_is_renamed(model, saved, tmp_path, capfd, name):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder, symlinks=True)
+    newest = folder / "out/checkpoints/step_4"
+    shutil.copy(next(newest.glob("state/*.safetensors")), newest / "state" / name)
+    capfd.readouterr()
+    for resume in (newest, "auto"):
+        assert run_here(*arguments(model, folder, f"trainer.resume_from={resume}")) == 2
+        said = capfd.readouterr().err
+        assert f"state/{name} is no file of this checkpoint" in said and "Traceback" not in said
+    assert checkpoints(folder) == ["step_2", "step_4"]
+
+
 def fail_reads(monkeypatch, call, name, number, times):
     """Let the first `times` calls of Path.open or Path.stat of a file of step_4 fail."""
     real, left = getattr(Path, call), [times]
@@ -125,14 +139,14 @@ def list_own_files_only(rank: int) -> None:
 
 def lose_file(rank: int) -> None:
     """A setup: what rank 1 writes in its second save is not there afterwards."""
-    from sft_recipe.checkpoint import state
+    from sft_recipe.checkpoint.writer import ShardWriter
 
     def lose(writer, *_):
-        if ".step_4" in os.path.realpath(writer.path):
-            next(Path(writer.path).glob("shard-00002*")).unlink()
+        if ".step_4" in os.path.realpath(writer.folder):
+            next(writer.folder.glob("shard-00002*")).unlink()
 
     if rank == 1:
-        wrap(state.HuggingFaceStorageWriter, "write_data", after=lose)
+        wrap(ShardWriter, "write_data", after=lose)
 
 
 def test_manifest_has_all_files_whatever_a_rank_lists(warm, model, tmp_path):
@@ -170,6 +184,52 @@ def test_exported_model_equals_the_stored_state(saved):
     assert model and all(value.equal(state[f"model.{name}"]) for name, value in model.items())
 
 
+@pytest.mark.parametrize("beside", ["false", "true"])
+def test_checkpoint_that_is_not_on_the_disk_as_written_is_found_and_saved_again(
+    model, tmp_path, monkeypatch, capfd, beside
+):
+    """A byte changes after the checkpoint is complete, before it is read back; the one before it is not pruned."""
+    use_cpu()
+    from sft_recipe.checkpoint.manager import Checkpoints
+
+    real = Checkpoints.read_back
+
+    def read_back(self, checkpoint):
+        if checkpoint.name == "step_4":
+            flip(next(checkpoint.glob("state/*.safetensors")))
+        real(self, checkpoint)
+
+    monkeypatch.setattr(Checkpoints, "read_back", read_back)
+    keep = ["trainer.max_ckpt_to_keep=1", f"trainer.async_save={beside}"]
+    assert run_here(*arguments(model, tmp_path, *keep, "trainer.total_training_steps=5")) == 0
+    said = capfd.readouterr().out
+    assert said.count("WARNING") == 1 and "step_4 is not as it was written" in said
+    assert "does not have its checksum" in said
+    assert checkpoints(tmp_path) == ["damaged_step_4", "step_5"]
+    assert verify(tmp_path / "out/checkpoints/step_5") == ""
+
+
+def test_last_checkpoint_that_cannot_be_read_back_fails_the_run_and_keeps_the_others(
+    model, tmp_path, monkeypatch, capfd
+):
+    use_cpu()
+    from sft_recipe.checkpoint import manager
+
+    real = manager.compare
+
+    def failing(path, files, from_disk=False):
+        if "step_4" in os.path.realpath(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path / "state"))
+        return real(path, files, from_disk)
+
+    monkeypatch.setattr(manager, "compare", failing)
+    run = arguments(model, tmp_path, "trainer.max_ckpt_to_keep=1", "trainer.total_training_steps=4")
+    assert run_here(*run) == 2
+    error = capfd.readouterr().err
+    assert "Input/output error" in error and "checkpoints/step_4/state" in error and "Traceback" not in error
+    assert checkpoints(tmp_path) == ["step_2", "step_4"]
+
+
 def test_checkpoint_with_the_lowest_validation_loss_is_kept(model, tmp_path, monkeypatch):
     """By validation loss, which here is lowest after the second step."""
     from sft_recipe.evaluation import evaluator
@@ -203,7 +263,7 @@ def test_asynchronous_checkpoint_holds_the_state_of_its_step(model, tmp_path, mo
     keep = ["trainer.max_ckpt_to_keep=null", "trainer.save_best=false", *shape]
     keep.append("model.override_config={attention_dropout: 0.1}")
     assert run_here(*arguments(model, tmp_path / "waiting", *keep, "trainer.async_save=false")) == 0
-    trained, real_step, real_run = [], SFTTrainer.train_step, _Job._run
+    trained, real_step, real_run = [], SFTTrainer.train_step, _Job._write_and_read_back
     written_after = []
 
     def step(self, number):
@@ -219,7 +279,7 @@ def test_asynchronous_checkpoint_holds_the_state_of_its_step(model, tmp_path, mo
         written_after.append(trained[-1])
 
     monkeypatch.setattr(SFTTrainer, "train_step", step)
-    monkeypatch.setattr(_Job, "_run", run)
+    monkeypatch.setattr(_Job, "_write_and_read_back", run)
     assert run_here(*arguments(model, tmp_path / "beside", *keep)) == 0
     assert written_after[:4] >= [3, 5, 7, 9]
     assert checkpoints(tmp_path / "beside") == checkpoints(tmp_path / "waiting")
@@ -280,11 +340,11 @@ def test_saved_files_hold_no_secret(model, tmp_path, monkeypatch):
     from sft_recipe.config.compose import load_config
 
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
-    override = "trainer.experiment_name='read with ${oc.env:HF_TOKEN}'"
+    override = "trainer.run_name='read with ${oc.env:HF_TOKEN}'"
     assert run_here(*arguments(model, tmp_path, override, "trainer.total_training_steps=1")) == 0
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert written and not [
         path for path in written if "huggingface" not in path.parts and b"verysecret" in path.read_bytes()
     ]
     again = load_config([], config_dir=tmp_path / "out")
-    assert again.trainer.experiment_name == "read with hf_verysecret"
+    assert again.trainer.run_name == "read with hf_verysecret"

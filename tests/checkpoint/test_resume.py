@@ -203,6 +203,7 @@ def test_resume_path_without_a_checkpoint_is_refused(work, there, tmp_path, capf
         (path / "step_3").mkdir(parents=True)
     assert run_here(*arguments(work, tmp_path / "out", f"trainer.resume_from={path}")) == 2
     assert "step_7" in capfd.readouterr().err
+    assert not (tmp_path / "out/out").exists()
 
 
 def test_auto_without_a_checkpoint_starts_from_the_beginning(work, tmp_path):

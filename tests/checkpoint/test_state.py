@@ -1,6 +1,7 @@
 """What a checkpoint stores of a model, and how ranks fail and disagree together."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,3 +96,38 @@ def test_folders_that_are_not_shared_are_refused(warm, tmp_path):
     end = warm.run(arguments(tmp_path, f"{tmp_path}/out-${{oc.env:RANK}}"), ranks=2)
     assert end.code != 0
     assert "is not the same folder on all machines" in end.output
+
+
+def test_copies_are_not_pinned_where_the_host_cannot(monkeypatch, caplog):
+    from sft_recipe.engine.cpu.platform import use_cpu
+
+    use_cpu()
+    from sft_recipe.checkpoint import state
+
+    made = []
+
+    def empty_like(tensor, device, pin_memory=False):
+        made.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory (cudaHostAlloc)")
+        return torch.zeros(1)
+
+    monkeypatch.setattr(state.torch, "empty_like", empty_like)
+    saver = state.FsdpState(SimpleNamespace(module=None, optimizer=None), is_lora=False, group=None)
+    for _ in range(2):
+        saver._host_memory(SimpleNamespace(is_cuda=True))
+    assert made == [True, False, False] and caplog.text.count("cannot be pinned") == 1
+
+
+def test_pinned_copies_take_powers_of_two(monkeypatch):
+    from sft_recipe.checkpoint import state
+
+    weights = [torch.nn.Parameter(torch.zeros(count)) for count in (1024, 1025, 0)]
+    optimizer = SimpleNamespace(state={weights[0]: {"step": torch.zeros(()), "exp_avg": torch.zeros(1500)}})
+    engine = SimpleNamespace(module=SimpleNamespace(parameters=lambda: weights), optimizer=optimizer)
+    saved = state.FsdpState(engine, is_lora=False, group=None)
+    assert saved.size() == saved.copies_size() == 4 * (1024 + 1025 + 1 + 1500)
+    monkeypatch.setattr(state, "get_device_name", lambda: "cuda")
+    assert saved.copies_size() == 4096 + 8192 + 4 + 8192
+    saved.can_pin = False
+    assert saved.copies_size() == saved.size()

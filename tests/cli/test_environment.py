@@ -3,6 +3,7 @@
 A stand-in for python3 has no packages, records what it is asked to do, and can create no environment.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -52,6 +53,7 @@ def start(copy, tmp_path):
 COMMANDS = {
     "train.sh": (["--epoch", "3"], "error: unknown flag --epoch. Did you mean --epochs?\n"),
     "scripts/preview_data.py": (["--html"], "error: --html needs a value\n"),
+    "scripts/preview_schedule.py": (["--svg"], "error: --svg needs a value\n"),
     "scripts/prepare_sft_data.py": (["--in", "x", "--out", "y", "--small", "0"], "error: --small is 0;"),
     "scripts/chat.py": (["x", "--top_p", "2"], "error: --top_p is 2.0;"),
     "scripts/serve.py": (["x", "--port", "-1"], "error: --port is -1;"),
@@ -108,6 +110,17 @@ def test_missing_or_broken_environment_is_made_again(copy, start, kind):
         (copy / ".venv/pyvenv.cfg").touch()
     done, asked = start(copy / "scripts/prepare_sft_data.py", *PREPARE)
     assert done.returncode == 2 and f"-m venv --clear {copy}/.venv\n" in asked
+
+
+def test_second_first_start_says_that_it_waits(copy, start, tmp_path):
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
+    with (copy / ".venv.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [copy / "scripts/prepare_sft_data.py", *PREPARE]
+        second = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stderr=subprocess.PIPE)
+        assert second.stderr.readline().startswith(f"Waiting for another installation into {copy}/.venv (log: ")
+    second.communicate(timeout=60)
+    assert f"-m venv --clear {copy}/.venv" in (tmp_path / "bin/python3.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,11 @@ TABLE = [
     ("TRAIN_DATA", None, "data.train_files", "./data/example_sft.json", "/data/*.json", "/data/*.json"),
     ("VAL_DATA", None, "data.val_files", None, "/data/val.json", "/data/val.json"),
     ("MAX_LENGTH", None, "data.max_length", 2048, "512", 512),
+    ("MAX_TARGET_LENGTH", None, "data.max_target_length", None, "256", 256),
     ("BATCH_SIZE", None, "data.train_batch_size", 4, "8", 8),
     ("MICRO_BATCH_SIZE", None, "data.micro_batch_size_per_gpu", 1, "2", 2),
     ("LEARNING_RATE", "lr", "optim.lr", 2e-5, "1e-5", 1e-5),
+    ("RECIPE", None, "trainer.recipe", None, "small", "small"),
     ("NUM_EPOCHS", "epochs", "trainer.total_epochs", 3, "5", 5),
     ("WARMUP_RATIO", None, "optim.lr_warmup_steps_ratio", 0.1, "0.25", 0.25),
     ("WEIGHT_DECAY", None, "optim.weight_decay", 0.01, "0.5", 0.5),
@@ -93,7 +95,14 @@ def test_empty_variable_is_ignored(variable, short, key, default, text, value):
 
 
 def test_table_lists_every_flag():
-    assert {flag.variable for flag in FLAGS} == {row[0] for row in TABLE} | {"MERGE_LORA"}
+    assert {flag.variable for flag in FLAGS} == {row[0] for row in TABLE} | {"MERGE_LORA", "USE_QLORA"}
+
+
+def test_use_qlora_enables_lora_and_fsdp2():
+    found = resolved("--use_qlora")
+    assert found == resolved(USE_QLORA="1") == load_config(["lora.quantize=true"])
+    assert (found.lora.enabled, found.fsdp.strategy, found.optim.lr) == (True, "fsdp2", 2e-4)
+    assert not load_config([]).lora.enabled
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
@@ -123,12 +132,14 @@ def test_help_shows_each_flag_with_its_default(flag, help_text):
     shown = re.findall(pattern, help_text)[0].rpartition("(default: ")[2]
     default = get(load_config([]), flag.key)
     if default is None:
-        assert shown in ("none", "free", "the model's")
+        assert shown in ("none", "free", "the model's", "max_length")
     else:
         assert yaml.safe_load(shown) == default or float(shown) == default
 
 
-@pytest.mark.parametrize("word", ["--dry_run", "--config-path", "--config-name", "--help", "SFT_DEBUG", "conf/"])
+@pytest.mark.parametrize(
+    "word", ["--dry_run", "--config-path", "--config-name", "--lang", "--help", "SFT_DEBUG", "conf/"]
+)
 def test_help_shows_other_options(word, help_text):
     assert word in help_text
 

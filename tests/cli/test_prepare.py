@@ -65,6 +65,14 @@ def test_template_variables_are_written_and_lost_keys_are_named(tmp_path, capsys
     assert "keys that are not read: id (4 records)" in capsys.readouterr().out
 
 
+def test_other_names_of_roles(tmp_path):
+    turns = [{"role": "Client", "content": "a"}, {"role": "Agent", "content": "b"}]
+    source = write(tmp_path / "a.json", [{"messages": turns}])
+    arguments = ["--in", source, "--out", str(tmp_path / "out"), "--val_ratio", "0"]
+    assert prepare_data.main([*arguments, "--roles", "Client=user", "Agent=assistant"]) == 0
+    assert pq.read_table(tmp_path / "out/train.parquet").to_pylist() == [{"prompt": "a", "response": "b"}]
+
+
 def test_every_part_of_a_conversation_is_preserved(tmp_path):
     """Files of several formats; a key that a record lacks is no null; nothing in calls and schemas changes."""
     records = [
@@ -99,6 +107,8 @@ def test_every_part_of_a_conversation_is_preserved(tmp_path):
         (["--columns", "answer"], "expected NAME=COLUMN"),
         (["--columns", "respons=answer"], "Did you mean response?"),
         (["--columns", "system=sys"], "system='sys', but no record has such a column"),
+        (["--roles", "Agent"], "expected NAME=ROLE, as in Agent=assistant"),
+        (["--roles", "Agent=robot"], "'robot' is not a role; expected system, user, assistant, tool"),
         (["--format", "alpaca"], "record 1: the fields (prompt, response) fit no format"),
     ],
 )
@@ -161,3 +171,24 @@ def test_repeated_flags_add_up_or_print_a_notice(tmp_path, capsys):
     output, errors = capsys.readouterr()
     assert "9 records read" in " ".join(output.split())
     assert errors == f"notice: --out {tmp_path}/out replaces --out {tmp_path}/x: the last one is used\n"
+
+
+def test_without_arguments_it_prepares_the_example_data_and_prints_the_command_that_trains(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert prepare_data.main([]) == 0
+    train, validation = (
+        conversations(tmp_path / "prepared", "train"),
+        conversations(tmp_path / "prepared", "validation"),
+    )
+    total = len(list(read_conversations(prepare_data.EXAMPLE)))
+    assert (len(train), len(validation)) == (total - round(0.05 * total), round(0.05 * total))
+    command = "train on it: ./train.sh --train_data prepared/train.parquet --val_data prepared/validation.parquet"
+    assert capsys.readouterr().out.splitlines()[-1] == command
+
+
+def test_the_command_that_trains_names_what_was_written(tmp_path, capsys):
+    source, out = write(tmp_path / "a.json", pairs(4)), tmp_path / "two words"
+    assert prepare_data.main(["--in", source, "--out", str(out), "--val_ratio", "0", "--small", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"train on it: ./train.sh --train_data '{out}/train.parquet'"

@@ -1,5 +1,6 @@
 """train.sh starts the ranks of a composed configuration; errors are one message; the torchrun commands are frozen."""
 
+import logging
 import os
 import shlex
 import subprocess
@@ -15,7 +16,7 @@ from sft_recipe.cli.train import main
 from sft_recipe.config.compose import HOME, load_config, load_for_rank
 from sft_recipe.errors import DataError
 from sft_recipe.launch import local
-from sft_recipe.launch.local import torchrun_args
+from sft_recipe.launch.local import HEAP_SETTINGS, torchrun_args
 from tests.cli.test_flags import resolved
 from tests.support import runs
 from tests.support.composing import DEFAULTS
@@ -26,6 +27,13 @@ def torchrun(*args, **environment):
     line = parse(list(args), environment)
     arguments = [*line.config_args, *line.overrides]
     return shlex.join(["torchrun", *torchrun_args(load_for_rank(arguments).trainer, arguments)])
+
+
+def test_bitsandbytes_does_not_warn_about_itself(monkeypatch, capsys):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(logging.getLogger("bitsandbytes"), "level", logging.NOTSET)
+    assert main(["--dry_run", "optim.optimizer=AdamW8bit", "optim.optimizer_impl=bitsandbytes.optim"]) == 0
+    assert logging.getLogger("bitsandbytes").level == logging.ERROR and not capsys.readouterr().err
 
 
 # The command lines, frozen
@@ -164,6 +172,12 @@ def test_dry_run_prints_no_secret(started, capsys, monkeypatch):
     assert load_config(arguments) == resolved(*words)
 
 
+def test_ranks_inherit_the_language(started, monkeypatch):
+    monkeypatch.setenv("SFT_LANG", "en")
+    assert main(["--n_gpus", "2", "--lang", "zh_CN"]) == 75
+    assert os.environ["SFT_LANG"] == "zh"
+
+
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_help_prints_and_starts_nothing(started, capsys, word):
     with pytest.raises(SystemExit) as end:
@@ -176,6 +190,7 @@ def test_help_prints_and_starts_nothing(started, capsys, word):
     ("words", "expected_text"),
     [
         (["--epoch", "3"], "error: unknown flag --epoch. Did you mean --epochs?\n"),
+        (["--lang", "tlh"], "error: --lang 'tlh': there is no text in this language;"),
         (["optim.lrr=3"], "error: unknown key optim.lrr. Did you mean optim.lr?\n"),
         (["--config-path=/nowhere"], "error: there is no /nowhere/config.yaml"),
         (["--dry_run", "--lora_rank", "0"], "error: the configuration has a mistake:\n  - lora.rank is 0;"),
@@ -192,7 +207,7 @@ def test_help_prints_and_starts_nothing(started, capsys, word):
         ),
         (
             ["--dry_run", "--n_gpus=2", "fsdp.ulysses_sequence_parallel_size=2", "model.attn_implementation=eager"],
-            "error: fsdp.ulysses_sequence_parallel_size=2 needs flash attention",
+            "error: fsdp.ulysses_sequence_parallel_size=2 needs model.attn_implementation=sft_packed",
         ),
         (["--dry_run", "--n_gpus", "8"], "error: BATCH_SIZE=4 is smaller than the number of ranks (8)"),
     ],
@@ -249,8 +264,10 @@ def test_train_sh_reports_a_typo_in_one_line():
     assert done.stderr == "error: unknown flag --epoch. Did you mean --epochs?\n"
 
 
-@pytest.mark.parametrize("given, handed_on", [({}, "glibc.malloc.tcache_count=0"), ({"GLIBC_TUNABLES": "x=1"}, "x=1")])
-def test_train_sh_disables_thread_caches_of_malloc_on_cpus(tmp_path, given, handed_on):
+@pytest.mark.parametrize(
+    "given, handed_on", [({}, HEAP_SETTINGS["GLIBC_TUNABLES"]), ({"GLIBC_TUNABLES": "x=1"}, "x=1")]
+)
+def test_train_sh_lets_all_threads_share_one_heap_on_cpus(tmp_path, given, handed_on):
     python = tmp_path / "bin/python"
     python.parent.mkdir()
     python.write_text('#!/bin/sh\necho "$GLIBC_TUNABLES"\n')

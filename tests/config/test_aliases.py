@@ -117,7 +117,9 @@ def test_unknown_older_path_is_an_error(override, expected_text):
 
 RENAMED = [
     ("data.allow_special_text", "data.parse_special_tokens", True),
+    ("data.shuffle", "data.order", False),
     ("trainer.hang_timeout", "trainer.heartbeat_timeout", 7),
+    ("trainer.experiment_name", "trainer.run_name", "try-1"),
 ]
 
 
@@ -141,7 +143,8 @@ def test_older_name_sets_the_key(compose_own, tmp_path, older, key, value):
 @pytest.mark.parametrize(("older", "key", "value"), RENAMED)
 def test_later_override_wins_under_either_name(compose_own, older, key, value):
     default = load_config([])
-    restored = f"{key}={OmegaConf.select(OmegaConf.create(default.public()), key)}"
+    value_before = OmegaConf.select(OmegaConf.create(default.public()), key)
+    restored = f"{key}={'null' if value_before is None else value_before}"
     assert load_config([f"{older}={value}", restored]) == default
     assert compose_own(nested(older, value), restored) == default
 
@@ -149,6 +152,12 @@ def test_later_override_wins_under_either_name(compose_own, older, key, value):
 def test_different_values_under_both_names_of_a_key_are_an_error(compose_own):
     with pytest.raises(ConfigError, match="trainer.heartbeat_timeout to 5 and trainer.hang_timeout to 7"):
         compose_own({"trainer": {"hang_timeout": 7, "heartbeat_timeout": 5}})
+
+
+def test_shuffle_is_an_order(compose_own):
+    assert load_config(["data.shuffle=false"]).data.order == "file"
+    assert load_config(["data.order=file", "data.shuffle=true"]).data.order == "shuffle"
+    assert "data.order" in error_of(["data.shuffle=no"]) and "shuffle" in error_of(["data.order=random"])
 
 
 def test_null_under_the_older_name_is_null(compose_own):
@@ -166,7 +175,8 @@ def test_either_is_an_alias_of_if_else(compose_own, capsys):
 @pytest.mark.parametrize(("older", "name"), [*OLDER_GROUPS.items(), *OLDER_KEYS.items()])
 def test_older_name_prints_one_notice_with_the_present_name(compose_own, capsys, older, name):
     key, value = ("lr", 0.5) if name == "optim" else ("param_offload", True)
-    path, value = (f"{older}.{key}", value) if older in OLDER_GROUPS else (older, True)
+    values = {key: value for key, _, value in RENAMED}
+    path, value = (f"{older}.{key}", value) if older in OLDER_GROUPS else (older, values[older])
     expected = f"notice: {older} is the older name of {name}; it still works, but use {name}\n"
     load_config([f"{path}={value}"])
     assert capsys.readouterr().err == expected

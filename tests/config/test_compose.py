@@ -7,10 +7,11 @@ import pytest
 import yaml
 
 from sft_recipe.config.compose import HOME, load_config, parse_config_args, to_yaml
+from sft_recipe.config.preflight import check_config
 from sft_recipe.errors import ConfigError
 from tests.support.composing import DEFAULTS, FALLBACK, error_of
 
-CHOICES = sorted((path.parent.name, path.stem) for path in HOME.glob("conf/*/*.yaml"))
+CHOICES = sorted((path.parent.name, path.stem) for path in HOME.glob("conf/*/*.yaml") if path.parent.name != "recipe")
 
 
 # Groups
@@ -126,7 +127,7 @@ def test_values_added_to_config_yaml_beat_conf(compose_own):
         ("fsdp.mixed_precision.param_dtype=bf16", "fsdp.mixed_precision.param_dtype", "bf16"),
         ("trainer.output_dir=2024_01_02", "trainer.output_dir", "2024_01_02"),
         ("trainer.output_dir=1.10", "trainer.output_dir", "1.10"),
-        ("trainer.experiment_name=1e5", "trainer.experiment_name", "1e5"),
+        ("trainer.run_name=1e5", "trainer.run_name", "1e5"),
         ("trainer.wandb_project=true", "trainer.wandb_project", "true"),
         ("trainer.output_dir='a b, c=d'", "trainer.output_dir", "a b, c=d"),
         ("trainer.output_dir='out/${optim.lr_scheduler_type}'", "trainer.output_dir", "out/cosine"),
@@ -176,6 +177,15 @@ def test_invalid_override_is_reported(override, expected_text):
 
 
 # config.yaml
+
+
+def test_a_key_that_repeats_the_mistake_of_another_is_no_mistake():
+    with pytest.raises(ConfigError) as caught:
+        load_config(["lora.quantize=nf4"])
+    lines = ["the configuration has a mistake:", "  - lora.quantize is 'nf4'; it must be true or false"]
+    assert str(caught.value).splitlines() == lines
+    with pytest.raises(ConfigError, match="has 2 mistakes"):  # both are written
+        load_config(["lora.quantize=nf4", "lora.enabled=perhaps"])
 
 
 def test_all_mistakes_of_config_yaml_are_reported_at_once(compose_own):
@@ -280,8 +290,8 @@ def test_config_yaml_can_omit_the_trainer(compose_own):
 
 
 def test_reference_to_a_key_that_no_file_sets_is_its_default(compose_own, tmp_path):
-    config = compose_own("trainer: {experiment_name: 'run-${trainer.seed}-${fsdp.strategy}'}\n")
-    assert config.trainer.experiment_name == "run-42-fsdp"
+    config = compose_own("trainer: {run_name: 'run-${trainer.seed}-${fsdp.strategy}'}\n")
+    assert config.trainer.run_name == "run-42-fsdp"
     (tmp_path / "conf/lora").mkdir(parents=True)
     (tmp_path / "conf/lora/mine.yaml").write_text("rank: 3\n")  # without the file of defaults, and lr depends on LoRA
     own = compose_own("", defaults=DEFAULTS.replace("lora: default", "lora: mine"))
@@ -345,3 +355,33 @@ def test_format_version_that_is_no_version_is_an_error_without_wrong_advice(tmp_
     (tmp_path / "config.yaml").write_text(f"format_version: {version}\n")
     with pytest.raises(ConfigError, match="it is a whole number from 1"):
         load_config([], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.columns={prompt: 问题, response: 'a: 答'}", {"prompt": "问题", "response": "a: 答"}),
+        ('eval.prompts=[你好 世界, Hi,"好"]', ["你好 世界", "Hi", "好"]),
+        ("data.train_files=/训练/数据 1.jsonl*0.5", "/训练/数据 1.jsonl*0.5"),
+        ("data.train_files='é.json'", "é.json"),
+    ],
+)
+def test_text_that_is_not_ascii_needs_no_quotes(override, expected):
+    key = override.partition("=")[0]
+    found = load_config([override]).model_dump()
+    group, _, name = key.partition(".")
+    value = found[group][name]
+    assert value == expected or (key == "data.train_files" and str(value).endswith(expected))
+
+
+def test_training_needs_data():
+    with pytest.raises(ConfigError, match="data.train_files is empty; name a file"):
+        check_config(load_config(["data.train_files=[]"]), "auto")
+
+
+def test_fsdp1_ranks_that_shard_nothing_are_refused():
+    """PyTorch's FSDP1 falls back to NO_SHARD in groups of one rank, and no rank gets the gradients of others."""
+    alone = load_config(["trainer.n_gpus_per_node=2", "data.train_batch_size=4", "fsdp.fsdp_size=1"])
+    with pytest.raises(ConfigError, match="does not add up the gradients"):
+        check_config(alone, "cuda")
+    check_config(alone, "cpu")  # where the strategy is fsdp2

@@ -36,17 +36,34 @@ def test_optimizer_that_cannot_train_is_refused_in_words(name):
         (["optimizer=Foo"], "torch.optim has no optimizer Foo; it has ASGD, Adadelta,"),
         (["optimizer=adamw"], "Did you mean AdamW?"),
         (["optimizer=AdmaW"], "Did you mean AdamW?"),
+        (
+            ["optimizer=AdamW8bit"],
+            "no optimizer AdamW8bit; set optim.optimizer=AdamW8bit optim.optimizer_impl=bitsandbytes.optim",
+        ),
+        (
+            ["optimizer=paged_adamw_8bit"],
+            "set optim.optimizer=PagedAdamW8bit optim.optimizer_impl=bitsandbytes.optim",
+        ),
+        (["optimizer=adamw_torch", "optimizer_impl=torch.nn"], "set optim.optimizer_impl=torch.optim"),
         (["optimizer=Optimizer"], "torch.optim has no optimizer Optimizer"),
         (["optimizer=lr_scheduler"], "torch.optim has no optimizer lr_scheduler"),
-        (["override_optimizer_config={foo: 1}"], "has foo, which torch.optim.AdamW does not accept; it has lr, betas,"),
+        (
+            ["override_optimizer_config={foo: 1}"],
+            "has foo, which torch.optim.AdamW does not accept; it has eps, amsgrad,",
+        ),
         (["override_optimizer_config={epss: 1}"], "Did you mean eps?"),
         (["override_optimizer_config={eps: -1}"], "torch.optim.AdamW refuses its arguments: Invalid epsilon value: -1"),
         (["override_optimizer_config={eps: small}"], "torch.optim.AdamW refuses its arguments"),
-        (["override_optimizer_config={betas: [0.9, 1]}"], "Invalid beta parameter at index 1"),
+        (["override_optimizer_config={betas: [0.9, 1]}"], "betas, which has its key: set optim.betas"),
+        (["override_optimizer_config={lr: 5}"], "lr, which has its key: set optim.lr"),
+        (["optimizer=SGD", "override_optimizer_config={weight_decay: 3}"], "set optim.weight_decay"),
+        (["override_optimizer_config={params: []}"], "has params, which torch.optim.AdamW does not accept"),
         (["override_optimizer_config={differentiable: true}"], "`fused` does not support `differentiable`"),
         (["optimizer=SGD", "override_optimizer_config={nesterov: true}"], "Nesterov momentum requires a momentum"),
         (["fsdp=megatron", "optimizer=SGD"], "strategy=megatron has its own Adam"),
         (["fsdp=megatron", "override_optimizer_config={eps: 1e-6}"], "strategy=megatron has its own Adam"),
+        (["fsdp=megatron", "lr_scheduler_type=onecycle"], "strategy=megatron has its own schedules"),
+        (["fsdp=megatron", "zero_indexed_step=false"], "strategy=megatron has its own schedules"),
     ],
 )
 def test_optimizer_or_argument_that_cannot_work_is_one_message(overrides, expected_text):
@@ -73,6 +90,38 @@ def test_adafactor_is_refused_where_matrices_are_sharded(fsdp, device, ranks, is
             check_optimizer(config, device)
     else:
         check_optimizer(config, device)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "expected_text"),
+    [
+        (["trainer.n_gpus_per_node=2"], "cuda", "that several ranks cannot share; train on one rank"),
+        (["fsdp.strategy=fsdp2"], "cuda", "does not know fsdp2's tensors; use strategy=fsdp"),
+        ([], "cpu", "and this run is on a CPU; use AdamW8bit"),
+        (["fsdp.optimizer_offload=true"], "cuda", "moves its state itself; set fsdp.optimizer_offload=false"),
+        ([], "cuda", None),
+    ],
+)
+def test_where_an_optimizer_of_bitsandbytes_cannot_train_is_one_message(overrides, device, expected_text):
+    class PagedAdamW8bit(torch.optim.AdamW):
+        pass
+
+    name = ["optim.optimizer=PagedAdamW8bit", "optim.optimizer_impl=bitsandbytes.optim"]
+    config = load_config([*name, *overrides])
+    with patch(
+        "sft_recipe.config.optimizer.import_module", return_value=SimpleNamespace(PagedAdamW8bit=PagedAdamW8bit)
+    ):
+        if expected_text is None:
+            check_optimizer(config, device)
+        else:
+            with pytest.raises(ConfigError, match=expected_text):
+                check_optimizer(config, device)
+
+
+def test_missing_bitsandbytes_is_one_message_that_names_the_extra():
+    missing = patch("sft_recipe.config.optimizer.import_module", side_effect=ImportError)
+    with missing, pytest.raises(PreflightError, match=r"pip install -e '.\[bitsandbytes\]'"):
+        check("optimizer_impl=bitsandbytes.optim", "optimizer=AdamW8bit")
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "NAdam", "AdEMAMix8bit"])

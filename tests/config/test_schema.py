@@ -14,7 +14,8 @@ from sft_recipe.errors import ConfigError
 
 HOME = Path(__file__).resolve().parents[2]
 GROUPS = ["model", "data", "optim", "fsdp", "lora", "eval"]
-GROUP_FILES = sorted(HOME.glob("conf/*/*.yaml"))
+OFFLOADED = {"model.enable_activation_offload": True, "model.enable_gradient_checkpointing": True}
+GROUP_FILES = sorted(path for path in HOME.glob("conf/*/*.yaml") if path.parent.name != "recipe")
 
 
 def tree(**values):
@@ -65,7 +66,7 @@ def test_yaml_files_and_schema_have_the_same_defaults():
     groups = {group: {} for group in [*GROUPS, "trainer"]}
     in_code = leaves(build_config(groups).model_dump(mode="json"))
     different = {key for key, value in written_defaults().items() if value != in_code[key]}
-    assert different == {"optim.lr"}  # depends on LoRA
+    assert different == {"optim.lr", "lora.enabled", "fsdp.strategy"}  # depend on LoRA and QLoRA
 
 
 @pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: f"{path.parent.name}={path.stem}")
@@ -165,6 +166,13 @@ def test_cache_dir_follows_key_then_xdg_then_home(monkeypatch, tmp_path):
         ("optim.weight_decay", float("inf"), ["finite number"]),
         ("lora.alpha", float("inf"), ["finite number"]),
         ("optim.lr_scheduler_type", "cosin", ["cosine, linear, constant", "Did you mean cosine?"]),
+        ("optim.lr_scheduler_type", "one_cycle", ["Did you mean onecycle?"]),
+        ("optim.pct_start", "1.1", ["it should be less than or equal to 1"]),
+        ("optim.div_factor", "0", ["it should be greater than 0"]),
+        ("optim.final_div_factor", "inf", ["it should be a finite number"]),
+        ("optim.power", "-1", ["it should be greater than 0"]),
+        ("optim.lr_decay_steps_ratio", "2", ["it should be less than or equal to 1"]),
+        ("optim.zero_indexed_step", "maybe", ["it must be true or false"]),
         ("optim.lr_warmup_steps_ratio", 1.5, ["less than or equal to 1"]),
         ("optim.weight_decay", -0.1, ["greater than or equal to 0"]),
         ("optim.clip_grad", -1, ["greater than or equal to 0"]),
@@ -175,11 +183,15 @@ def test_cache_dir_follows_key_then_xdg_then_home(monkeypatch, tmp_path):
         ("optim.betas", [0.9, float("nan")], ["at least 0 and less than 1"]),
         ("fsdp.strategy", "fdsp2", ["fsdp, fsdp2, megatron", "Did you mean fsdp2?"]),
         ("fsdp.model_dtype", "bf17", ["fp32, bf16", "Did you mean bf16?"]),
-        ("fsdp.mixed_precision.param_dtype", "fp8", ["auto, bf16, fp32"]),
-        ("fsdp.param_offload", "maybe", ["'maybe'", "boolean"]),
+        ("fsdp.mixed_precision.param_dtype", "fp8", ["auto, bf16, fp16, fp32"]),
+        ("fsdp.param_offload", "maybe", ["'maybe'", "true or false"]),
         ("lora.rank", 0, ["greater than or equal to 1"]),
         ("lora.rank", 1.5, ["1.5", "integer"]),
         ("lora.alpha", 0, ["greater than 0"]),
+        ("lora.rank", True, ["it should be a number"]),
+        ("optim.lr", True, ["it should be a number"]),
+        ("trainer.max_time", False, ["it should be a number"]),
+        ("trainer.save_freq", True, ["it should be a number"]),
         ("model.enable_gradient_checkpointing", "maybe", ["one of true, false, auto"]),
         ("trainer.total_epochs", 0, ["greater than or equal to 1"]),
         ("trainer.save_freq", "sometimes", ["a number of steps, after_each_epoch"]),
@@ -210,6 +222,8 @@ def test_invalid_value_is_reported_with_key_and_allowed_values(key, value, expec
         ({"fsdp.tensor_model_parallel_size": 2}, "tensor_model_parallel_size is for strategy=megatron"),
         ({"fsdp.offload_policy": True}, "offload_policy is for strategy=fsdp2"),
         ({"fsdp.strategy": "megatron", "fsdp.ulysses_sequence_parallel_size": 2}, "context_parallel_size"),
+        ({"model.enable_activation_offload": True}, "needs enable_gradient_checkpointing=true"),
+        ({**OFFLOADED, "fsdp.strategy": "megatron"}, "model.enable_activation_offload needs FSDP"),
         ({"lora.merge": True}, "add --use_lora"),
         ({"trainer.node_rank": 1}, "node_rank is 1; with nnodes=1 it ends at 0"),
         ({"trainer.nnodes": 2}, "need master_addr"),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_recipe.data import pipeline, tokenize
+from sft_recipe.data import pipeline, worker_pool
 from tests.data.stores import RECORDS, write
 
 
@@ -30,13 +30,13 @@ def many(tmp_path) -> Path:
 def pools(monkeypatch) -> list[int]:
     """Processes pay from nine records on; the list holds the number of workers of each pool that was started."""
     monkeypatch.setattr(pipeline, "CHUNK_RECORDS", 3)
-    monkeypatch.setattr(tokenize, "MIN_CHUNKS", 3)
+    monkeypatch.setattr(worker_pool, "MIN_CHUNKS", 3)
     started: list[int] = []
-    pool = tokenize.ProcessPoolExecutor
+    pool = worker_pool.ProcessPoolExecutor
 
     def counting(workers, *args):
         started.append(workers)
         return pool(workers, *args)
 
-    monkeypatch.setattr(tokenize, "ProcessPoolExecutor", counting)
+    monkeypatch.setattr(worker_pool, "ProcessPoolExecutor", counting)
     return started

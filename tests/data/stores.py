@@ -8,7 +8,7 @@ from sft_recipe.data.pipeline import open_store
 from sft_recipe.data.rendering.renderer import Renderer
 from sft_recipe.data.token_store import StoreOptions, TokenStore
 
-FILES = ["store.json", "offsets.npy", "supervised.npy", "digests.npy", "input_ids.bin", "loss_mask.bin"]
+FILES = ["store.json", "offsets.npy", "supervised.npy", "digests.npy", "groups.npy", "input_ids.bin", "loss_mask.bin"]
 RECORDS = [
     {"prompt": "Hello there", "response": "I am fine, thank you."},
     {"prompt": "你好", "response": "很好，谢谢。"},

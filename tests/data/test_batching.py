@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from sft_recipe.data.batching import (
     batch_indices,
     epoch_order,
+    highest_efficiency,
     plan_micro_batches,
+    plan_padded,
     sample_mixture,
     split_validation,
     steps_per_epoch,
 )
+from sft_recipe.data.notices import idle_notice
 
 SIZES = st.integers(1, 60)
 BATCHES = st.integers(1, 24)
@@ -30,19 +33,27 @@ def batches(draw):
     return lengths, draw(st.integers(1, 12)), budget
 
 
-def epoch_steps(examples: int, batch_size: int, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
+def planned(lengths, ranks, budget):
+    return list(plan_micro_batches(np.asarray(lengths, dtype=np.int64), ranks, budget))
+
+
+def planned_padded(sources, targets, ranks, budget):
+    return list(plan_padded(np.array(sources), np.array(targets), ranks, budget))
+
+
+def epoch_steps(examples: int, batch_size: int, seed: int, epoch: int, order: str = "shuffle") -> list[list[int]]:
     count = steps_per_epoch(examples, batch_size)
     steps = range(epoch * count, (epoch + 1) * count)
-    return [batch_indices(step, examples, batch_size, seed, shuffle).tolist() for step in steps]
+    return [batch_indices(step, examples, batch_size, seed, order).tolist() for step in steps]
 
 
 # Order
 
 
-@given(SIZES, BATCHES, SEEDS, EPOCHS, st.booleans())
-@example(examples=10, batch_size=4, seed=0, epoch=1, shuffle=True)
-def test_an_epoch_trains_every_example_once_and_the_last_partial_batch_too(examples, batch_size, seed, epoch, shuffle):
-    steps = epoch_steps(examples, batch_size, seed, epoch, shuffle)
+@given(SIZES, BATCHES, SEEDS, EPOCHS, st.sampled_from(["shuffle", "file"]))
+@example(examples=10, batch_size=4, seed=0, epoch=1, order="shuffle")
+def test_an_epoch_trains_every_example_once_and_the_last_partial_batch_too(examples, batch_size, seed, epoch, order):
+    steps = epoch_steps(examples, batch_size, seed, epoch, order)
     assert sorted(sum(steps, [])) == list(range(examples))
     assert [len(step) for step in steps[:-1]] == [batch_size] * (len(steps) - 1)
     assert len(steps[-1]) == examples - batch_size * (len(steps) - 1) > 0
@@ -78,14 +89,14 @@ def test_the_order_is_the_one_that_checkpoints_were_written_with():
 
 
 def test_without_shuffling_the_order_is_that_of_the_file():
-    assert epoch_steps(5, 2, seed=1, epoch=3, shuffle=False) == [[0, 1], [2, 3], [4]]
+    assert epoch_steps(5, 2, seed=1, epoch=3, order="file") == [[0, 1], [2, 3], [4]]
 
 
 @given(SIZES, BATCHES, SEEDS, EPOCHS, st.integers(1, 10))
 def test_a_step_trains_the_same_examples_on_any_number_of_ranks(examples, batch_size, seed, epoch, ranks):
     lengths = np.random.default_rng(seed).integers(1, 100, examples)
     for numbers in epoch_steps(examples, batch_size, seed, epoch):
-        plan = plan_micro_batches(lengths[numbers].tolist(), ranks, budget=200)
+        plan = planned(lengths[numbers], ranks, budget=200)
         assert sorted(numbers[position] for position in members(plan)) == sorted(numbers)
 
 
@@ -103,7 +114,7 @@ def load(micro_batches, lengths) -> int:
 @given(batches())
 def test_the_ranks_together_train_the_batch_once(batch):
     lengths, ranks, budget = batch
-    plan = plan_micro_batches(lengths, ranks, budget)
+    plan = planned(lengths, ranks, budget)
     assert len(plan) == ranks
     assert sorted(members(plan)) == list(range(len(lengths)))
 
@@ -111,14 +122,14 @@ def test_the_ranks_together_train_the_batch_once(batch):
 @given(batches())
 def test_no_micro_batch_is_over_budget(batch):
     lengths, ranks, budget = batch
-    plan = plan_micro_batches(lengths, ranks, budget)
+    plan = planned(lengths, ranks, budget)
     assert all(load([micro_batch], lengths) <= budget for rank in plan for micro_batch in rank)
 
 
 @given(batches())
 def test_all_ranks_run_the_same_number_of_micro_batches(batch):
     lengths, ranks, budget = batch
-    counts = {len(rank) for rank in plan_micro_batches(lengths, ranks, budget)}
+    counts = {len(rank) for rank in planned(lengths, ranks, budget)}
     assert len(counts) == 1 and counts != {0}
 
 
@@ -126,7 +137,7 @@ def test_all_ranks_run_the_same_number_of_micro_batches(batch):
 @example(batch=([200, 1, 1, 1, 1], 2, 200))
 def test_ranks_are_balanced_in_tokens(batch):
     lengths, ranks, budget = batch
-    loads = [load(rank, lengths) for rank in plan_micro_batches(lengths, ranks, budget)]
+    loads = [load(rank, lengths) for rank in planned(lengths, ranks, budget)]
     assert max(loads) - min(loads) <= max(lengths)
 
 
@@ -135,7 +146,7 @@ def test_ranks_are_balanced_in_tokens(batch):
 def test_examples_are_packed(batch):
     """First fit leaves at most one bin half empty, so that the number of bins is below twice the least possible."""
     lengths, ranks, budget = batch
-    plan = plan_micro_batches(lengths, ranks, budget)
+    plan = planned(lengths, ranks, budget)
     fullest = max(load(rank, lengths) for rank in plan)
     assert len(plan[0]) <= max(1, math.ceil(2 * fullest / budget))
 
@@ -143,44 +154,38 @@ def test_examples_are_packed(batch):
 @given(batches())
 @example(batch=([9, 9, 9, 3, 3, 3, 3, 3, 3, 3, 3, 3], 2, 10))
 def test_a_micro_batch_is_empty_only_where_its_rank_has_too_few_examples(batch):
-    for rank in plan_micro_batches(*batch):
+    for rank in planned(*batch):
         assert all(rank) or all(len(micro_batch) <= 1 for micro_batch in rank)
 
 
-@given(batches())
-def test_a_plan_is_a_pure_function(batch):
-    lengths, ranks, budget = batch
-    assert plan_micro_batches(list(lengths), ranks, budget) == plan_micro_batches(tuple(lengths), ranks, budget)
-
-
 def test_the_docstrings_example():
-    assert plan_micro_batches([700, 300, 600, 400], ranks=2, budget=1000) == [[[0, 1]], [[2, 3]]]
+    assert planned([700, 300, 600, 400], ranks=2, budget=1000) == [[[0, 1]], [[2, 3]]]
 
 
 def test_with_more_ranks_than_examples_the_others_have_an_empty_micro_batch():
-    assert plan_micro_batches([5, 7], ranks=4, budget=10) == [[[1]], [[0]], [[]], [[]]]
+    assert planned([5, 7], ranks=4, budget=10) == [[[1]], [[0]], [[]], [[]]]
 
 
 def test_a_rank_with_room_splits_its_micro_batches_to_keep_step_with_the_others():
     """Rank 0 has 8 + 3 tokens and needs two micro-batches; rank 1 has 6 + 4, which would fit in one."""
-    assert plan_micro_batches([8, 6, 4, 3], ranks=2, budget=10) == [[[0], [3]], [[1], [2]]]
+    assert planned([8, 6, 4, 3], ranks=2, budget=10) == [[[0], [3]], [[1], [2]]]
 
 
 @pytest.mark.parametrize(("lengths", "ranks"), [([11], 1), ([3, 11, 2], 2), ([11, 11], 8)])
 def test_an_example_longer_than_the_budget_is_refused(lengths, ranks):
     with pytest.raises(ValueError, match="example of 11 tokens .* micro-batch of 10"):
-        plan_micro_batches(lengths, ranks, budget=10)
+        planned(lengths, ranks, budget=10)
 
 
 def test_an_example_as_long_as_the_budget_is_not():
-    assert plan_micro_batches([10, 10], ranks=1, budget=10) == [[[0], [1]]]
+    assert planned([10, 10], ranks=1, budget=10) == [[[0], [1]]]
 
 
 @pytest.mark.parametrize(("ranks", "longest"), [(64, 2048), (64, 16384), (1, 16384)])
 def test_a_large_batch_is_planned(ranks, longest):
     """It is quick unless someone makes it quadratic: then the suite becomes noticeably slow here."""
     lengths = np.random.default_rng(0).integers(1, longest, 4096, endpoint=True).tolist()
-    assert sorted(members(plan_micro_batches(lengths, ranks, budget=16384))) == list(range(4096))
+    assert sorted(members(planned(lengths, ranks, budget=16384))) == list(range(4096))
 
 
 def plain_plan(lengths, ranks, budget):
@@ -215,7 +220,7 @@ def plain_plan(lengths, ranks, budget):
 @example(batch=([9, 1, 1, 1, 1, 1, 1, 1, 1, 1], 2, 9))
 @example(batch=([200, 200, 200, 1, 1, 1, 1, 1, 1, 1, 1, 1], 4, 200))
 def test_a_plan_is_the_one_that_a_plain_search_finds(batch):
-    assert plan_micro_batches(*batch) == plain_plan(*batch)
+    assert planned(*batch) == plain_plan(*batch)
 
 
 def fewest_bins(lengths, budget) -> int:
@@ -235,7 +240,7 @@ def fewest_bins(lengths, budget) -> int:
 def test_micro_batches_are_nearly_as_few_as_they_can_be(lengths, spare):
     """Longest first needs at most 11/9 of the least possible number, and 6/9 more."""
     budget = max(lengths) + spare
-    assert 9 * len(plan_micro_batches(lengths, 1, budget)[0]) <= 11 * fewest_bins(lengths, budget) + 6
+    assert 9 * len(planned(lengths, 1, budget)[0]) <= 11 * fewest_bins(lengths, budget) + 6
 
 
 def lengths_like_real_ones(examples: int) -> list[int]:
@@ -253,7 +258,39 @@ def test_no_rank_has_much_more_to_do_than_the_mean(ranks, examples):
     lengths = lengths_like_real_ones(examples)
     random_shares = np.random.default_rng(0).permutation(examples).reshape(ranks, 1, -1).tolist()
     assert largest_over_mean(random_shares, lengths) > 1.15
-    assert largest_over_mean(plan_micro_batches(lengths, ranks, budget=16384), lengths) <= 1.03
+    assert largest_over_mean(planned(lengths, ranks, budget=16384), lengths) <= 1.03
+
+
+# Ranks that wait for the longest example
+
+
+@given(batches())
+def test_no_plan_is_more_efficient_than_the_highest_efficiency(batch):
+    lengths, ranks, budget = batch
+    plan = plan_micro_batches(np.array(lengths), ranks, budget)
+    assert plan.loads.tolist() == [load(rank, lengths) for rank in plan]
+    efficiency = sum(lengths) / ranks / max(plan.loads)
+    assert efficiency <= highest_efficiency(np.array(lengths), len(lengths), ranks) + 1e-9
+
+
+# Each eight examples have 1000 + 7 x 100 tokens; the longest of a batch takes as long as 8 ranks x 1000 tokens.
+LENGTHS = np.tile([100] * 7 + [1000], 32)
+
+
+@pytest.mark.parametrize(("batch_size", "efficiency"), [(16, 0.425), (32, 0.85), (64, 1), (256, 1)])
+def test_highest_efficiency_is_the_mean_over_batches(batch_size, efficiency):
+    assert highest_efficiency(LENGTHS, batch_size, ranks=8) == pytest.approx(efficiency)
+    mixed = np.concatenate([LENGTHS[:16], [100] * 16])  # the second batch of 16 has 2 x 100 tokens for each rank
+    assert highest_efficiency(mixed, 16, ranks=8) == pytest.approx((0.425 + 1) / 2)
+
+
+def test_the_notice_names_the_batch_size_that_keeps_ranks_busy():
+    assert idle_notice(LENGTHS, 16, 8) == (
+        "BATCH_SIZE 16 (data.train_batch_size) keeps 8 ranks busy for at most 42% of their time, since all wait for "
+        "the rank with the longest example. BATCH_SIZE 64 allows 100%."
+    )
+    assert idle_notice(LENGTHS, 32, 8) is idle_notice(LENGTHS, 16, 1) is None
+    assert "Use fewer ranks or lower MAX_LENGTH" in idle_notice(LENGTHS[:48], 16, 8)
 
 
 # ValidationResult split
@@ -314,3 +351,25 @@ def test_a_mixture_is_seeded_and_no_two_sources_draw_the_same_lot():
     assert first.tolist() != (second - 1000).tolist()
     assert sample_mixture([(1000, 100)], 42).tolist() == first.tolist() != sample_mixture([(1000, 100)], 43).tolist()
     assert sample_mixture([(5, 5), (3, 3)], 42).tolist() == list(range(8))
+
+
+@st.composite
+def pairs(draw):
+    """Lengths of sources and targets, a number of ranks, and a budget that each example fits."""
+    lengths = draw(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=40))
+    budget = draw(st.integers(max(map(sum, lengths)), 400))
+    return [source for source, _ in lengths], [target for _, target in lengths], draw(st.integers(1, 5)), budget
+
+
+@given(pairs())
+def test_padded_micro_batches_hold_each_example_once_within_the_budget(batch):
+    sources, targets, ranks, budget = batch
+    plan = planned_padded(sources, targets, ranks, budget)
+    assert sorted(members(plan)) == list(range(len(sources)))
+    assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1
+    for rows in (micro_batch for rank in plan for micro_batch in rank if micro_batch):
+        assert len(rows) * (max(sources[row] for row in rows) + max(targets[row] for row in rows)) <= budget
+
+
+def test_rows_of_about_the_same_length_share_a_micro_batch():
+    assert planned_padded([9, 2, 9, 2], [9, 2, 9, 2], 1, 36) == [[[2, 0], [3, 1]]]

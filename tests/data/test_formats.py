@@ -145,7 +145,7 @@ def test_formats_may_be_mixed_in_a_file(tmp_path, suffix):
         ),
         ({"conversations": [{}]}, "conversations[0].role is missing; expected role and content, found none"),
         ({"conversations": [{"role": "user", "content": 1}]}, "conversations[0].content is a number"),
-        ({"conversations": [DICTS[1], {"role": "bot", "content": "b"}]}, "conversations[1].role is 'bot'"),
+        ({"conversations": [DICTS[1], {"role": "robot", "content": "b"}]}, "conversations[1].role is 'robot'"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 1}]}, "[1].value is a number"),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "conversations[0].role is 'narrator'"),
         ({"conversations": [DICTS[0], DICTS[0]]}, "conversations[1].role is a second system turn"),
@@ -196,8 +196,8 @@ def test_formats_may_be_mixed_in_a_file(tmp_path, suffix):
         ({"messages": DICTS, "tools": "search"}, "tools is text; expected a list of function schemas"),
         ({"messages": DICTS, "tools": ["search"]}, "tools[0] is text; expected a function schema"),
         (
-            {"messages": [{"role": "tool", "content": [{"type": "tool_result", "content": "4"}]}, DICTS[2]]},
-            "messages[0].content[0] has no result; expected text or value, found type, content",
+            {"messages": [{"role": "tool", "content": [{"type": "tool_result", "result": "4"}]}, DICTS[2]]},
+            "messages[0].content[0] has no result; expected text or value, found type, result",
         ),
         (
             {"messages": [{"role": "assistant", "reasoning": "a", "content": [{"type": "reasoning", "text": "b"}]}]},
@@ -246,7 +246,8 @@ def test_named_format_is_required_of_every_record(tmp_path):
     path = write(tmp_path / "a.json", [RECORDS["alpaca"], GOOD])
     assert error_of(path, "alpaca").startswith(f"{path}, record 2: the fields (prompt, response) fit no format; ")
     assert error_of(path, "alpaca").endswith(
-        "expected alpaca (instruction, output); data.columns maps other column names."
+        "expected alpaca (instruction, output); "
+        "data.columns (scripts/prepare_sft_data.py: --columns) maps other column names."
     )
     both = write(tmp_path / "b.json", [{**GOOD, "messages": DICTS}])
     assert turns_of(both, "messages") == turns_of(both) == [TURNS]

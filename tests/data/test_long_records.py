@@ -102,7 +102,7 @@ def test_far_too_long_record_is_left_out_untokenized(tokenizer, cache_dir, tmp_p
     assert examples(store) == [complete[0], complete[2]]
     assert 200 < report.longest <= len(complete[1][0])
     (notice,) = data_notices(report, "train", DataConfig(max_length=200), tmp_path)
-    assert "1 of 3 examples (33.3%) are longer than 200 tokens and left out" in notice
+    assert "1 of 3 examples (33.3%) longer than 200 tokens, left out" in notice
     assert f"the longest has more than {report.longest} tokens" in notice
 
 

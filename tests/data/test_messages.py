@@ -27,6 +27,8 @@ USER, ANSWER = ("user", "Hi"), ("assistant", "Hello.")
         [USER, ANSWER],
         [("system", "Be kind."), USER, ANSWER, USER, ANSWER],
         [("system", ""), USER, ANSWER],
+        [("system", "a"), USER, ANSWER, ("system", "b"), USER, ANSWER],
+        [USER, ("system", "a"), ANSWER],
         [USER, USER, ANSWER],
         [USER, ANSWER, USER],
         [ANSWER],
@@ -57,7 +59,7 @@ def test_frozen_and_equal_wherever_it_came_from():
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
-        ([USER, ("bot", "x")], "messages[1].role is 'bot'; expected system, user, assistant or tool"),
+        ([USER, ("bot", "x")], "messages[1].role is 'bot'; expected system, user, assistant or tool; data.roles maps"),
         ([USER, (None, "x")], "messages[1].role is null; expected system, user, assistant or tool"),
         ([USER, (["user"], "x")], "messages[1].role is a list"),
         ([USER, ("assistant", None)], "messages[1].content is null; expected text"),
@@ -70,9 +72,7 @@ def test_frozen_and_equal_wherever_it_came_from():
         ([USER, ("assistant", "")], "messages[1].content is an empty response"),
         ([USER, ("assistant", " \n\t\u3000")], "messages[1].content is an empty response"),
         ([USER, ANSWER, ("user", " ")], "messages[2].content is an empty prompt"),
-        ([("system", "a"), ("system", "b"), USER, ANSWER], "messages[1].role is a second system turn"),
-        ([("system", "a"), USER, ("system", "b"), ANSWER], "messages[2].role is a second system turn"),
-        ([USER, ("system", "a"), ANSWER], "messages[1].role is a system turn after other turns"),
+        ([("system", "a"), ("system", "b"), USER, ANSWER], "messages[1].role is a second system turn in a row"),
         ([USER, USER], "messages has no assistant turn"),
         ([], "messages has no assistant turn"),
         ([("user", "half \ud83d"), ANSWER], r"messages[0].content contains \ud83d, half of a character"),

@@ -8,7 +8,7 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from sft_recipe.config.schema import DataConfig
-from sft_recipe.data import pipeline, store_writer, tokenize
+from sft_recipe.data import pipeline, store_writer, tokenize, worker_pool
 from sft_recipe.data.notices import data_notices
 from sft_recipe.data.rendering.renderer import Renderer
 from sft_recipe.errors import DataError, ModelError
@@ -18,7 +18,7 @@ from tests.support import tiny
 
 def test_bad_record_late_in_a_file_leaves_no_folder(tokenizer, cache_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "CHUNK_RECORDS", 1)
-    monkeypatch.setattr(tokenize, "MIN_CHUNKS", 2)
+    monkeypatch.setattr(worker_pool, "MIN_CHUNKS", 2)
     bad = write(tmp_path / "bad.json", [*RECORDS, {"prompt": "Hi", "response": ""}])
     with pytest.raises(DataError, match="bad.json, record 5.*response"):
         build(bad, tokenizer, cache_dir)
@@ -125,7 +125,13 @@ def test_error_says_what_to_set_if_all_examples_are_too_long(truncation, data, t
     with pytest.raises(DataError) as caught:
         build(data, tokenizer, cache_dir, max_length=4, truncation=truncation)
     message = str(caught.value)
-    for part in ("data.json", "all 4 examples", "max_length=4 ", f"longest has {longest}", f"MAX_LENGTH to {longest}"):
+    for part in (
+        "data.json",
+        "none of the 4 examples fits",
+        "max_length=4 ",
+        f"longest has {longest}",
+        f"MAX_LENGTH to {longest}",
+    ):
         assert part in message
     assert ("truncation=right" in message) == (truncation == "drop")
     assert cache_contents(cache_dir) == ["tokens"]
@@ -246,4 +252,4 @@ def test_a_notice_counts_the_answers_without_their_reasoning(cache_dir, tmp_path
     report = build(path, tiny.build_tokenizer(drops_earlier), cache_dir).report
     assert (report.earlier_without_reasoning, report.dropped_reasoning) == (3, 0)
     [notice] = data_notices(report, "train", DataConfig(train_files=[str(path)]), tmp_path)
-    assert notice.startswith("train: 3 answers are trained without their reasoning") and "data.train_on=last" in notice
+    assert notice.startswith("train: 3 answers trained without reasoning") and "data.split_turns=true" in notice

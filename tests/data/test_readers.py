@@ -4,6 +4,7 @@ import bz2
 import csv
 import gzip
 import json
+import struct
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -98,7 +99,7 @@ def test_malformed_json(tmp_path, name, data, place, near):
     [
         ('prompt,response\na,b\n"c,d\ne,f\n', "line 3", "malformed CSV"),
         ("prompt,response\na,b,c\n", "line 2", "3 cells where the header has 2"),
-        ("prompt,response\n\na\n", "line 3", "1 cells where the header has 2"),
+        ("prompt,response\n\na\n", "line 3", "1 cell where the header has 2"),
         ("question,answer\na,b\n", "line 2", "the fields (question, answer) fit no format"),
     ],
 )
@@ -113,6 +114,21 @@ def test_damaged_parquet(tmp_path):
     for data in (broken_text, complete[:-50], b"PAR1" * 9, complete[:40] + b"\xff" * 40 + complete[80:]):
         path = raw(tmp_path / "b.parquet", data)
         assert error_of(path).startswith(f"{path}: cannot be read as Parquet")
+
+
+def test_damaged_arrow(tmp_path):
+    """Offsets of texts that lead out of them, and a length that is negative: reading those would end the process."""
+    texts = pa.array(["a", "b"])
+    table = pa.table({"prompt": texts, "response": texts})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    complete = (tmp_path / "a.arrow").read_bytes()
+    start = complete.index(struct.pack("<3i", 0, 1, 2))
+    for at, value in ((0, -1), (0, 127), (4, 2**31 - 1), (8, 7 * 16**7)):
+        damaged = bytearray(complete)
+        damaged[start + at : start + at + 4] = struct.pack("<i", value)
+        path = raw(tmp_path / "b.arrow", bytes(damaged))
+        assert error_of(path).startswith(f"{path}: cannot be read as Arrow after record 0")
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
@@ -191,7 +207,7 @@ def test_csv_with_any_delimiter(tmp_path, delimiter):
     (_, found), (_, bad) = readers.read_records(path)
     assert found == record
     name = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}[delimiter]
-    assert f"line 4: 3 cells where the header has 2; quote cells that contain {name}" in str(bad.error)
+    assert f"line 4: 3 cells where the header has 2; quote those with {name}" in str(bad.error)
 
 
 def test_header_of_one_cell_or_with_commas_is_as_it_was(tmp_path):

@@ -188,7 +188,7 @@ def test_call_that_cannot_continue_the_turn_is_an_error(key, value, expected):
         to_conversation(record, "")
 
 
-@pytest.mark.parametrize("key", ["train", "weight", "loss", "trainable", "loss_mask", "mask"])
+@pytest.mark.parametrize("key", ["train", "weight", "loss_weight", "loss", "trainable", "loss_mask", "mask"])
 @pytest.mark.parametrize(("value", "is_trained"), [(True, True), (1, True), (1.0, True), (False, False), (0, False)])
 def test_loss_switches_mean_the_same(key, value, is_trained):
     record = {"messages": [OPENAI[0], {"role": "assistant", "content": "4", key: value}]}

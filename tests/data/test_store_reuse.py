@@ -1,6 +1,7 @@
 """A token store is reused if nothing has changed, and rebuilt after a change or damage."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from transformers import AutoTokenizer
 from sft_recipe.data import pipeline, token_store
 from sft_recipe.data.pipeline import open_store
 from sft_recipe.data.rendering.renderer import RenderOptions
-from sft_recipe.data.token_store import StoreOptions, TokenStore
+from sft_recipe.data.token_store import StoreOptions, TokenStore, code_of_stores
 from tests.data.stores import FILES, RECORDS, build, encoded, examples, store_names, write
 from tests.support import tiny
+from tests.support.runs import ROOT
 
 
 @pytest.fixture
@@ -105,6 +107,10 @@ def other_columns(data, tokenizer, options):
     return tokenizer, replace(options, columns={"prompt": "prompt"})
 
 
+def other_roles(data, tokenizer, options):
+    return tokenizer, replace(options, roles={"Agent": "assistant"})
+
+
 def bad_records_skipped(data, tokenizer, options):
     return tokenizer, replace(options, on_bad_record="skip")
 
@@ -119,6 +125,7 @@ def special_text_allowed(data, tokenizer, options):
 
 CHANGES = [
     other_columns,
+    other_roles,
     bad_records_skipped,
     other_turns,
     special_text_allowed,
@@ -226,3 +233,22 @@ def test_store_with_a_foreign_array_is_rebuilt(data, tokenizer, cache_dir):
     folder = build(data, tokenizer, cache_dir).folder
     np.save(folder / "supervised.npy", np.arange(7))
     assert build(data, tokenizer, cache_dir).supervised.tolist() == [sum(mask) for _, mask in encoded(tokenizer, data)]
+
+
+def test_only_code_that_decides_what_a_store_contains_is_in_its_key():
+    """No module outside the key is imported, directly or not, by those that read, convert and render records."""
+    folder = ROOT / "sft_recipe/data"
+    in_key = {path.relative_to(folder).with_suffix("").as_posix().replace("/", ".") for path in code_of_stores()}
+    pending, reached = (
+        ["formats", "columns", "readers", "split_turns", "rendering.renderer", "rendering.source_target"],
+        set(),
+    )
+    while pending:
+        name = pending.pop()
+        reached.add(name)
+        text = (folder / f"{name.replace('.', '/')}.py").read_text()
+        found = re.findall(r"(?m)^\s*from sft_recipe\.data\.([\w.]+) import", text)
+        pending += [other for other in found if other not in reached]
+    assert reached <= in_key
+    assert not in_key & {"batching", "notices", "quality", "run_inputs", "sources", "store_eviction", "worker_pool"}
+    assert {"tokenize", "pipeline", "store_writer", "token_store", "remarks"} <= in_key

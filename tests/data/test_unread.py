@@ -33,13 +33,14 @@ CALL = {"name": "f", "arguments": {}}
         ({**PAIR, "system": "a", "tools": [{"name": "f"}], "history": [["a", "b"]], "thinking": "c"}, ()),
         ({**PAIR, "reasoning": True, "input": "a"}, ("reasoning", "input")),
         ({"instruction": "a", "input": "b", "output": "c", "text": "d"}, ("text",)),
-        ({"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"}, ()),
-        ({"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": "d", "score": 1}, ("score",)),
+        ({"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"}, ("rejected",)),
+        ({"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": "d", "score": 1}, ("rejected", "score")),
+        ({"prompt": "Hi", "chosen": "Hello.", "rejected": ""}, ()),
         ({"prompt": "Hi", "chosen": [USER, ANSWER], "messages": [USER, ANSWER]}, ("prompt",)),
         ({"prompt": "Hi", "completion": [{**ANSWER, "note": 1}]}, ("completion[].note",)),
         (
             {"messages": [{**USER, "name": "Bo", "train": False}, {**ANSWER, "id": 1}]},
-            ("messages[].name", "messages[].id"),
+            ("messages[].id",),
         ),
         (
             {"messages": [{**USER, "tools": [1]}, {**ANSWER, "weight": 1, "from": "gpt"}]},
@@ -199,3 +200,16 @@ def test_remarks_of_chunks_add_up_and_stay_small():
     assert named.endswith(f"key18 (1 record) and {MAX_KEYS + 1 - 20} more")
     assert total.open_reasoning.count == 3 * MAX_KEYS
     assert total.open_reasoning.sources == ["record 0", "record 1", "record 2"]
+
+
+def test_rejected_answers_are_counted():
+    remarks = Remarks()
+    for record in (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": [ANSWER]},
+    ):
+        remarks.add(to_conversation(record, ""))
+    expected = "2 records with a rejected answer, which is not used: the chosen one is trained on"
+    assert list(remarks.sentences()) == [expected]
+    remarks.add(to_conversation({"prompt": "a", "chosen": "b", "rejected": "", "id": 1}, ""))
+    assert list(remarks.sentences()) == ["keys that are not read: id (1 record)", expected]

@@ -2,13 +2,16 @@
 
 import multiprocessing
 import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from sft_recipe.distributed.rendezvous import remove_rendezvous_dir, rendezvous_dir
+from sft_recipe import main_sft
+from sft_recipe.distributed.rendezvous import is_error_reporter, remove_rendezvous_dir, rendezvous_dir
 from sft_recipe.errors import PreflightError
 
 fork = multiprocessing.get_context("fork")
@@ -98,3 +101,22 @@ def test_restarted_rank_finds_the_folder_of_its_run(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert len(places_of_children()) == 1
+
+
+def test_a_rank_that_is_ended_after_an_error_was_reported_says_nothing(monkeypatch, capfd):
+    """The torchrun of several ranks ends the others as soon as one has failed."""
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+
+    def stopped():
+        with pytest.raises(SystemExit) as caught:
+            main_sft._end_before_training(os.getpid(), signal.SIGTERM, None)
+        return caught.value.code, capfd.readouterr().err
+
+    try:
+        assert stopped() == (143, "stopped by SIGTERM before training started\n")
+        assert is_error_reporter() and not is_error_reporter()
+        assert stopped() == (143, "")
+    finally:
+        remove_rendezvous_dir()

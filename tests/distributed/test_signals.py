@@ -137,7 +137,7 @@ def fall_silent(rank: int) -> None:
 @pytest.mark.parametrize(
     ("setup", "says"),
     [
-        (die_alone, "rank 0 aborts: a peer rank exited"),
+        (die_alone, "aborts: a peer rank exited"),
         (fail_alone, "ArithmeticError: odd"),
         (fail_with_a_familiar_word, "RuntimeError: NCCL is too old"),
         (hang_alone, "rank 1 on"),

@@ -80,7 +80,7 @@ def test_directory_instead_of_a_file_is_reported(run, tmp_path):
 def test_only_too_long_examples_are_reported_with_the_key_to_set(run):
     code, error = run(GOOD, "data.max_length=4")
     assert code == 2
-    assert "all 6" in error and "max_length=4" in error and "MAX_LENGTH" in error
+    assert "none of the 6 examples fits" in error and "max_length=4" in error and "MAX_LENGTH" in error
 
 
 def test_truncation_error_names_the_record(run):
@@ -117,7 +117,7 @@ def test_dropped_examples_are_reported(run, capfd, model, tmp_path):
         (["fsdp=megatron"], ["megatron", "not installed", "GPU"]),
         (["trainer.logger=[console,mlflow]"], ["mlflow", "pip install"]),
         (["trainer.logger=[wandbb]"], ["wandbb"]),
-        (["fsdp.ulysses_sequence_parallel_size=2"], ["1 ranks", "parallel sizes"]),
+        (["fsdp.ulysses_sequence_parallel_size=2"], ["1 rank cannot be grouped", "parallel sizes"]),
         (["model.tokenizer_path={tokenizer}"], ["tokenizer", "512 embeddings"]),
         (["trainer.resume_from={nothing}"], ["nothing"]),
         (["trainer.output_dir={file}/out"], ["cannot be written"]),

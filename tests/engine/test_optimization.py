@@ -1,4 +1,4 @@
-"""The learning-rate schedule and gradient clipping against PyTorch's and transformers'."""
+"""Gradient clipping against PyTorch's, and the scale of the loss in fp16."""
 
 import math
 from copy import deepcopy
@@ -6,26 +6,8 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
 
-from sft_recipe.engine.optimization import clip_grad_norm, schedule
-
-
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
-def test_schedule_rises_in_the_warmup_and_falls_to_the_minimum(kind):
-    rates = [schedule(step, 100, 10, kind, 0.1) for step in range(101)]
-    assert rates[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
-    expected = {"constant": (1.0, 1.0), "linear": (0.55, 0.1), "cosine": (0.55, 0.1)}[kind]
-    assert (rates[55], rates[100]) == pytest.approx(expected)
-    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
-    assert schedule(0, 1, 0, kind, 0.0) == 1.0
-
-
-def test_cosine_equals_transformers_after_the_warmup():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    [reference] = get_cosine_schedule_with_warmup(optimizer, 10, 100).lr_lambdas
-    for step in range(10, 100):
-        assert schedule(step, 100, 10, "cosine", 0.0) == pytest.approx(reference(step))
+from sft_recipe.engine.optimization import LossScale, clip_grad_norm
 
 
 @pytest.mark.parametrize("limit", [0.5, 100.0, math.inf])
@@ -38,3 +20,27 @@ def test_clipping_equals_torchs(limit):
         other.grad = None if weight.grad is None else weight.grad.clone()
     assert clip_grad_norm(weights, limit) == nn.utils.clip_grad_norm_(others, limit)
     assert all(torch.equal(weight.grad, other.grad) for weight, other in zip(weights[:2], others[:2], strict=True))
+
+
+def test_loss_scale_follows_pytorchs_grad_scaler():
+    ours, theirs = LossScale(is_needed=True), torch.amp.GradScaler("cpu", growth_interval=LossScale.GROWTH_INTERVAL)
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for step in range(2 * LossScale.GROWTH_INTERVAL):
+        is_finite = step not in (0, 1, 450)
+        theirs.scale(weight.sum() * (1.0 if is_finite else math.inf)).backward()
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        ours.update(is_finite)
+        assert ours.value == theirs.get_scale(), step
+
+
+def test_gradients_are_divided_by_the_loss_scale_and_others_are_left_alone():
+    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    weights[0].grad = torch.full((2,), 2.0**17)
+    LossScale(is_needed=True).unscale(weights)
+    assert weights[0].grad.tolist() == [2.0, 2.0] and weights[1].grad is None
+    scale = LossScale(is_needed=False)
+    scale.update(is_finite=False)
+    assert scale.value == 1

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
 from sft_recipe.engine.cpu.platform import use_cpu
@@ -71,6 +72,9 @@ def work(warm, tmp_path_factory):
             on_two_ranks.append([*arguments, f"trainer.output_dir={folder}/{variant}-{strategy}-2"])
     checkpointed = [*base, "model.enable_gradient_checkpointing=true", "data.micro_batch_size_per_gpu=2"]
     assert run_here(*checkpointed, f"trainer.output_dir={folder}/checkpointing-fsdp2-1") == 0
+    moving = saved_tensors_hooks(lambda tensor: tensor.clone(), lambda copy: copy.clone())
+    with patch.object(SFTEngine, "offloading", lambda _: moving):  # as on a GPU
+        assert run_here(*checkpointed, f"trainer.output_dir={folder}/offloading-fsdp2-1") == 0
     for reshards in ("true", "false"):
         long = [*base, "trainer.total_training_steps=3", "optim.lr=0.1", f"data.val_files={folder}/data.json"]
         long += ["trainer.test_freq=1", f"fsdp.reshard_after_forward={reshards}", "fsdp.strategy=fsdp2"]
@@ -121,8 +125,9 @@ def test_full_step_equals_a_plain_loop(work, tokenizer, variant, strategy, ranks
     check_full(model_of(work, variant), tokenizer, work / f"{variant}-{strategy}-{ranks}")
 
 
-def test_gradient_checkpointing_and_larger_packs_give_the_same_step(work, tokenizer):
-    check_full(work / "model", tokenizer, work / "checkpointing-fsdp2-1")
+@pytest.mark.parametrize("run", ["checkpointing", "offloading"])
+def test_gradient_checkpointing_and_larger_packs_give_the_same_step(work, tokenizer, run):
+    check_full(work / "model", tokenizer, work / f"{run}-fsdp2-1")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -232,3 +237,55 @@ def test_bf16_steps_do_not_depend_on_ranks_and_strategy(in_bf16, name):
     for (loss, norm), (expected_loss, expected_norm) in zip(in_bf16[name], in_bf16["one"], strict=True):
         assert loss == pytest.approx(expected_loss, rel=2e-4)
         assert norm == pytest.approx(expected_norm, rel=1e-2)
+
+
+@pytest.mark.parametrize("model", ["model", "untied_model"])
+def test_frozen_weights_that_fsdp1_neither_shards_nor_casts_survive_backward_passes_and_saves(
+    work, warm, tmp_path, model
+):
+    """As on one GPU with LoRA."""
+    rows = []
+    for name, setup in (("unsharded", None), ("fsdp1", ("tests.support.fsdp1:enable", {}))):
+        end = warm.run(
+            [
+                f"data.train_files={work}/data.json", f"data.cache_dir={work}/cache", f"model.path={work}/{model}",
+                *COMMON, "lora.enabled=true", "fsdp.strategy=fsdp", "data.max_length=128",  # two micro-batches
+                "trainer.total_training_steps=3", "optim.lr=0.1", f"trainer.output_dir={tmp_path}/{name}",
+            ],
+            setup=setup,
+        )  # fmt: skip
+        assert end.code == 0, end.output
+        rows.append([row[key] for row in metrics(tmp_path / name) for key in ("train/loss", "train/grad_norm")])
+    assert len(rows[0]) == 6 and rows[1] == pytest.approx(rows[0], rel=1e-5)
+    folders = [tmp_path / name / "checkpoints/step_3/huggingface" for name in ("unsharded", "fsdp1")]
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, weight in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "extra"),
+    [(1, []), pytest.param(2, ["fsdp.strategy=fsdp2"], marks=pytest.mark.slow), (2, ["lora.enabled=true"])],
+)
+def test_fp16_steps_are_those_of_fp32_and_resume_with_their_loss_scale(work, warm, tmp_path, ranks, extra):
+    """Without a scale the gradients of this many tokens would be zero in fp16."""
+
+    def run(name, *more):
+        words = [
+            f"data.train_files={work}/data.json", f"data.cache_dir={work}/cache", f"model.path={work}/model", *COMMON,
+            f"trainer.output_dir={tmp_path}/{name}", "optim.lr=0.1", "optim.lr_scheduler_type=constant", *extra, *more,
+        ]  # fmt: skip
+        end = warm.run(words, ranks=ranks)
+        assert end.code == 0, end.output
+        return [(row["train/loss"], row["train/grad_norm"]) for row in metrics(tmp_path / name)]
+
+    half = "fsdp.mixed_precision.param_dtype=fp16"
+    exact = run("exact", "fsdp.mixed_precision.param_dtype=fp32", "trainer.total_training_steps=3")
+    scaled = run("scaled", half, "trainer.total_training_steps=3")
+    for (loss, norm), (expected_loss, expected_norm) in zip(scaled, exact, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=5e-3) and norm == pytest.approx(expected_norm, rel=3e-2)
+    run("resumed", half, "trainer.total_training_steps=2")
+    assert run("resumed", half, "trainer.total_training_steps=3", "trainer.resume_from=auto") == scaled
+    manifest = json.loads((tmp_path / "resumed/checkpoints/step_3/manifest.json").read_text())
+    assert manifest["loss_scale"] == [2.0**16, 3]

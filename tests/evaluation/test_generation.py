@@ -101,6 +101,18 @@ def test_scores_are_in_the_row_and_in_the_terminal(run):
     assert f"BLEU-4 {expected.bleu4:.2f}" in said and "tok:13a" in said and "answer" in said
 
 
+def test_fixed_prompts_are_rendered_with_the_variables_of_the_run():
+    from sft_recipe.config.trainer import EvalConfig
+    from sft_recipe.data.rendering.options import RenderOptions
+    from sft_recipe.evaluation.generation import AnswerGenerator
+
+    tokenizer = tiny.build_tokenizer(tiny.CHATML + "{{ style|default('plain') }}")
+    config = EvalConfig.model_validate({"prompts": ["Count to 3"]})
+    options = RenderOptions(chat_template_kwargs={"style": "terse"})
+    [prompt] = AnswerGenerator(config, {}, tokenizer, [], lambda *_: [], 10, options=options).prompts
+    assert tokenizer.decode(prompt.ids) == "<|im_start|>user\nCount to 3<|im_end|>\n<|im_start|>assistant\nterse"
+
+
 def test_prompts_are_taken_from_each_set_in_turn(tmp_path):
     """A set that has too few leaves its place to the others."""
     from sft_recipe.evaluation.generation import _validation_prompts

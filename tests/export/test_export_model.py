@@ -216,6 +216,17 @@ def test_an_export_that_is_not_the_model_is_an_error(full, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_difference_than_rounding_is_known_to_cause_names_the_flag_that_does_not_round(
+    lora, tmp_path, monkeypatch, capsys
+):
+    from sft_recipe.export import verification
+
+    monkeypatch.setattr(verification, "ROUNDINGS", -1)
+    assert export(lora, "--merge", "--dtype", "bfloat16", "--out", tmp_path / "out") == 2
+    assert "If this is the rounding to bfloat16, --dtype float32 passes" in capsys.readouterr().err
+    assert export(lora, "--merge", "--dtype", "float32", "--out", tmp_path / "out") == 0
+
+
 def test_a_merge_that_does_not_merge_is_an_error(lora, tmp_path, monkeypatch, capsys):
     from peft.tuners.lora.layer import Linear
 
@@ -248,7 +259,7 @@ def damage(run: Path) -> Path:
         (["--adapter", "ADAPTER", "--model", "/nowhere/base"], "there is no model at /nowhere/base"),
         (["--adapter", "ADAPTER", "--model", "some/base"], "cannot be reached"),
         (["--adapter", "ADAPTER", "--model", "OTHER"], "cannot be loaded over its base model"),
-        (["FULL", "--shard_size", "5"], "expected a size such as 5GB"),
+        (["FULL", "--shard_size", "5"], "expected a size such as 24GB"),
         (["FULL", "--dtype", "int8"], "invalid choice"),
         (["FULL", "--step", "x"], "--step"),
         (["DAMAGED"], "does not have its checksum"),

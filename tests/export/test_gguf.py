@@ -23,7 +23,7 @@ from transformers import (
 
 from sft_recipe.cli.export import main
 from sft_recipe.export.gguf_tokenizer import SPLITS, read_tokenizer
-from tests.support import tiny
+from tests.support import seq2seq, tiny
 
 SIZE = dict(
     vocab_size=520, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -165,6 +165,15 @@ def test_tokenizer_of_another_kind_is_refused(tmp_path, capsys):
 def test_flags_that_do_not_fit_are_errors(args, message, model_dir, tmp_path, capsys):
     assert main([str(model_dir), "--out", str(tmp_path / "out"), *args]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_a_model_that_no_gguf_file_holds_is_not_asked_to_be_merged(tmp_path, capsys):
+    base, adapter = seq2seq.build_model(tmp_path / "t5"), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert main(["--adapter", str(adapter), "--format", "gguf", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "this model is a t5" in error and "--merge" not in error
 
 
 def test_wrong_order_of_rows_is_found(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,8 @@ import json
 import signal
 
 import pytest
-from transformers import GenerationConfig
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from sft_recipe.checkpoint.manifest import read_manifest, verify
 from sft_recipe.engine.cpu.platform import use_cpu
@@ -15,6 +16,7 @@ from tests.support.runs import metrics, run_here
 from tests.support.small_run import STEPS, arguments, checkpoints
 
 use_cpu()  # before the next import, which lets verl choose a platform
+from sft_recipe.export import huggingface  # noqa: E402
 from sft_recipe.export.huggingface import ModelSaver  # noqa: E402
 
 SHORT = "trainer.total_training_steps=2"
@@ -151,3 +153,17 @@ def test_stopped_run_whose_export_fails_exits_with_75(warm, model, tmp_path):
     end = warm.run(arguments(model, tmp_path), setup=(f"{__name__}:never_export_and_stop", {}))
     assert end.code == 75 and "cannot be exported" in end.output, end.output
     assert metrics(tmp_path / "out")[-1]["step"] == 1 and (tmp_path / "out/checkpoints/step_1/state").is_dir()
+
+
+def test_merged_model_in_bf16_is_compared_with_its_own_rounded_weights(tmp_path, monkeypatch):
+    """The weights are the same on both sides: rotary frequencies must not have been rounded with them."""
+    folder = tiny.build_model(tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    LlamaForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    found = []
+    monkeypatch.setattr(
+        huggingface, "require_same_logits", lambda expected, saved, action: found.append((expected, saved))
+    )
+    assert run_here(*arguments(folder, tmp_path / "run", SHORT, *MERGED)) == 0
+    assert found
+    for expected, saved in found:
+        torch.testing.assert_close(saved, expected, rtol=1e-6, atol=1e-7)

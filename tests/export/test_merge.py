@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sft_recipe.engine.cpu.platform import use_cpu
@@ -41,6 +41,29 @@ def test_merged_model_has_the_validation_loss_of_the_trained_one(tmp_path, targe
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_are_loaded_without_a_trace_in_other_threads(tmp_path, monkeypatch):
+    """A run trains meanwhile: no random numbers are drawn, and modules are as they were, while peft builds layers."""
+    use_cpu()
+    from sft_recipe.export.merge import load_adapters
+
+    folder = tiny.build_model(tmp_path / "model")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    base, register, seen = AutoModelForCausalLM.from_pretrained(folder), torch.nn.Module.register_parameter, []
+    init = torch.nn.Linear.__init__
+
+    def look(self, *args, **settings):
+        init(self, *args, **settings)
+        seen.append((torch.nn.Module.register_parameter is register, self.weight.device.type))
+
+    monkeypatch.setattr(torch.nn.Linear, "__init__", look)
+    before = torch.get_rng_state()
+    loaded = load_adapters(base, tmp_path / "adapter")
+    assert torch.equal(torch.get_rng_state(), before) and set(seen) == {(True, "meta")}
+    for name, weight in adapted.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
 
 
 @pytest.mark.parametrize("wrong", [1.01, torch.nan])

@@ -2,13 +2,11 @@
 
 import weakref
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sft_recipe.errors import ConfigError
 from sft_recipe.export.verification import computed_in_fp32
-from sft_recipe.export.weights import Entry, parse_size, write_weights
+from sft_recipe.export.weights import Entry, write_weights
 
 
 class CountedWeights:
@@ -46,14 +44,3 @@ def test_layers_compute_in_fp32(model_dir):
     assert model.dtype == torch.bfloat16 and not model.model.layers[0].mlp.up_proj._forward_pre_hooks
     with torch.no_grad():
         assert torch.equal(found, model.float()(ids).logits)
-
-
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("200kb", 200_000)])
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["5", "GB", "-1GB", "0GB", "5 GBit"])
-def test_other_sizes_are_errors(text):
-    with pytest.raises(ConfigError, match="expected a size such as 5GB"):
-        parse_size(text)

@@ -12,6 +12,8 @@ import time
 import psutil
 import pytest
 
+from sft_recipe.config.compose import load_config
+from sft_recipe.launch import local
 from tests.support import tiny
 from tests.support.runs import ROOT, metrics
 from tests.support.small_run import arguments, checkpoints
@@ -96,7 +98,7 @@ def test_failed_rank_is_restarted_and_signals_reach_all_ranks(launch, model, tmp
     steps = [row["step"] for row in rows(folder)]
     assert steps == list(range(1, len(steps) + 1))
     assert f"step_{steps[-1]}" in checkpoints(folder)
-    assert "rank 0 aborts: a peer rank exited" in output.read_text() and "Traceback" not in output.read_text()
+    assert "aborts: a peer rank exited" in output.read_text() and "Traceback" not in output.read_text()
 
 
 def saves(output):
@@ -200,4 +202,19 @@ def test_failure_on_one_machine_ends_the_other_with_the_reason(launch, model, tm
         assert "missing.json" in output[0] and f"rank 1 on {socket.gethostname()} stopped" in output[0], output
     else:
         assert codes == (1, 137), output
-        assert "rank 0 aborts: a peer rank exited" in output[0] and "rank 0 of this machine was killed" in output[1]
+        assert "aborts: a peer rank exited" in output[0] and "rank 0 of this machine was killed" in output[1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_allocator_is_set_before_a_rank_starts_and_the_users_setting_is_kept(monkeypatch, ranks):
+    """PyTorch reads the variable when CUDA starts, in the ranks."""
+    seen = []
+    for name in local.ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(local, "_fork", lambda _: seen.append(os.environ.get("PYTORCH_ALLOC_CONF")) or 0)
+    monkeypatch.setattr(local, "_torchrun", lambda _: seen.append(os.environ.get("PYTORCH_ALLOC_CONF")) or 0)
+    config = load_config([f"trainer.n_gpus_per_node={ranks}", "data.train_batch_size=2"])
+    assert local.start_ranks(config) == 0 and seen == ["expandable_segments:True"]
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_HIP_ALLOC_CONF", "max_split_size_mb:64")
+    assert local.start_ranks(config) == 0 and seen[1] is None

@@ -8,6 +8,8 @@ from transformers import LlamaForCausalLM
 from sft_recipe.config.compose import load_config
 from sft_recipe.errors import ConfigError
 from sft_recipe.models.adapters import check_modules, unknown_modules
+from tests.support import tiny
+from tests.support.small_run import arguments
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,12 @@ def test_pattern_that_can_match_nothing_is_a_configuration_error(override, expec
     with pytest.raises(ConfigError) as caught:
         load_config([f"lora.{override}"])
     assert expected_text in str(caught.value)
+
+
+@pytest.mark.parametrize(("is_tied", "code"), [(True, 0), (False, 2)])
+def test_adapters_of_untied_embeddings_are_refused_with_fsdp2(warm, tmp_path, is_tied, code):
+    folder = tiny.build_model(tmp_path / "model", tie_word_embeddings=is_tied)
+    adapters = ["lora.enabled=true", "lora.target_modules=[embed_tokens,q_proj]", "trainer.total_training_steps=1"]
+    end = warm.run(arguments(folder, tmp_path / "run", "fsdp.strategy=fsdp2", *adapters), ranks=2)
+    assert end.code == code, end.output
+    assert ("leave them out of lora.target_modules" in end.output) is not is_tied

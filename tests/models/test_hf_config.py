@@ -114,7 +114,7 @@ def test_an_overridden_model_trains_and_loads_back_with_the_same_loss(tmp_path, 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"architectures": ["LlamaForSequenceClassification"]}, "is a LlamaForSequenceClassification, not a causal"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "without a head that predicts tokens: no causal"),
         ({"model_type": "vit"}, "is a vit, which transformers has no causal language model for"),
         ({"model_type": "brand_new_9"}, "does not know its architecture.*verl"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantized weights \(awq\)"),

@@ -1,21 +1,19 @@
 """The memory plan: its arithmetic by hand, what autograd really keeps, and the choice that follows."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from sft_recipe.config.auto import PACKED_ATTENTION
 from sft_recipe.config.compose import load_config
 from sft_recipe.engine.cpu.platform import use_cpu
-from sft_recipe.errors import PreflightError
-from sft_recipe.models.memory_estimate import GIB, MemoryEstimate, ModelDims, estimate_memory
-from tests.support import tiny
-from tests.support.runs import metrics, run_here
-from tests.support.small_run import arguments
+from sft_recipe.models.memory_estimate import (
+    ModelDims,
+    estimate_memory,
+)
 
 SMALL = ModelDims(layers=2, hidden=8, intermediate=16, vocabulary=32, heads=2, query=8, key=4)
 DEEP = ModelDims(layers=20, hidden=8, intermediate=16, vocabulary=32, heads=2, query=8, key=4)
+WIDE = ModelDims(layers=20, hidden=8, intermediate=16, vocabulary=320, heads=2, query=8, key=4)
 SMOLLM2 = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3,
@@ -53,45 +51,100 @@ def test_a_layers_bytes_for_each_token():
         SMALL.activation_bytes_per_token(width=2, on_cpu=True, is_unsharded=True) == on_cpu - 2 * 8 * 2 - 2 * 16 == 144
     )
     ends = 10 * (8 * (4 + 2) + 2 * 2 * 8) + 2 * 32 * 8  # the last norm, the head's input and gradient; the head's own
-    assert SMALL.head_bytes(tokens=10, width=2, on_cpu=False, logits=10**6) == ends + 2 * 2 * 10 * 32 == 2592
-    assert SMALL.head_bytes(tokens=10, width=2, on_cpu=False, logits=100) == ends + 2 * 2 * 100
+    assert SMALL.head_bytes(tokens=10, width=2, on_cpu=False, logits=10**6) == ends + 2 * 10 * 32 == 1952
+    # In several chunks: two gradients of the head in bf16, and their sum in fp32.
+    chunked = SMALL.head_bytes(tokens=10, width=2, on_cpu=False, logits=100)
+    assert chunked == ends + 2 * 100 + (2 + 4) * 32 * 8
+    frozen = SMALL.head_bytes(tokens=10, width=2, on_cpu=False, logits=100, is_trained=False)
+    assert frozen == chunked - (2 + 2 + 4) * 32 * 8
+    ends -= 10 * 8 * 4  # norms of a CPU save their input alone; it has a place for two chunks of logits
+    assert SMALL.head_bytes(tokens=10, width=2, on_cpu=True, logits=100) == ends + 2 * 2 * 100
+    assert SMALL.head_bytes(tokens=10, width=2, on_cpu=True, logits=200) == ends + 2 * 320
 
 
 def test_the_plan_of_one_rank():
     estimate = small_plan()
-    assert (estimate.weights, estimate.unsharded, estimate.gradients, estimate.optimizer) == (4000, 2000, 4000, 8000)
-    assert estimate.activations == 10 * 3 * 328 + 2592 == 12432
-    assert estimate.recomputed == 10 * (2 * 328 + 2 * (8 * 2)) + 2592 == 9472
-    assert estimate.needed(checkpointing=False) == 30432 and estimate.needed(checkpointing=True) == 27472
+    assert (estimate.weights, estimate.unsharded, estimate.gradients, estimate.optimizer) == (4000, 2000, 2000, 8000)
+    assert estimate.activations == 10 * 2 * 328 + 1952 == 8512
+    assert estimate.recomputed == 10 * 2 * (8 * 2) + 10 * 2 * 328 == 6880  # two layers need more than the head
+    assert estimate.needed(checkpointing=False) == 24512 and estimate.needed(checkpointing=True) == 22880
 
 
 @pytest.mark.parametrize(
     ("overrides", "changes", "expected"),
     [
         (["fsdp.model_dtype=bf16"], {}, {"weights": 2000, "optimizer": 4000}),
-        ([], {"trainable": 50}, {"gradients": 200, "optimizer": 400, "weights": 4000}),
+        # FSDP1 adds up the gradients of several micro-batches in bf16, FSDP2 in fp32.
+        ([], {"trainable": 50}, {"gradients": 100, "optimizer": 400, "weights": 4000}),
+        (["fsdp.strategy=fsdp2"], {"trainable": 50}, {"gradients": 200, "optimizer": 400, "weights": 4000}),
         ([], {"width": 4}, {"unsharded": 4000}),
-        (["trainer.n_gpus_per_node=2"], {}, {"weights": 2000, "gradients": 4000, "optimizer": 4000}),
+        (["trainer.n_gpus_per_node=2"], {}, {"weights": 2000, "gradients": 2000, "optimizer": 4000}),
         (["trainer.n_gpus_per_node=2", "data.train_batch_size=2"], {"longest": 10}, {"gradients": 2000}),
         (["trainer.n_gpus_per_node=2", "fsdp.fsdp_size=1"], {}, {"weights": 4000}),
         (["fsdp.use_no_sync_for_gradient_accumulation=false", "trainer.n_gpus_per_node=2"], {}, {"gradients": 2000}),
-        # Two of 20 layers, and two matrices of 32 x 8.
-        (["trainer.n_gpus_per_node=2"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * (1000 + 512)}),
-        (["fsdp.reshard_after_forward=true"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * (1000 + 512)}),
+        # Two of 20 layers, and a matrix of 32 x 8, which is both embeddings and head.
+        (["trainer.n_gpus_per_node=2"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * (1000 + 256)}),
+        (["fsdp.reshard_after_forward=true"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * (1000 + 256)}),
         (["fsdp=fsdp2_offload"], {}, {"weights": 0, "optimizer": 0}),
-        ([], {"on_cpu": True}, {"activations": 10 * 3 * 144 + 2592 - 10 * 4 * 8, "weights": 4000, "unsharded": 2000}),
-        ([], {"on_cpu": True, "width": 4}, {"weights": 4000, "unsharded": 0}),
-        ([], {"on_cpu": True, "trainable": 50}, {"weights": 4000, "unsharded": 2 * 50}),
+        # The weights of a single GPU: FSDP1 converts two layers at a time, FSDP2 keeps all.
+        (["fsdp.strategy=fsdp"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * (1000 + 256)}),
+        (["fsdp.strategy=fsdp2"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * 10000}),
+        # The end of the backward pass: gradients of the embeddings' 2,560 weights and their copies in fp32, a layer's
+        # copies; the gathered weights are freed, on a single GPU but those of the embeddings.
+        (
+            ["trainer.n_gpus_per_node=2", "data.train_batch_size=2"],
+            {"dims": WIDE, "total": 10000, "trainable": 10000, "longest": 1},
+            {"recomputed": (4 + 2) * 2560 + 4 * 7440 // 20 - 2 * (1000 + 2560), "unsharded": 2 * (1000 + 2560)},
+        ),
+        (
+            ["data.train_batch_size=1"],
+            {"dims": WIDE, "total": 10000, "trainable": 10000, "longest": 1},
+            {"recomputed": (4 + 2) * 2560 + 4 * 7440 // 20 - 2 * 1000},
+        ),
+        # LoRA: 1,000 frozen weights in bf16 and 50 trained ones in fp32; the head has no gradient. Each projection has
+        # separate inputs with FSDP1: three copies of 8 numbers for query, key, value, gate and up, one of 8.
+        (
+            ["lora.enabled=true", "fsdp.strategy=fsdp"],
+            {"total": 1050, "trainable": 50},
+            {
+                "weights": 2 * 1000 + 4 * 50,
+                "unsharded": 2 * 50,
+                "activations": 10 * 2 * (328 + 2 * (3 * 8 + 8)) + 1952 - 2 * 32 * 8,
+            },
+        ),
+        (
+            ["lora.enabled=true", "fsdp.strategy=fsdp2"],
+            {"dims": DEEP, "total": 10050, "trainable": 50},
+            {"weights": 2 * 10000 + 4 * 50, "unsharded": 2 * (1005 + 256)},
+        ),
+        (["optim.optimizer=SGD"], {}, {"optimizer": 0}),
+        (["optim.optimizer=SGD", "optim.override_optimizer_config={momentum: 0.9}"], {}, {"optimizer": 4000}),
+        (["optim.optimizer=Adagrad"], {}, {"optimizer": 4000}),
+        ([], {"on_cpu": True}, {"activations": 10 * 2 * 144 + 1952 - 10 * 4 * 8, "weights": 4000, "unsharded": 2000}),
+        # In fp32 the head's gradient is added to its sum without a product beside it.
+        (
+            [],
+            {"on_cpu": True, "width": 4},
+            {"weights": 4000, "unsharded": 0, "activations": 10 * 2 * 328 + 10 * 3 * 4 * 8 + 4 * 10 * 32},
+        ),
+        (["lora.enabled=true"], {"on_cpu": True, "trainable": 50}, {"weights": 2 * 950 + 4 * 50, "unsharded": 2 * 50}),
+        ([], {"on_cpu": True, "trainable": 50}, {"weights": 4000, "unsharded": 2 * 1000}),
         (["fsdp=fsdp2_offload"], {"on_cpu": True}, {"weights": 4000, "gradients": 4000, "optimizer": 8000}),
         (["fsdp.model_dtype=bf16"], {"on_cpu": True}, {"weights": 2000, "unsharded": 0, "gradients": 4000}),
         (
             ["trainer.n_gpus_per_node=2"],
             {"on_cpu": True},
-            {"activations": 10 * 3 * 208 + 2592 - 10 * 4 * 8, "weights": 2000, "unsharded": 2000},
+            {"activations": 10 * 2 * 208 + 1952 - 10 * 4 * 8, "weights": 2000, "unsharded": 2000},
         ),
         (["trainer.n_gpus_per_node=2"], {"dims": DEEP, "total": 10000, "on_cpu": True}, {"unsharded": 20000}),
-        ([], {"longest": 2}, {"activations": 8 * 3 * 328 + 2176}),
-        (["data.micro_batch_size_per_gpu=2"], {}, {"activations": 20 * 3 * 328 + 4672}),
+        # With one micro-batch gradients take the place of activations; two layers' are left at the end.
+        ([], {"longest": 2}, {"gradients": 4000, "activations": 8 * 2 * 328}),
+        (
+            ["fsdp.strategy=fsdp2"],
+            {"longest": 2, "total": 100, "trainable": 100},
+            {"gradients": 400, "activations": 6512},
+        ),
+        (["data.micro_batch_size_per_gpu=2"], {}, {"activations": 20 * 2 * 328 + 3392}),
     ],
 )
 def test_what_changes_the_estimate(overrides, changes, expected):
@@ -164,7 +217,7 @@ def test_autograd_saves_what_the_estimate_says(family, settings, dtype, kind):
     if on_cpu:
         recompute_norms_and_mlps(model)
     if is_unsharded:
-        UnshardedModel(model, dtype, converts_frozen=False)
+        UnshardedModel(model, dtype)
     lengths = [50, 30, 48]
     ids, targets = torch.arange(128)[None], torch.arange(128)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -180,101 +233,3 @@ def test_autograd_saves_what_the_estimate_says(family, settings, dtype, kind):
     if is_unsharded:  # the head's gradient is in the sums already
         planned -= width * dims.vocabulary * dims.hidden
     assert sum(size for size, _ in kept.values()) == pytest.approx(planned, rel=0.07)
-
-
-@pytest.fixture
-def choose(monkeypatch):
-    """Return a function: the choice for SMALL on a device with that many bytes, and the messages."""
-    use_cpu()
-    from sft_recipe.models import memory_estimate
-    from sft_recipe.models.stats import ModelStats
-
-    def chosen(memory, *overrides, dims=SMALL):
-        monkeypatch.setattr(memory_estimate, "device_memory", lambda device: memory)
-        monkeypatch.setattr(memory_estimate.dist, "all_reduce", lambda tensor, op: None)
-        compute = "fsdp.mixed_precision.param_dtype=bf16"
-        config = load_config(["data.max_length=10", "data.train_batch_size=4", compute, *overrides])
-        said: list[str] = []
-        config, estimate = memory_estimate.resolve_activation_checkpointing(
-            config, ModelStats(1000, 1000, dims), 100, "cuda", 2**28, said.append
-        )
-        return config.model.enable_gradient_checkpointing, estimate, said
-
-    return chosen
-
-
-# 30,432 bytes are needed without, 27,472 with; nine tenths of a device are used.
-@pytest.mark.parametrize(
-    ("memory", "override", "expected", "warns"),
-    [
-        (33814, [], False, False),
-        (33813, [], True, False),
-        (30524, [], True, True),
-        (33813, ["model.enable_gradient_checkpointing=false"], False, True),
-        (10**6, ["model.enable_gradient_checkpointing=true"], True, False),
-    ],
-)
-def test_checkpointing_is_on_only_where_memory_requires_it(choose, memory, override, expected, warns):
-    chosen, estimate, said = choose(memory, *override)
-    assert chosen is expected and isinstance(estimate, MemoryEstimate)
-    assert bool(said) == warns and all("MICRO_BATCH_SIZE" in text for text in said)
-
-
-def test_run_does_not_start_when_weights_and_optimizer_state_exceed_the_device(choose):
-    assert choose(12000)[0] is True
-    with pytest.raises(PreflightError, match="weights and optimizer state exceed device memory.*N_GPUS"):
-        choose(11999)
-
-
-@pytest.mark.parametrize("case", [{"dims": None}, {"overrides": ["fsdp=megatron"]}])
-def test_nothing_is_decided_without_an_estimate(choose, case):
-    chosen, estimate, _ = choose(1, *case.pop("overrides", []), **case)
-    assert (chosen, estimate) == ("auto", None)
-
-
-def test_banner_shows_the_estimate():
-    estimate = MemoryEstimate(
-        weights=4 * GIB, unsharded=0, gradients=0, optimizer=0, activations=8 * GIB, recomputed=GIB, device=24 * GIB
-    )
-    assert estimate.describe(checkpointing=False) == "needs about 12.0 of 24.0 GiB"
-    assert estimate.describe(checkpointing=True) == "needs about 5.0 of 24.0 GiB, 12.0 without"
-
-
-def test_memory_of_a_cpu_rank_is_its_part_of_the_machine(monkeypatch, tmp_path):
-    use_cpu()
-    from sft_recipe.models import memory_estimate
-
-    monkeypatch.setattr(memory_estimate, "CGROUP_LIMITS", [str(tmp_path / "none"), str(tmp_path / "limit")])
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    machine = memory_estimate.psutil.virtual_memory().total
-    assert memory_estimate.device_memory("cpu") == machine // 2
-    for text, expected in (("max\n", machine // 2), (str(GIB), GIB // 2)):
-        (tmp_path / "limit").write_text(text)
-        assert memory_estimate.device_memory("cpu") == expected
-
-
-def test_checkpointing_changes_no_number_and_may_change_on_resume(tmp_path, monkeypatch, capfd):
-    model = tiny.build_model(tmp_path / "model")
-    use_cpu()
-    from sft_recipe.models import memory_estimate
-
-    plans = []
-    monkeypatch.setattr(
-        memory_estimate, "estimate_memory", lambda *facts: plans.append(estimate_memory(*facts)) or plans[-1]
-    )
-
-    def run(folder: Path, memory: int, steps: int, *more: str) -> str:
-        monkeypatch.setattr(memory_estimate, "device_memory", lambda device: memory)
-        words = arguments(model, folder, "data.val_files=null", f"trainer.total_training_steps={steps}", *more)
-        assert run_here(*words) == 0
-        return " ".join(capfd.readouterr().out.split())
-
-    assert "gradient checkpointing off (needs about" in run(tmp_path / "much", 2**40, 4)
-    needed = int((plans[0].needed(checkpointing=False) + plans[0].needed(checkpointing=True)) / 2 / 0.9)
-    assert "gradient checkpointing on (needs about" in run(tmp_path / "little", needed, 4)
-    run(tmp_path / "both", 2**40, 2, "optim.lr_scheduler_type=constant")
-    assert "gradient checkpointing on" in run(
-        tmp_path / "both", needed, 4, "optim.lr_scheduler_type=constant", "trainer.resume_from=auto"
-    )
-    rows = [[row["train/loss"] for row in metrics(tmp_path / name / "out")] for name in ("much", "little")]
-    assert rows[0] == rows[1] and len(metrics(tmp_path / "both" / "out")) == 4

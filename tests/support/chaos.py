@@ -106,9 +106,9 @@ def _in_validation(die: Callable[[], None]) -> None:
 
 
 def _in_shards(die: Callable[[], None]) -> None:
-    from sft_recipe.checkpoint.state import HuggingFaceStorageWriter
+    from sft_recipe.checkpoint.writer import ShardWriter
 
-    wrap(HuggingFaceStorageWriter, "write_data", after=lambda *_: die())
+    wrap(ShardWriter, "write_data", after=lambda *_: die())
 
 
 def _in_export(die: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ with Warm() as warm:
 """
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -80,6 +81,7 @@ class Warm:
 
 def _serve() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    faulthandler.register(signal.SIGUSR1)  # of the ranks as well: they show where they hang
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _import_everything()
@@ -118,6 +120,9 @@ def _run(
         group = _fork(lambda: _start_ranks(arguments, ranks, setup, environment, Path(scratch)))
         while os.waitpid(group, os.WNOHANG)[0] == 0:
             if time.monotonic() - began > limit:
+                if not kill_after:
+                    os.killpg(group, signal.SIGUSR1)
+                    time.sleep(1)
                 os.killpg(group, signal.SIGKILL)
                 limit = float("inf")
             time.sleep(0.01)
@@ -172,8 +177,8 @@ def _start_store() -> tuple[int, str]:
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         os.write(port, str(store.port).encode())
         os.close(port)
-        signal.pause()
-        return 1
+        while True:
+            signal.pause()
 
     process = _fork(hold)
     os.close(port)

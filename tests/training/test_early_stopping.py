@@ -73,6 +73,7 @@ def test_nan_is_never_the_best():
         (["trainer.early_stopping.patience=3"], "none without validation data"),
         (["data.val_ratio=0.1", "trainer.early_stopping.metric=val/zh/loss"], "val/loss, val/perplexity"),
         (["data.val_files={zh: a.json}", "trainer.early_stopping.metric=val/en/loss"], "val/zh/loss"),
+        (["data.val_ratio=0.1", "trainer.early_stopping.metric=eval/bleu4"], "eval.generate=8 adds those of answers"),
         (["data.val_files={a/b: a.json}"], "'a/b' is no name of a set"),
     ],
 )

@@ -1,9 +1,13 @@
 """The loop's own promises: validation counts tokens, bad gradients are skipped and counted, rows say what happened."""
 
 import json
+import threading
+import time
 import weakref
+from types import SimpleNamespace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -50,6 +54,40 @@ def test_validation_loss_is_the_mean_over_all_supervised_tokens(warm, work, toke
         assert rows[1]["val/loss"] == pytest.approx(plain_loss(model, tokenizer).item(), rel=1e-5)
 
 
+def test_the_next_step_is_planned_while_one_trains(work, tmp_path, monkeypatch):
+    use_cpu()
+    from sft_recipe.training.batches import BatchBuilder
+    from sft_recipe.training.worker import Worker
+
+    plan, train, planned, trained = BatchBuilder.plan, Worker.train, threading.Semaphore(0), []
+
+    def counted(*given):
+        planned.release()
+        return plan(*given)
+
+    def waiting(*given):
+        for _ in range(1 if trained else 2):  # plans: of this step and of the next
+            assert planned.acquire(timeout=60)
+        trained.append(train(*given))
+        return trained[-1]
+
+    monkeypatch.setattr(BatchBuilder, "plan", counted)
+    monkeypatch.setattr(Worker, "train", waiting)
+    assert run_here(*arguments(work, tmp_path)) == 0 and len(trained) == 2
+
+
+def test_a_notice_says_that_ranks_wait_for_the_longest_example(warm, work, tmp_path):
+    records = [{"input_ids": [5] * length, "labels": [-100, *[5] * (length - 1)]} for length in (20, 100) * 4]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    data = [f"data.train_files={tmp_path}/train.json", "data.order=file", "data.train_batch_size=2"]
+    end = warm.run(arguments(work, tmp_path / "run", *data, "trainer.total_training_steps=1"), ranks=2)
+    assert end.code == 0, end.output
+    assert (
+        end.output.count("BATCH_SIZE 2 (data.train_batch_size) keeps 2 ranks busy for at most 60% of their time") == 1
+    )
+    assert "BATCH_SIZE 4 allows 100%" in " ".join(end.output.split())
+
+
 def test_graph_of_a_micro_batch_is_freed_before_the_next(work, tmp_path, monkeypatch):
     """Its many small pieces would lie between the activations of the next."""
     use_cpu()
@@ -70,7 +108,7 @@ def test_graph_of_a_micro_batch_is_freed_before_the_next(work, tmp_path, monkeyp
 
 def test_mfu_is_the_flops_of_matrix_products_over_the_peak(work, tmp_path, monkeypatch):
     use_cpu()
-    monkeypatch.setattr("sft_recipe.training.metrics.measured_peak_flops", lambda dtype: 1e9)
+    monkeypatch.setattr("sft_recipe.training.metrics.measured_peak_flops", lambda *_: 1e9)
     run = arguments(work, tmp_path, "data.train_batch_size=1", "trainer.total_training_steps=1")
     assert run_here(*run) == 0
     [row] = metrics(tmp_path)
@@ -158,10 +196,12 @@ def test_a_run_in_which_no_step_changed_anything_is_an_error(work, tmp_path, mon
 def test_memory_of_a_step_is_the_peak_so_far(work, tmp_path):
     """A gigabyte that was used before and is free again is in it."""
     use_cpu()
-    from sft_recipe.engine.cpu.platform import peak_resident_memory
+    from sft_recipe.engine.cpu.process_memory import peak_memory, process_memory
 
-    torch.ones(2**28).sum()
-    before = peak_resident_memory()
+    held, tensor = process_memory(), torch.ones(2**28)
+    before = peak_memory().read()
+    assert before >= held + tensor.nbytes
+    del tensor
     assert run_here(*arguments(work, tmp_path)) == 0
     rows = [row["perf/memory_gb"] for row in metrics(tmp_path)]
     assert rows == sorted(rows) and rows[0] * 2**30 >= before
@@ -175,6 +215,35 @@ def test_metrics_rows_have_step_rate_loss_and_tokens(work, tmp_path):
     for key in ("train/loss", "train/grad_norm", "train/tokens", "train/supervised_tokens", "perf/tokens_per_s"):
         assert first[key] > 0
     assert second["train/loss"] < 7
+
+
+def test_rows_show_the_time_spent_on_data(work, tmp_path, monkeypatch):
+    """Reading that takes longer than computing is seen as that."""
+    use_cpu()
+    from sft_recipe.training.batches import BatchBuilder
+
+    real = BatchBuilder.build
+    monkeypatch.setattr(BatchBuilder, "build", lambda *given: time.sleep(1) or real(*given))
+    assert run_here(*arguments(work, tmp_path, "model.verify_first_step=false")) == 0
+    for row in metrics(tmp_path):
+        assert 1 < row["perf/data_seconds"] < row["perf/seconds"] and row["perf/token_efficiency"] == 1
+
+
+def test_token_efficiency_counts_idle_ranks_and_padding():
+    use_cpu()
+    from sft_recipe.training.batches import BatchBuilder
+
+    train = SimpleNamespace(lengths=np.array([700, 300, 600, 0, 250]), source_lengths=np.array([600, 100, 300, 0, 150]))
+
+    def efficiency(ranks, budget, has_targets):
+        data = SimpleNamespace(token_budget=budget, has_targets=has_targets)
+        config = SimpleNamespace(data=data, trainer=SimpleNamespace(seed=0))
+        return BatchBuilder(config, train, None, 0, ranks).plan(train, np.array([0, 1, 2, 4])).token_efficiency
+
+    # two ranks: 700 + 250 and 600 + 300; eight: four of them have an example each
+    assert [efficiency(ranks, 1000, False) for ranks in (1, 2, 8)] == [1, 1850 / 2 / 950, 1850 / 8 / 700]
+    # four rows of at most 600 + 300 tokens in one micro-batch; each row alone in its own
+    assert [efficiency(1, 4000, True), efficiency(1, 700, True)] == [1850 / (4 * 900), 1]
 
 
 def test_schema_lists_the_loggers_of_verl():
@@ -194,7 +263,8 @@ def test_tilde_in_output_dir_is_expanded_for_all_files(work, tmp_path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_here(*arguments(work, "'~/run'", "trainer.logger=[tensorboard]")) == 0
     there = {path.name for path in (tmp_path / "run").iterdir()}
-    assert there == {".lock", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
+    reports = {"data.json", "findings.json", "loss.png", "report.html", "run.json", "train.log"}
+    assert there == reports | {".lock", "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
 
 
 def test_wandb_project_enables_its_logger(work, tmp_path, monkeypatch):

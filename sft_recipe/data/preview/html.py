@@ -3,31 +3,20 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from sft_recipe.data.messages import Conversation
+from sft_recipe.data.pretokenized import TokenizedRecord
+from sft_recipe.data.preview import chinese, terminal
 from sft_recipe.data.preview.stats import DatasetStats, Example
-from sft_recipe.data.preview.terminal import (
-    Part,
-    Token,
-    counts_line,
-    cycles,
-    mixture_text,
-    more_tokens,
-    plural,
-    printable,
-    rejected_kinds,
-    tokens_of,
-    too_long,
-    visible,
-)
+from sft_recipe.data.preview.terminal import Part, Token, cycles, rejected_kinds, tokens_of, visible
 from sft_recipe.data.rendering.renderer import Renderer
+from sft_recipe.display import page_environment, printable
+from sft_recipe.language import translator
 
 BARS = 48  # the most bars in the histogram of lengths
 PERCENT_BARS = 20  # bars in the histogram of percentages
@@ -65,15 +54,24 @@ class Histogram:
         return max((bar.within + bar.over for bar in self.bars), default=0)
 
 
-def page(stats: DatasetStats, renderer: Renderer, data: str, model: str, excerpts: dict[str, str] | None = None) -> str:
+def page(
+    stats: DatasetStats,
+    renderer: Renderer,
+    data: str,
+    model: str,
+    excerpts: dict[str, str] | None = None,
+    language: str = "en",
+) -> str:
     """Return the HTML page. `data` and `model` are names for the title; `excerpts` has texts of duplicates."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"n": "{:,}".format, "percent": _percent, "clean": printable, "plural": plural}
-    template = environment.from_string(
-        files("sft_recipe.data.preview").joinpath("page.html").read_text(encoding="utf-8")
-    )
+    t = translator(language, chinese.CHINESE)
+    words = chinese if language == "zh" else terminal
+    environment = page_environment("sft_recipe.data", "preview", language, t)
+    environment.filters |= {"plural": words.plural}
+    template = environment.get_template("page.html")
     repeats, duplicates = stats.duplicates()
-    lengths, supervised = stats.lengths, stats.supervised
+    lengths, supervised, truncation = stats.lengths, stats.supervised, stats.truncation()
+    # An encoder-decoder has two limits, so that no length divides the records.
+    limit = stats.settings.max_length if stats.settings.max_target_length is None else None
     return template.render(
         data=data,
         model=model,
@@ -81,46 +79,54 @@ def page(stats: DatasetStats, renderer: Renderer, data: str, model: str, excerpt
         stats=stats,
         tokens=int(lengths.sum()),
         supervised=int(supervised.sum()),
-        quantiles=dict(zip(("median", "p95"), np.percentile(lengths, [50, 95], method="higher").tolist(), strict=True)),
+        quantiles=_quantiles(lengths),
         longest=int(lengths.max()),
+        characters=_quantiles(stats.characters) if stats.characters.any() else {},
         repeats=repeats,
         duplicates=duplicates,
         excerpts=excerpts or {},
-        truncation=stats.truncation(),
+        truncation=truncation,
         packing=stats.packing(),
-        mix=mixture_text(stats.truncation().sources),
+        mix=words.mixture_text(truncation.sources),
         kinds=rejected_kinds(stats),
-        lengths=length_histogram(lengths, stats.settings.max_length),
+        lengths=length_histogram(lengths, truncation.is_too_long, limit),
         percentages=percent_histogram(supervised / lengths),
         patterns=_patterns(stats),
-        conversations=[_conversation(example, stats, renderer) for example in stats.sample],
+        conversations=[_conversation(example, stats, renderer, words) for example in stats.sample],
         extremes=[
-            ("longest", "Longest records", [_row(example) for example in stats.longest]),
-            ("least-supervised", "Fewest supervised tokens", [_row(example) for example in stats.least_supervised]),
+            ("longest", t("Longest records"), [_row(example) for example in stats.longest]),
+            ("least-supervised", t("Fewest supervised tokens"), [_row(example) for example in stats.least_supervised]),
         ],
     )
 
 
-def length_histogram(lengths: np.ndarray, limit: int) -> Histogram:
-    """Return the histogram of lengths in tokens; very long records share the last bar, so that the others stay wide."""
+def _quantiles(sizes: np.ndarray) -> dict[str, int]:
+    values = np.percentile(sizes, [50, 95, 100], method="higher").tolist()
+    return dict(zip(("median", "p95", "max"), values, strict=True))
+
+
+def length_histogram(lengths: np.ndarray, is_too_long: np.ndarray, limit: int | None) -> Histogram:
+    """Return the histogram of lengths in tokens; very long records share the last bar, so that the others stay wide.
+
+    `is_too_long` marks the records over a limit, and `limit` is MAX_LENGTH where that divides them by length.
+    """
     longest, p95 = int(lengths.max()), int(np.percentile(lengths, 95, method="higher"))
     top = longest if longest <= 3 * p95 else 2 * p95
     width = _round_width(top / BARS)
     count = math.ceil((top + 1) / width)
     bins = np.minimum(lengths // width, count - 1)
-    is_over = lengths > limit
-    within, over = (np.bincount(bins[chosen], minlength=count).tolist() for chosen in (~is_over, is_over))
-    labels = [f"{index * width:,}–{(index + 1) * width - 1:,} tokens" for index in range(count)]
+    within, over = (np.bincount(bins[chosen], minlength=count).tolist() for chosen in (~is_too_long, is_too_long))
+    labels = [f"{index * width:,}–{(index + 1) * width - 1:,}" for index in range(count)]
     end = count * width
     beyond = longest if longest >= end else None
     if beyond:
-        labels[-1] = f"{end - width:,}–{longest:,} tokens"
+        labels[-1] = f"{end - width:,}–{longest:,}"
     step = _round_width(end / 6)
     ticks = [(value, 100 * value / end) for value in range(0, end, step) if value <= (0.8 if beyond else 0.97) * end]
     # An example of exactly the limit is trained on.
-    position = 100 * (limit + 1) / end
+    position = None if limit is None or limit >= end else 100 * (limit + 1) / end
     bars = [Bar(*values) for values in zip(labels, within, over, strict=True)]
-    return Histogram(bars, end, ticks, position if position <= 100 else None, beyond)
+    return Histogram(bars, end, ticks, position, beyond)
 
 
 def percent_histogram(fractions: np.ndarray) -> Histogram:
@@ -128,13 +134,13 @@ def percent_histogram(fractions: np.ndarray) -> Histogram:
     bins = np.minimum((fractions * PERCENT_BARS).astype(np.int64), PERCENT_BARS - 1)
     counts = np.bincount(bins, minlength=PERCENT_BARS).tolist()
     step = 100 // PERCENT_BARS
-    bars = [Bar(f"{index * step}–{(index + 1) * step}% supervised", count) for index, count in enumerate(counts)]
+    bars = [Bar(f"{index * step}–{(index + 1) * step}", count) for index, count in enumerate(counts)]
     return Histogram(bars, 100, [(value, float(value)) for value in range(0, 100, 25)])
 
 
-def excerpt(conversation: Conversation) -> str:
-    """Return the start of a conversation: the first words of the user, then of the assistant."""
-    contents = {message.role: message.content for message in reversed(conversation.messages)}
+def excerpt(record: Conversation | TokenizedRecord) -> str:
+    """Return the start of a conversation: the first words of the user, then of the assistant; "" for token ids."""
+    contents = {message.role: message.content for message in reversed(record.messages)}
     return " → ".join(_short(contents[role]) for role in ("user", "assistant") if contents.get(role, "").strip())
 
 
@@ -149,13 +155,6 @@ def _round_width(least: float) -> int:
     return next(int(power * step) for step in (1, 2, 5, 10) if power * step >= least)
 
 
-def _percent(fraction: float) -> str:
-    """A percentage that shows 0% for none only, and 100% for all only."""
-    if 0 < fraction < 0.001 or 0.999 < fraction < 1:
-        return "<0.1%" if fraction < 0.5 else ">99.9%"
-    return f"{100 * fraction:.1f}%" if 0 < fraction < 0.1 or 0.99 < fraction < 1 else f"{100 * fraction:.0f}%"
-
-
 def _patterns(stats: DatasetStats) -> list[dict[str, Any]]:
     common = stats.patterns.most_common(PATTERNS)
     return [
@@ -168,22 +167,22 @@ def _row(example: Example) -> dict[str, Any]:
         "tokens": example.tokens,
         "supervised": example.supervised,
         "fraction": example.supervised / example.tokens,
-        "source": example.conversation.source,
-        "excerpt": excerpt(example.conversation),
+        "source": example.record.source,
+        "excerpt": excerpt(example.record),
     }
 
 
-def _conversation(example: Example, stats: DatasetStats, renderer: Renderer) -> dict[str, Any]:
+def _conversation(example: Example, stats: DatasetStats, renderer: Renderer, words: Any) -> dict[str, Any]:
     settings = stats.settings
-    tokens = tokens_of(example, renderer, settings.max_length)
+    tokens = tokens_of(example, renderer, settings.longest)
     return {
-        "source": example.conversation.source,
-        "counts": counts_line(example, settings).partition(";")[0],
-        "warning": too_long(example, settings) if example.tokens > settings.max_length else "",
+        "source": example.record.source,
+        "counts": words.counts_line(example, settings).partition(";")[0],
+        "warning": words.too_long(example, settings),
         "fraction": example.supervised / example.tokens,
         "is_folded": len(tokens) > FOLD_TOKENS or sum(token.text.count("\n") for token in tokens) > FOLD_LINES,
         "html": _markup(visible(tokens)),
-        "more": more_tokens(example, settings.max_length),
+        "more": words.more_tokens(example, settings.longest),
     }
 
 

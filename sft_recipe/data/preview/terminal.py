@@ -9,9 +9,11 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from sft_recipe.data.preview.stats import DatasetStats, Example, Settings
+from sft_recipe.data.preview.stats import DatasetStats, Example, Settings, roles_of
 from sft_recipe.data.rendering.renderer import Renderer
 from sft_recipe.data.sources import SourceCounts
+from sft_recipe.display import CONTROL, control_symbol, printable
+from sft_recipe.language import plural
 
 OPEN, CLOSE = "⟦", "⟧"  # rare in texts, unlike [[ ]]
 STYLES = {  # (supervised, special)
@@ -22,8 +24,6 @@ STYLES = {  # (supervised, special)
 }
 # Spaces that are easy to overlook: at the ends of a line and of a run of tokens of one kind.
 EDGE_SPACES = re.compile(r"^ +| +$| +(?=\n)")
-# Characters that control a terminal, change the direction of text or are invisible: replaced by a visible symbol.
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff]")
 PIECE = re.compile(f"\n|·+|{CONTROL.pattern}")
 
 
@@ -79,29 +79,43 @@ def visible(tokens: list[Token]) -> Iterator[tuple[Token, list[Part]]]:
             start += len(token.text)
 
 
-def printable(text: str) -> str:
-    """Return the text with visible symbols in place of characters that control a terminal."""
-    return CONTROL.sub(lambda match: _control(match[0]), text)
-
-
 def counts_line(example: Example, settings: Settings) -> str:
     """Describe an example: tokens, supervised tokens, turns and, if it is too long, the consequence."""
-    roles = [message.role for message in example.conversation.messages]
+    roles = roles_of(example.record)
     percent = 100 * example.supervised / example.tokens
-    turns = f"{plural(len(roles), 'turn')}: {pattern(roles)}"
-    line = f"{example.tokens:,} tokens, loss on {example.supervised:,} ({percent:.0f}%), {turns}"
-    return f"{line}; {too_long(example, settings)}" if example.tokens > settings.max_length else line
+    turns = f"{plural(len(roles), 'turn')}: {pattern(roles)}" if example.record.messages else "not rendered"
+    size = plural(example.tokens, "token")
+    size += f" of {plural(example.characters, 'character')}" if example.characters else ""
+    line = f"{size}, loss on {example.supervised:,} ({percent:.0f}%), {turns}"
+    if settings.max_target_length is not None:
+        source = example.encoded.source_length
+        answer = plural(example.tokens - source, "token")
+        line = f"source {plural(source, 'token')}, answer {answer} (loss on all of them), {turns}"
+    return f"{line}; {problem}" if (problem := too_long(example, settings)) else line
 
 
 def too_long(example: Example, settings: Settings) -> str:
-    """Describe the consequence for an example that is longer than MAX_LENGTH."""
-    over = example.tokens - settings.max_length
+    """Describe the consequence for an example that is longer than the limits, "" for others."""
+    over = exceeded(example, settings)
     effects = {
         "drop": "the record is left out",
-        "right": f"the last {over:,} tokens are cut",
+        "right": f"cut off at the end: {' and '.join(plural(count, 'token') for count in over.values())}",
         "error": "training stops",
     }
-    return f"longer than MAX_LENGTH {settings.max_length:,}: {effects[settings.truncation]}"
+    return f"longer than {' and '.join(over)}: {effects[settings.truncation]}" if over else ""
+
+
+def exceeded(example: Example, settings: Settings) -> dict[str, int]:
+    """Return by how many tokens an example is longer than MAX_LENGTH, or its answer than MAX_TARGET_LENGTH."""
+    sides = {f"MAX_LENGTH {settings.max_length:,}": example.tokens - settings.max_length}
+    if settings.max_target_length is not None:
+        source = example.encoded.source_length
+        answer = example.tokens - source
+        sides = {
+            f"MAX_LENGTH {settings.max_length:,} (source)": source - settings.max_length,
+            f"MAX_TARGET_LENGTH {settings.max_target_length:,} (answer)": answer - settings.max_target_length,
+        }
+    return {name: over for name, over in sides.items() if over > 0}
 
 
 def more_tokens(example: Example, limit: int) -> str:
@@ -131,7 +145,7 @@ def cycles(roles: list[str] | tuple[str, ...]) -> Iterator[tuple[list[str], int]
 
 def summary(stats: DatasetStats) -> list[str]:
     """Return the statistics of all records in a few lines."""
-    lengths, packing = stats.lengths, stats.packing()
+    lengths = stats.lengths
     tokens, supervised = int(lengths.sum()), int(stats.supervised.sum())
     repeats, _ = stats.duplicates()
     duplicates = plural(repeats, "exact duplicate") if repeats else "no duplicates"
@@ -140,19 +154,43 @@ def summary(stats: DatasetStats) -> list[str]:
         f"{plural(len(lengths), 'record')}, {tokens:,} tokens, "
         f"loss on {supervised:,} tokens ({100 * supervised / tokens:.1f}%), {duplicates}",
         f"lengths: median {median:,}, p95 {p95:,}, max {lengths.max():,} tokens; {_truncated(stats)}",
-        f"packing: {packing.packed:,} tokens per epoch instead of {packing.padded:,} padded "
-        f"({packing.saved:.0%} saved), in {plural(packing.steps, 'step')} and "
-        f"{plural(packing.micro_batches, 'micro-batch')}; no cross-document attention",
+        *_characters(stats),
+        _batches(stats),
         *_warnings(stats),
     ]
 
 
+def _characters(stats: DatasetStats) -> Iterator[str]:
+    if total := int(stats.characters.sum()):
+        median, p95, longest = np.percentile(stats.characters, [50, 95, 100], method="higher")
+        yield (
+            f"texts: median {median:,}, p95 {p95:,}, max {longest:,} characters; "
+            f"{total / int(stats.lengths.sum()):.2f} characters a token"
+        )
+
+
+def _batches(stats: DatasetStats) -> str:
+    packing = stats.packing()
+    parts = f"in {plural(packing.steps, 'step')} and {plural(packing.micro_batches, 'micro-batch')}"
+    if stats.settings.max_target_length is not None:
+        return (
+            f"batches: {packing.packed:,} tokens per epoch, {packing.padded:,} with padding "
+            f"({packing.saved:.0%} of them padding), {parts}; the last answer of each record is its target"
+        )
+    return (
+        f"packing: {packing.packed:,} tokens per epoch instead of {packing.padded:,} padded "
+        f"({packing.saved:.0%} saved), {parts}; no cross-document attention"
+    )
+
+
 def _truncated(stats: DatasetStats) -> str:
     truncation, limit = stats.truncation(), f"MAX_LENGTH {stats.settings.max_length:,}"
+    if stats.settings.max_target_length is not None:
+        limit = f"{limit} (source) or MAX_TARGET_LENGTH {stats.settings.max_target_length:,} (answer)"
     if not truncation.records:
         return f"none is longer than {limit}"
     effect = {"drop": "left out", "right": "truncated", "error": "training stops"}[stats.settings.truncation]
-    lost = f"{truncation.tokens:,} tokens lost, {truncation.supervised:,} of them supervised"
+    lost = f"{plural(truncation.tokens, 'token')} lost, {truncation.supervised:,} of them supervised"
     return f"{plural(truncation.records, 'record')} longer than {limit}: {effect} ({lost})"
 
 
@@ -160,6 +198,12 @@ def _warnings(stats: DatasetStats) -> Iterator[str]:
     truncation = stats.truncation()
     if truncation.without_target:
         yield f"{plural(truncation.without_target, 'record')} left out: no supervised token remains"
+    if stats.continued:
+        conversations = plural(len(stats.lengths) - stats.continued, "conversation")
+        yield (
+            f"data.split_turns: one record for each assistant turn of {conversations}; about "
+            f"{plural(stats.repeated_tokens, 'token')} of earlier turns, repeated as context"
+        )
     if mix := mixture_text(truncation.sources):
         yield f"an epoch contains {mix}"
     if stats.special_text:
@@ -169,8 +213,12 @@ def _warnings(stats: DatasetStats) -> Iterator[str]:
         yield f"{records} with reasoning in the last turn that the chat template drops; it is not trained on"
     if stats.earlier_without_reasoning:
         answers = plural(stats.earlier_without_reasoning, "answer")
-        yield f"{answers} before the last user turn without the reasoning, which the chat template drops there"
+        yield (
+            f"{answers} before the last user turn without the reasoning, which the chat template drops there; "
+            "data.split_turns=true makes an example of each answer, with its reasoning"
+        )
     yield from map(printable, stats.remarks.sentences())
+    yield from map(printable, stats.quality.sentences())
     if stats.rejected:
         effect = {"error": "training stops", "skip": "left out"}[stats.settings.on_bad_record]
         yield f"{plural(stats.rejected, 'record')} rejected ({rejected_kinds(stats)}): {effect}; first error:"
@@ -191,23 +239,21 @@ def rejected_kinds(stats: DatasetStats) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in sorted(stats.error_kinds.items()))
 
 
-def plural(number: int, noun: str) -> str:
-    """Return a number with its noun: `1 step`, `2,000 steps`."""
-    return f"{number:,} {noun if number == 1 else noun + ('es' if noun.endswith('ch') else 's')}"
-
-
 def print_preview(stats: DatasetStats, renderer: Renderer, console: Console) -> None:
     """Print the sample and the summary."""
     in_color = console.color_system is not None and not console.no_color
     settings = stats.settings
+    if stats.selection.find:
+        records = plural(stats.found, "conversation")
+        console.print(Text(f"{records} with {printable(stats.selection.find)!r}, {len(stats.sample):,} shown"))
     if stats.sample:
-        console.print(legend(in_color), soft_wrap=True)
+        console.print(legend(in_color, settings), soft_wrap=True)
     for number, example in enumerate(stats.sample, 1):
         console.print()
-        title = Text(f"{number} of {len(stats.sample)}: {printable(example.conversation.source)}")
+        title = Text(f"{number} of {len(stats.sample)}: {printable(example.record.source)}")
         console.rule(title, align="left", style="dim", characters="─" if in_color else "-")
-        text = text_of(tokens_of(example, renderer, settings.max_length), in_color)
-        if more := more_tokens(example, settings.max_length):
+        text = text_of(tokens_of(example, renderer, settings.longest), in_color)
+        if more := more_tokens(example, settings.longest):
             text.append(f"✂ {more}", style="red")
         console.print(text, soft_wrap=True, end="" if text.plain.endswith("\n") else "\n")
         console.print(Text(counts_line(example, settings), style="bold"), soft_wrap=True)
@@ -218,11 +264,14 @@ def print_preview(stats: DatasetStats, renderer: Renderer, console: Console) -> 
         console.print(Text(line), soft_wrap=True)
 
 
-def legend(in_color: bool) -> Text:
+def legend(in_color: bool, settings: Settings) -> Text:
     """Explain the colors or the brackets."""
+    names = "supervised", "context (no loss)"
+    if settings.max_target_length is not None:
+        names = "answer (the decoder's target)", "source (for the encoder, no loss)"
     if not in_color:
-        return Text(f"{OPEN}supervised{CLOSE} context (no loss)")
-    words = [("supervised", (True, False)), ("end of turn", (True, True)), ("context (no loss)", (False, False))]
+        return Text(f"{OPEN}{names[0]}{CLOSE} {names[1]}")
+    words = [(names[0], (True, False)), ("end of turn", (True, True)), (names[1], (False, False))]
     words.append(("special token", (False, True)))
     return Text("  ").join(Text(word, style=STYLES[kind]) for word, kind in words)
 
@@ -250,13 +299,6 @@ def _parts(shown: str, original: str) -> list[Part]:
         if match[0] == "\n":
             parts += [Part("⏎", is_mark=True), Part("\n")]
         else:
-            parts.append(Part(match[0] if match[0][0] == "·" else _control(match[0]), is_mark=True))
+            parts.append(Part(match[0] if match[0][0] == "·" else control_symbol(match[0]), is_mark=True))
         start = match.end()
     return [*parts, Part(shown[start:])] if start < len(shown) else parts
-
-
-def _control(character: str) -> str:
-    code = ord(character)
-    if code < 0x20:
-        return {"\t": "⇥\t", "\n": "⏎"}.get(character, chr(0x2400 + code))
-    return "␡" if code == 0x7F else f"<U+{code:04X}>"

@@ -28,7 +28,7 @@ class AnnotatedText:
 
     `special_ids` are the ids of the special tokens that the template inserts, in order, for a conversation whose data
     spells special tokens too. In that case the template's special tokens are escaped in `text`. Else it is None.
-    `drops_reasoning` and `earlier_without_reasoning` are those of Encoded.
+    `drops_reasoning`, `earlier_without_reasoning` and `omits_names` are those of Encoded.
     """
 
     text: str
@@ -36,6 +36,7 @@ class AnnotatedText:
     special_ids: list[int] | None = None
     drops_reasoning: bool = False
     earlier_without_reasoning: int = 0
+    omits_names: bool = False
 
     @property
     def is_escaped(self) -> bool:
@@ -60,7 +61,7 @@ class Annotator:
         """
         if any(map(has_inline_reasoning, conversation.messages)) and self._writes_own_block:
             conversation = with_reasoning_fields(conversation)
-        text, generation_spans = self.template.render(self._messages(conversation), conversation.tools)
+        text, generation_spans = self._render(conversation)
         tagged = self.template.has_generation_tags
         if tagged and not generation_spans:
             raise TemplateError("has {% generation %} tags, but no text between them")
@@ -94,6 +95,15 @@ class Annotator:
     def _writes_own_block(self) -> bool:
         return writes_own_block(self.template)
 
+    def _render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        messages = self._messages(conversation)
+        try:
+            return self.template.render(messages, conversation.tools)
+        except Refused as error:
+            if not self.template.accepts_folded_system(messages, conversation.tools):
+                raise
+            raise TemplateError(f"{error}; data.fold_system=true puts system turns into the user turns") from error
+
     def _messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         messages = conversation.as_dicts()
         key = self.template.reasoning_key
@@ -114,7 +124,7 @@ class Annotator:
         key = skeleton.key
         known = self.plans.get(key)
         filled = known.fill(skeleton.slot_texts) if known else None
-        if filled and filled.text == text:
+        if filled and filled.rendered == text:
             return filled
         plan = make_mask_plan(self.template, skeleton, text)  # new, or outdated: some templates insert the date
         if plan is None:
@@ -127,17 +137,19 @@ class Annotator:
     def _annotated(self, filled: FilledPlan, skeleton: Skeleton, supervised: set[int] | None) -> AnnotatedText:
         plan, special_pattern = filled.plan, self.template.special_pattern
         turns = plan.turns if supervised is None else self._select(plan.turns, supervised)
+        if problem := next((turn.problem for turn in turns if turn.problem), ""):
+            raise TemplateError(problem)
         last = max(index for index, message in enumerate(skeleton.messages) if message["role"] == "assistant")
         earlier = (
             plan.without_reasoning - {last} if supervised is None else plan.without_reasoning & supervised - {last}
         )
-        reasoning = last in plan.without_reasoning, len(earlier)
+        omitted = last in plan.without_reasoning, len(earlier), plan.omits_names
         special = [token for literal in plan.literals for token in special_pattern.findall(literal)]
         if self.options.parse_special_tokens or len(special) == len(special_pattern.findall(filled.text)):
-            return AnnotatedText(filled.text, [filled.span(turn) for turn in turns], None, *reasoning)
+            return AnnotatedText(filled.text, [filled.span(turn) for turn in turns], None, *omitted)
         escaped = plan.fill(skeleton.slot_texts, self.escaper)
         special_ids = [self.core.token_to_id(token) for token in special]
-        return AnnotatedText(escaped.text, [escaped.span(turn) for turn in turns], special_ids, *reasoning)
+        return AnnotatedText(escaped.text, [escaped.span(turn) for turn in turns], special_ids, *omitted)
 
     def _select(self, turns: list[Turn], supervised: set[int]) -> list[Turn]:
         """The turns of these messages, without their reasoning where it is masked out."""
@@ -150,7 +162,7 @@ class Annotator:
         if self.options.train_on_reasoning:
             return selected
         answers = [replace(turn, start=max(turn.start, turn.answer_start or turn.start)) for turn in selected]
-        return [turn for turn in answers if turn.start < turn.end]
+        return [turn for turn in answers if turn.start < turn.end or turn.problem]
 
     def _changed_text(self, conversation: Conversation, text: str) -> str:
         """Names the first message that is not in the rendered text as it is in the conversation, "" if all are."""

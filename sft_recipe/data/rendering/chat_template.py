@@ -10,13 +10,14 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sft_recipe.data.rendering.options import RenderOptions
+from sft_recipe.data.turns import REASONING_KEYS
 from sft_recipe.errors import ModelError
 from sft_recipe.models.tokenizer import special_tokens
 
 TAG = re.compile(r"</?\w+>")
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# The names that templates use for an assistant's reasoning, and for the variable that switches thinking on.
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# The names that templates use for the variable that switches thinking on.
 THINKING_SWITCH = re.compile(r"(?<![.\w'\"])(enable_thinking|thinking)(?![\w'\"])")
 
 Messages = Sequence[dict[str, Any]]
@@ -41,15 +42,18 @@ class Refused(TemplateError):
 class ChatTemplate:
     """Renders conversations with the tokenizer's chat template, or with the Jinja source `chat_template`.
 
-    `enable_thinking` sets the template's thinking switch; None leaves the template's default. Raises ModelError if
-    there is no template, if it is not valid Jinja, or if it has no thinking switch to set.
+    Of the options, those that change the rendering apply. Raises ModelError if there is no template, if it is not valid
+    Jinja, or if it has no thinking switch or variable that the options set.
 
     `special_pattern` finds the tokenizer's special tokens in a text. `sentinel_pattern` finds the strings that the
     template may search for in a text, such as "</think>" and "/no_think".
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, enable_thinking: bool | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        options: RenderOptions = RenderOptions(),  # noqa: B008  # frozen
     ):
         self.name = tokenizer.name_or_path or type(tokenizer).__name__
         try:
@@ -62,7 +66,10 @@ class ChatTemplate:
         except (ValueError, jinja2.TemplateSyntaxError) as error:
             raise ModelError(f"{self.name}: no usable chat template: {error}") from error
         self.has_generation_tags = GENERATION_TAG.search(self.source) is not None
-        self.variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._thinking(enable_thinking)}
+        self.thinking_switches = set(THINKING_SWITCH.findall(self.source))
+        self.variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._thinking(options.enable_thinking)}
+        self.variables |= self._of_run(options.chat_template_kwargs)
+        self.folds_system, self.appends_stop_token = options.fold_system, options.append_stop_token
         named = re.findall(rf"(?:\.|\[?['\"])({'|'.join(REASONING_KEYS)})(?!\w)", self.source)
         self.reasoning_key = next((key for key in REASONING_KEYS if key in named), REASONING_KEYS[0])
         self.reads_reasoning = bool(named)
@@ -75,18 +82,32 @@ class ChatTemplate:
         self.sentinel_pattern = pattern_of(text for text in sentinels if not self.special_pattern.search(text))
 
     def _thinking(self, enable: bool | None) -> dict[str, bool]:
-        switches = THINKING_SWITCH.findall(self.source)
-        if enable is not None and not switches:
+        if enable is not None and not self.thinking_switches:
             raise ModelError(
                 f"{self.name}: data.enable_thinking is {str(enable).lower()}, but the chat template has no such "
                 "switch; leave data.enable_thinking out, or use a template that has it (model.chat_template)."
             )
-        return {} if enable is None else dict.fromkeys(switches, enable)
+        return {} if enable is None else dict.fromkeys(self.thinking_switches, enable)
+
+    def _of_run(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+        if missing := self._missing(variables):
+            raise ModelError(
+                f"{self.name}: data.chat_template_kwargs sets {missing}, but the chat template has no such variable; "
+                "remove it, or use a template that has it (model.chat_template)."
+            )
+        return variables
+
+    def _has_variable(self, name: str) -> bool:
+        return re.search(rf"(?<![.\w'\"]){re.escape(name)}(?![\w'\"])", self.source) is not None
+
+    def _missing(self, variables: Mapping[str, Any]) -> str | None:
+        """The first variable that the template does not have, unless its value is as good as none."""
+        return next((name for name, value in variables.items() if value and not self._has_variable(name)), None)
 
     @property
     def can_enable_thinking(self) -> bool:
         """Return whether the template has a thinking switch that is not on."""
-        switches = THINKING_SWITCH.findall(self.source)
+        switches = self.thinking_switches
         return bool(switches) and not any(self.variables.get(switch) for switch in switches)
 
     def with_variables(self, variables: Mapping[str, Any]) -> "ChatTemplate":
@@ -94,17 +115,13 @@ class ChatTemplate:
 
         Raises TemplateError for a variable that the template does not have, unless its value is as good as none.
         """
-        known = {
-            name: value
-            for name, value in variables.items()
-            if re.search(rf"(?<![.\w'\"]){re.escape(name)}(?![\w'\"])", self.source)
-        }
-        if missing := next((name for name, value in variables.items() if value and name not in known), None):
+        if missing := self._missing(variables):
             raise TemplateError(
                 f"has no variable {missing} (chat_template_kwargs); remove it from the data, or use a template that "
                 "has it (model.chat_template)"
             )
         template = copy(self)
+        known = {name: value for name, value in variables.items() if self._has_variable(name)}
         template.variables = {**self.variables, **known}
         return template
 
@@ -127,7 +144,19 @@ class ChatTemplate:
                 self.needs_json_arguments = False
             raise
 
+    def accepts_folded_system(self, messages: Messages, tools: Messages = ()) -> bool:
+        """Return whether the template renders messages with system turns once these are put into user turns."""
+        if self.folds_system or all(message["role"] != "system" for message in messages):
+            return False
+        try:
+            self.render(_with_folded_system(messages), tools)
+        except Refused:
+            return False
+        return True
+
     def _render(self, messages: Messages, tools: Messages, prompt: bool) -> tuple[str, list[Span]]:
+        if self.folds_system:
+            messages = _with_folded_system(messages)
         if self.needs_json_arguments:
             messages = [_with_json_arguments(message) for message in messages]
         try:
@@ -145,6 +174,24 @@ class ChatTemplate:
             raise Refused(error) from error
         [text], spans = cast("tuple[list[str], list[list[Span]]]", rendered)  # transformers' annotation says str
         return text, [(start, end) for start, end in spans[0] if start < end] if spans else []
+
+
+def _with_folded_system(messages: Messages) -> list[dict[str, Any]]:
+    """The messages with the text of each system turn at the start of the user turn that follows it.
+
+    [system: Be kind.] [user: Hi]   ->   [user: Be kind.\n\nHi]
+    """
+    folded: list[dict[str, Any]] = []
+    system = ""
+    for message in messages:
+        if message["role"] == "system":
+            system = "\n\n".join(text for text in (system, message["content"]) if text.strip())
+            continue
+        if system and message["role"] != "user":
+            raise Refused(ValueError("data.fold_system needs a user turn after each system turn"))
+        folded.append({**message, "content": f"{system}\n\n{message['content']}"} if system else message)
+        system = ""
+    return folded
 
 
 def _with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:

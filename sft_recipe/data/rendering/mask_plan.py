@@ -5,7 +5,7 @@ from itertools import accumulate
 
 from sft_recipe.data.rendering.chat_template import ChatTemplate, Span
 from sft_recipe.data.rendering.escaping import SpecialTokenEscaper
-from sft_recipe.data.rendering.omissions import check_omissions
+from sft_recipe.data.rendering.omissions import check_omissions, omits_names
 from sft_recipe.data.rendering.skeleton import Skeleton, split_at_slots
 from sft_recipe.data.rendering.turns import Position, Turn, TurnLocator
 
@@ -20,13 +20,17 @@ class MaskPlan:
     slots            "0.text0",         "1.text0"
     turns     [Turn(message=1, start=(1, 4), end=(2, 4))]     from the end of "\\nA: " to the end of "</s>"
 
-    `without_reasoning`: indices of the messages whose reasoning the template leaves out.
+    `without_reasoning`: indices of the messages whose reasoning the template leaves out. `appended`: the stop token at
+    the end of the last literal that the template does not render (see TurnLocator.appended). `omits_names`: the
+    template leaves out the names of turns.
     """
 
     literals: list[str]
     slots: list[str]
     turns: list[Turn]
     without_reasoning: frozenset[int] = frozenset()
+    appended: str = ""
+    omits_names: bool = False
 
     def fill(self, slot_texts: dict[str, str], escaper: SpecialTokenEscaper | None = None) -> "FilledPlan":
         """Put texts into the slots; with an `escaper`, the special tokens in the literals are escaped."""
@@ -46,6 +50,11 @@ class FilledPlan:
     text: str
     literal_starts: list[int]
     escaper: SpecialTokenEscaper | None = None
+
+    @property
+    def rendered(self) -> str:
+        """Return the part of the text that the template renders."""
+        return self.text.removesuffix(self.plan.appended)
 
     def span(self, turn: Turn) -> Span:
         """Return the characters of the text that are trained on in a turn."""
@@ -70,5 +79,10 @@ def make_mask_plan(template: ChatTemplate, skeleton: Skeleton, text: str) -> Mas
         return None
     without_reasoning = check_omissions(template, skeleton, rendered, slots)
     locator = TurnLocator(template, skeleton, literals, slots)
-    turns = locator.tagged_turns(generation_spans) if template.has_generation_tags else locator.assistant_turns()
-    return MaskPlan(literals, slots, turns, without_reasoning)
+    no_names = omits_names(template, skeleton, rendered)
+    if template.has_generation_tags:
+        turns = locator.tagged_turns(generation_spans)
+        return MaskPlan(literals, slots, turns, without_reasoning, omits_names=no_names)
+    turns = locator.assistant_turns()
+    appended = locator.appended(turns)
+    return MaskPlan([*literals[:-1], literals[-1] + appended], slots, turns, without_reasoning, appended, no_names)

@@ -39,9 +39,25 @@ def check_omissions(template: ChatTemplate, skeleton: Skeleton, text: str, slots
         name = "tool_calls" if kind.startswith("call") else "content"
         if name == "content" and _depends_on_content(template, skeleton, index, text):
             raise TemplateError(f"changes messages[{index}].content ({message['role']})")
-        raise ContentOmitted(f"messages[{index}].{name} ({message['role']})")
+        folding_helps = message["role"] == "system" and template.accepts_folded_system(
+            skeleton.messages, skeleton.tools
+        )
+        advice = "set data.fold_system=true, " if folding_helps else ""
+        raise ContentOmitted(f"messages[{index}].{name} ({message['role']})", advice)
     _check_tools(template, skeleton, text)
     return frozenset(without_reasoning)
+
+
+def omits_names(template: ChatTemplate, skeleton: Skeleton, text: str) -> bool:
+    """Return whether `text`, the rendered skeleton, lacks the names of turns other than those of tools."""
+    named = [message for message in skeleton.messages if "name" in message and message["role"] != "tool"]
+    if not named:
+        return False
+    without = [
+        {key: value for key, value in message.items() if key != "name"} if message in named else message
+        for message in skeleton.messages
+    ]
+    return _renders_as(template, without, skeleton.tools, text)
 
 
 def _check_tools(template: ChatTemplate, skeleton: Skeleton, text: str) -> None:

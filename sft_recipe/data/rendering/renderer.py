@@ -4,6 +4,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -11,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from sft_recipe.data.messages import Conversation, data_error
 from sft_recipe.data.rendering.annotate import AnnotatedText, Annotator
 from sft_recipe.data.rendering.chat_template import ChatTemplate, TemplateError
+from sft_recipe.data.rendering.draws import draw, with_system_prompt, without_empty_thoughts
 from sft_recipe.data.rendering.escaping import ESCAPE, SpecialTokenEscaper
 from sft_recipe.data.rendering.options import RenderOptions
 from sft_recipe.data.rendering.text_tokens import TextTokenizer, Tokens
+from sft_recipe.data.rendering.thinking_mix import mix_thinking
 from sft_recipe.errors import DataError, ModelError
 
 # Characters that tokenizers add or cannot decode: sentencepiece's space, the replacement character, the escape.
@@ -32,7 +35,7 @@ class Encoded:
 
     `has_special_text`: the data spells a special token, which was encoded as ordinary text. `drops_reasoning`: the
     template leaves out reasoning in the last assistant turn. `earlier_without_reasoning`: the number of earlier
-    supervised assistant turns whose reasoning it leaves out.
+    supervised assistant turns whose reasoning it leaves out. `omits_names`: it leaves out the names of turns.
     """
 
     input_ids: list[int]
@@ -40,6 +43,12 @@ class Encoded:
     has_special_text: bool = False
     drops_reasoning: bool = False
     earlier_without_reasoning: int = 0
+    omits_names: bool = False
+
+    @property
+    def source_length(self) -> int:
+        """Return the number of tokens before the first supervised one: those of an encoder-decoder's source."""
+        return self.loss_mask.index(1) if 1 in self.loss_mask else len(self.loss_mask)
 
 
 @dataclass(frozen=True)
@@ -71,12 +80,22 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.options = options
-        self.template = ChatTemplate(tokenizer, chat_template, options.enable_thinking)
+        self.template = ChatTemplate(tokenizer, chat_template, options)
+        if self._spells_special_token(json.dumps(dict(options.chat_template_kwargs), ensure_ascii=False)):
+            raise ModelError(
+                "data.chat_template_kwargs spells a special token, which cannot be kept as text; remove it, or set "
+                "data.parse_special_tokens=true."
+            )
         self.core = tokenizer.backend_tokenizer
         self.tokenize = TextTokenizer(self.core)
         self.escaper = SpecialTokenEscaper(self.core, self.template.special_pattern, self.template.special_tokens)
         self.annotators: dict[str, Annotator] = {}  # by the variables that a record gives to the template
         self.special_ids = {self.core.token_to_id(token) for token in self.template.special_tokens}
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """Return the number that all token ids are below."""
+        return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Encode one conversation.
@@ -121,10 +140,15 @@ class Renderer:
         return TooLong(least) if least > limit else annotated
 
     def _annotate(self, conversation: Conversation) -> AnnotatedText:
+        options, given = self.options, conversation
+        if options.random_system_prompt:
+            conversation = with_system_prompt(conversation, options.random_system_prompt, options.seed)
+        if (share := options.thinking_mix) is not None:
+            conversation = mix_thinking(conversation, share, options.seed, self.template.thinking_switches)
         variables = conversation.chat_template_kwargs
         key = json.dumps(variables, ensure_ascii=False, sort_keys=True)
         if key not in self.annotators:
-            if not self.options.parse_special_tokens and self.template.special_pattern.search(key):
+            if self._spells_special_token(key):
                 raise TemplateError(
                     "gets a variable that spells a special token (chat_template_kwargs), which cannot be kept as text; "
                     "remove it from the data, or set data.parse_special_tokens=true"
@@ -133,7 +157,14 @@ class Renderer:
             if len(self.annotators) >= MAX_ANNOTATORS:
                 self.annotators.clear()
             self.annotators[key] = Annotator(template, self.options, self.core, self.escaper)
-        return self.annotators[key].annotate(conversation)
+        annotated = self.annotators[key].annotate(conversation)
+        dropped = options.drop_empty_thoughts
+        if dropped and draw(given, options.seed, "empty thought") < dropped:
+            return without_empty_thoughts(annotated)
+        return annotated
+
+    def _spells_special_token(self, text: str) -> bool:
+        return not self.options.parse_special_tokens and self.template.special_pattern.search(text) is not None
 
     def _attempt(self, conversation: Conversation, step: Callable[..., T], *args: Any) -> T | DataError:
         """The result of a step, or the DataError that names the conversation's source and the template."""
@@ -168,14 +199,15 @@ class Renderer:
                 first, last = tokens.token_at(start), tokens.token_at(end - 1) + 1
             else:
                 first, last = tokens.first_token_from(start), tokens.first_token_from(end)
-                if first == last or ids[last - 1] not in self.special_ids:
+                is_open = first < last and not self.options.append_stop_token
+                if not is_open and (first == last or ids[last - 1] not in self.special_ids):
                     ending = annotated.text[:end][-20:]
                     raise TemplateError(f"ends a turn with {ending!r}, which is not encoded as one special token")
                 self._check_decoded(ids[first:last], tokens.source_text(first, last))
             mask[first:last] = [1] * (last - first)
         mask[0] = 0
-        reasoning = annotated.drops_reasoning, annotated.earlier_without_reasoning
-        return Encoded(ids, mask, annotated.is_escaped, *reasoning)
+        omitted = annotated.drops_reasoning, annotated.earlier_without_reasoning, annotated.omits_names
+        return Encoded(ids, mask, annotated.is_escaped, *omitted)
 
     def _check_decoded(self, ids: list[int], text: str | None) -> None:
         """Raise TemplateError if ids do not decode to their text; None stands for a text that they surely decode to."""

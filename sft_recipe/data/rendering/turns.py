@@ -27,13 +27,19 @@ class Turn:
     """Says what to train on in one assistant turn, [start, end).
 
     `message` is the index of the message, None for a {% generation %} block that covers several messages.
-    `answer_start` is where the answer begins after the turn's reasoning, None for a turn without reasoning.
+    `answer_start` is where the answer begins after the turn's reasoning, None for a turn without reasoning. `problem`
+    says why the turn cannot be trained on; then start and end are equal.
     """
 
     message: int | None
     start: Position
     end: Position
     answer_start: Position | None = None
+    problem: str = ""
+
+
+class NoStopToken(TemplateError):
+    """Says that a turn ends without a token at which generation stops, so that it can be context only."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,12 @@ class TurnLocator:
 
     def _turn(self, index: int) -> Turn:
         first, last = _slot_range(self.slots, index, self._repeated_names(index))
-        start, end = self._start(index, first), self._end(index, last)
-        return Turn(index, (first, start), (last, end), self._answer_start(index))
+        start = first, self._start(index, first)
+        try:
+            end = last, self._end(index, last)
+        except NoStopToken as error:
+            return Turn(index, start, start, problem=str(error))
+        return Turn(index, start, end, self._answer_start(index))
 
     def _start(self, index: int, first: int) -> int:
         """How many characters of the literal before the content of messages[index] come from elsewhere.
@@ -173,10 +183,7 @@ class TurnLocator:
         at_end = self._without_prompt(index, at_end)
         ends = self._special_ends(at_end)
         if not ends:
-            raise ModelError(
-                f"{self.template.name}: the chat template ends the assistant's turn with {at_end!r}, which contains no "
-                "special token, so the model would never learn to stop; add eos_token at the end of that turn."
-            )
+            return self._end_at_marker(index, last, at_end)
         before_next = self.literals[last]
         if is_last:
             try:
@@ -190,6 +197,63 @@ class TurnLocator:
             ends_with_eos = [end for end in shared_ends if eos and at_end.endswith(eos, 0, end)]
             return (ends_with_eos or shared_ends)[-1]
         return ends[-1] if is_last else self._end_as_of_users(index, at_end, before_next)
+
+    def _end_at_marker(self, index: int, last: int, at_end: str) -> int:
+        """How many characters belong to a turn that the marker of the next role ends, or that nothing ends.
+
+        another turn follows      <|user|>\n      the marker ends the turn
+        the conversation ends                     the marker, or eos where it is text, is appended (see `appended`)
+        """
+        stops = self._stops(index, at_end)
+        if not stops:
+            raise ModelError(
+                f"{self.template.name}: the chat template ends the assistant's turn with {at_end!r}, which contains no "
+                "special token, so the model would never learn to stop; add eos_token at the end of that turn."
+            )
+        if index + 1 < len(self.skeleton.messages):
+            end = next((len(stop) for stop in stops if self.literals[last].startswith(stop)), 0)
+            if not end:
+                raise NoStopToken(
+                    f"has no token after messages[{index}] (assistant) at which generation stops; "
+                    "data.split_turns=true makes an example of each turn, which ends with one"
+                )
+            return end
+        return len(stops[0]) if self.template.appends_stop_token else len(at_end.rstrip())
+
+    def _stops(self, index: int, at_end: str) -> list[str]:
+        """The literals after messages[index] through a token at which generation stops, [] if there is none.
+
+        That is the marker of the next role, after calls that of a tool's result first; else eos. White space that the
+        template, not the data, puts before it may belong to the turn or not: then there is none.
+        """
+        content, calls = self.skeleton.messages[index]["content"], self.skeleton.messages[index].get("tool_calls", [])
+        of_template = at_end.removeprefix(content[len(content.rstrip()) :])
+        if of_template != of_template.rstrip():
+            return []
+        identifier = {"tool_call_id": calls[0]["id"]} if calls and "id" in calls[0] else {}
+        results = [{**USER, "role": "tool", **identifier}] if calls else []
+        stops, is_certain = [], True
+        for following in (*results, USER):
+            try:
+                literal = self._literal_after(index, self.skeleton.messages[:index], following)
+            except TemplateError:
+                continue
+            rest = literal.removeprefix(at_end) if literal.startswith(at_end) else ""
+            marker = self.template.special_pattern.match(rest, _indent(rest))
+            if marker and marker[0] != self._bos:
+                is_certain = is_certain and not marker.start()
+                stops.append(at_end + rest[: marker.end()])
+        if stops:
+            return stops if is_certain else []
+        eos = self.template.variables.get("eos_token") or ""
+        return [at_end + eos] if self.template.special_pattern.fullmatch(eos) else []
+
+    def appended(self, turns: list[Turn]) -> str:
+        """Return the text that must be appended to the conversation, so that its last turn ends, "" for most."""
+        literal = self.literals[-1]
+        if not turns or turns[-1].message is None or turns[-1].end <= (len(self.literals) - 1, len(literal)):
+            return ""
+        return self._stops(turns[-1].message, literal)[0][len(literal) :]
 
     def _end_as_of_users(self, index: int, at_end: str, before_next: str) -> int:
         """The end of a turn that ends with another token than the last turn, if it is that of the users' turns."""

@@ -42,15 +42,17 @@ class _NotATensor:
 class PackedDocuments(_NotATensor):
     """The segments of a pack, as the `attention_mask` of a model.
 
-    It has what transformers' mask functions read of a padding mask: two dimensions, (1, rows), `to`, and, to count the
-    padding on the left, `cumsum` and `torch.zeros_like`; there is no padding.
+    It has what transformers' mask functions read of a padding mask: two dimensions, (1, rows of this rank), `to`, and,
+    to count the padding on the left, `cumsum` and `torch.zeros_like`; there is no padding. `ranks` share the pack, each
+    with as many rows.
     """
 
     ndim = 2
 
-    def __init__(self, segments: Sequence[Segment]):
+    def __init__(self, segments: Sequence[Segment], ranks: int = 1):
         self.segments = segments
-        self.shape = (1, segments[-1].end)
+        self.ranks = ranks
+        self.shape = (1, segments[-1].end // ranks)
 
     def to(self, *_args: Any, **_kwargs: Any) -> "PackedDocuments":
         return self
@@ -68,11 +70,13 @@ class PackedDocuments(_NotATensor):
 class DocumentMask(_NotATensor):
     """The segments of a pack, and how many tokens back (itself included) a token sees; None: all.
 
-    `device` is where its tensors are made, each when it is first needed.
+    `device` is where its tensors are made, each when it is first needed. Where several `ranks` share the pack, a
+    layer's tensors have this rank's rows only, and the mask is that of all rows.
     """
 
-    def __init__(self, segments: Sequence[Segment], window: int | None, device: torch.device | str):
+    def __init__(self, segments: Sequence[Segment], window: int | None, device: torch.device | str, ranks: int = 1):
         self.segments = segments
+        self.ranks = ranks
         self.longest = max(segment.position + len(segment) for segment in segments)
         self.window = window if window is not None and window < self.longest else None
         self.device = device
@@ -96,12 +100,12 @@ class DocumentMask(_NotATensor):
     def key_rows(self) -> torch.Tensor:
         """Rows of those keys in the pack."""
         spans = [span for segment in self.segments for span in segment.keys(segment.end)]
-        return torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(self.device)
+        return self._on_device(torch.cat([torch.arange(span.start, span.stop) for span in spans]))
 
     @cached_property
     def number(self) -> torch.Tensor:
         """Each token's segment, 0 for the first; (tokens,)."""
-        return torch.repeat_interleave(torch.tensor([len(segment) for segment in self.segments], device=self.device))
+        return self._on_device(torch.repeat_interleave(torch.tensor([len(segment) for segment in self.segments])))
 
     @cached_property
     def mask(self) -> torch.Tensor:
@@ -110,4 +114,8 @@ class DocumentMask(_NotATensor):
         return mask if self.window is None else mask.triu(1 - self.window)
 
     def _offsets(self, lengths: list[int]) -> torch.Tensor:
-        return torch.tensor([0, *lengths], device=self.device).cumsum(0, dtype=torch.int32)
+        return self._on_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32))
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor from the host, which does not wait for what a GPU still computes."""
+        return tensor.to(self.device, non_blocking=True)

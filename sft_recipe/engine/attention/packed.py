@@ -8,22 +8,28 @@ transformers calls two registered functions: `documents_mask` makes the mask tha
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, and_masks, packed_sequence_mask_function, sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from verl.utils.ulysses import (
+    gather_heads_scatter_seq,
+    gather_seq_scatter_heads,
+    get_ulysses_sequence_parallel_rank,
+)
 
-from sft_recipe.config.auto import PACKED_ATTENTION
+from sft_recipe.config.auto import PACKED_ATTENTION, flash_attention_runs
 from sft_recipe.engine import patches
 from sft_recipe.engine.attention.documents import DocumentMask, MaskUnsupported, PackedDocuments
-from sft_recipe.engine.attention.prefix_sharing import concatenate
+from sft_recipe.engine.attention.prefix_sharing import Segment, concatenate
 
 HAS_VARLEN = "enable_gqa" in signature(varlen_attn).parameters  # since PyTorch 2.12
 PROBED_ROWS = 64  # of a mask, which show whether it is one of the known kinds
@@ -40,6 +46,46 @@ def best_attention(config: PretrainedConfig) -> str:
     if model_class.is_backend_compatible():
         return PACKED_ATTENTION
     return "sdpa" if patches.supports_sdpa(model_class) else "eager"
+
+
+def supported_attention(config: PretrainedConfig) -> str:
+    """The attention that `config` names, or the best one where the model or this GPU does not support it."""
+    chosen, best = patches.attention_implementation(config), best_attention(config)
+    if chosen == PACKED_ATTENTION != best:
+        _log.warning("%s has its own attention code: packed documents are isolated by masks.", config.model_type)
+        return best
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if chosen.startswith("flash_attention") and model_class:
+        text: Any = config.get_text_config()
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if not patches.supports_flash_attention(model_class, chosen):
+            _log.warning("%s does not support %s: using %s.", config.model_type, chosen, best)
+            return best
+        if not flash_attention_runs(chosen, size):
+            return best
+    return chosen
+
+
+def attention_inputs(
+    model: PreTrainedModel, segments: Sequence[Segment], device: torch.device, ranks: int = 1
+) -> dict[str, Any]:
+    """What the forward of `model` takes besides the positions, so that documents are isolated.
+
+    `ranks` share the pack. FlashAttention gets the borders of the documents: transformers would find them in the
+    positions again in each layer, which waits for the GPU each time.
+    """
+    chosen = patches.attention_implementation(model.config)
+    if chosen == PACKED_ATTENTION:
+        return {"attention_mask": PackedDocuments(segments, ranks)}
+    if not chosen.startswith("flash_attention") or ranks > 1 or not _takes_any_argument(type(model).forward):
+        return {}
+    documents = DocumentMask(segments, None, device)
+    offsets, longest = documents.offsets, documents.longest
+    return dict(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=longest, max_length_k=longest)
+
+
+def _takes_any_argument(function: Callable) -> bool:
+    return any(each.kind is each.VAR_KEYWORD for each in signature(function).parameters.values())
 
 
 def documents_mask(
@@ -60,9 +106,13 @@ def documents_mask(
     if isinstance(attention_mask, PackedDocuments):
         if (batch_size, q_length, kv_length) != (1, *attention_mask.shape[1:] * 2):
             raise MaskUnsupported("the model changes the number of tokens before its attention")
-        documents = DocumentMask(attention_mask.segments, local_size, device)
+        documents = DocumentMask(attention_mask.segments, local_size, device, attention_mask.ranks)
         if _is_known_mask(mask_function, documents, local_size, **kwargs):
             return documents
+        if documents.ranks > 1:
+            raise MaskUnsupported(
+                "one of the model's masks is of an unknown kind, so that ranks cannot share a sequence"
+            )
         if not documents.without_shared_prefixes:
             raise MaskUnsupported("one of the model's masks is of an unknown kind, so that prefixes cannot be shared")
         mask_function = and_masks(
@@ -111,6 +161,7 @@ def _matches_causal_mask(mask_function: Callable, documents: DocumentMask) -> bo
     return bool((mask_function(zero, zero, rows, columns) == expected).all())
 
 
+@torch.compiler.disable  # it depends on the documents, which differ between micro-batches
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -137,6 +188,9 @@ def attend(
             mask = DocumentMask(concatenate([query.shape[2]]).segments, None, query.device).mask
         return _eager_attention(query, key, value, mask, dropout, scaling, softcap, s_aux).transpose(1, 2), None
     documents = attention_mask
+    if documents.ranks > 1 and query.shape[2] < documents.segments[-1].end:
+        settings = dict(dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs)
+        return _attend_over_ranks(module, query, key, value, documents, **settings), None
     if is_plain and dropout == 0.0:
         if _supports_varlen(query, value):
             return _varlen(query, key, value, documents, scaling), None
@@ -157,6 +211,25 @@ def attend(
         )  # fmt: skip
 
     return _attend_per_segment(attend_one, query, key, value, documents), None
+
+
+def _attend_over_ranks(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: DocumentMask,
+    s_aux: torch.Tensor | None,
+    **settings: Any,
+) -> torch.Tensor:
+    """Ulysses (https://arxiv.org/abs/2309.14509): exchange rows of all heads for all rows of some heads, and back."""
+    repeats = max(1, documents.ranks // key.shape[1])  # each rank needs a head of the keys
+    key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    query, key, value = (gather_seq_scatter_heads(tensor, seq_dim=2, head_dim=1) for tensor in (query, key, value))
+    if s_aux is not None:
+        s_aux = s_aux.chunk(documents.ranks)[get_ulysses_sequence_parallel_rank()]
+    attended, _ = attend(module, query, key, value, documents, s_aux=s_aux, **settings)
+    return gather_heads_scatter_seq(attended, head_dim=2, seq_dim=1)
 
 
 def _attend_per_segment(
@@ -189,10 +262,32 @@ def _is_blockwise_faster(*tensors: torch.Tensor) -> bool:
 
 
 def _supports_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether PyTorch's FlashAttention for documents takes these tensors."""
+    """Return whether PyTorch's FlashAttention for documents takes these tensors, on a GPU since Ampere, or of AMD."""
     size = query.shape[-1]
     is_half = value.dtype in (torch.bfloat16, torch.float16)
-    return HAS_VARLEN and query.is_cuda and is_half and size == value.shape[-1] and size % 8 == 0 and size <= 256
+    fits = is_half and size == value.shape[-1] and size % 8 == 0 and size <= 256
+    if not (HAS_VARLEN and query.is_cuda and fits):
+        return False
+    if torch.version.hip:
+        return _runs_varlen(query.device, size)
+    return torch.cuda.get_device_capability(query.device)[0] >= 8
+
+
+@lru_cache
+def _runs_varlen(device: torch.device, size: int) -> bool:
+    """Whether it runs with a window and grouped heads, forward and backward: not all builds for ROCm have them."""
+    half: dict[str, Any] = dict(dtype=torch.float16, device=device, requires_grad=True)
+    query, key = (torch.ones(16, heads, size, **half) for heads in (2, 1))
+    offsets = torch.tensor([0, 8, 16], dtype=torch.int32, device=device)
+    try:
+        with torch.enable_grad():
+            attended: Any = varlen_attn(query, key, key, offsets, offsets, 8, 8, window_size=(3, 0), enable_gqa=True)
+            attended.sum().backward()
+        torch.cuda.synchronize(device)
+        return True
+    except Exception as error:
+        _log.warning("PyTorch's FlashAttention does not run on this GPU: %s. Attention is slower.", error)
+        return False
 
 
 def _varlen(

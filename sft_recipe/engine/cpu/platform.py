@@ -1,4 +1,4 @@
-"""verl's platform plug-in for CPUs: gloo for collectives, the process's resident memory, nothing to synchronize.
+"""verl's platform plug-in for CPUs: gloo for collectives, the memory of the process, nothing to synchronize.
 
 Must be registered before verl's engine is imported, and must not import the engine itself.
 """
@@ -6,28 +6,27 @@ Must be registered before verl's engine is imported, and must not import the eng
 import contextlib
 import ctypes
 import os
-import resource
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import psutil
 import torch
 from verl.plugin.platform import get_platform
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
+from sft_recipe.distributed.host_memory import available_memory, total_memory
 from sft_recipe.distributed.processes import available_cores
+from sft_recipe.engine.cpu.process_memory import peak_memory, process_memory
 
 # For how many shapes oneDNN, and PyTorch before it, cache the code of matrix products. The default is 1,024; since each
 # entry is allocated in the middle of a step, many small entries fragment the heap.
 KERNEL_CACHE_SIZES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "32"}
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # from malloc.h
-LARGEST_ON_HEAP = 2**30, 2**25  # bytes of a tensor; glibc before 2.35 accepts only the second
+# Bytes of a tensor, and the most that glibc accepted before 2.35. Few tensors are larger, such as logits and gathered
+# embeddings; on the heap they would need a gap of their size, which the small ones fill, so that it would grow.
+LARGEST_ON_HEAP = 2**25
 NEVER = -1
 
 
@@ -56,24 +55,23 @@ class _CpuModule(ModuleType):
         pass
 
     def empty_cache(self) -> None:
-        pass
+        trim_heap()
 
     def reset_peak_memory_stats(self, *_: Any) -> None:
         pass
 
     def memory_allocated(self, *_: Any) -> int:
-        return psutil.Process().memory_info().rss
+        return process_memory()
 
     memory_reserved = memory_allocated
 
     def max_memory_allocated(self, *_: Any) -> int:
-        return peak_resident_memory()
+        return peak_memory().read()
 
     max_memory_reserved = max_memory_allocated
 
     def mem_get_info(self, *_: Any) -> tuple[int, int]:
-        memory = psutil.virtual_memory()
-        return memory.available, memory.total
+        return available_memory(), total_memory()
 
 
 class PlatformCPU(PlatformBase):
@@ -107,7 +105,7 @@ class PlatformCPU(PlatformBase):
         pass
 
     def empty_cache(self) -> None:
-        pass
+        trim_heap()
 
     def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
         return None, None
@@ -141,18 +139,6 @@ class PlatformCPU(PlatformBase):
         return None
 
 
-def peak_resident_memory() -> int:
-    """Return the most resident memory that this process has had, in bytes.
-
-    The kernel's `VmHWM`, where there is one: `ru_maxrss` is inherited from the process that started this one.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def use_cpu() -> None:
     """Make the CPU verl's platform in this process.
 
@@ -165,27 +151,23 @@ def use_cpu() -> None:
     for name, count in KERNEL_CACHE_SIZES.items():
         os.environ.setdefault(name, count)
     tune_malloc()
+    peak_memory()
 
 
 def tune_malloc() -> None:
-    """Let all threads share one heap that returns no memory to the system, where the C library is glibc.
+    """Let all threads share one heap that returns no memory to the system by itself, where the C library is glibc.
 
-    By default each thread has a heap, and memory that one thread has freed is not available to others. Also, large
-    allocations are returned to the system when freed, which has to clear their pages when they are allocated again.
+    By default each thread has a heap, and memory that one thread has freed is not available to others. Also, most
+    tensors are returned to the system when freed, which has to clear their pages when they are allocated again.
     """
     with contextlib.suppress(OSError, AttributeError):
         set_option = ctypes.CDLL(None).mallopt
         set_option(M_ARENA_MAX, 1)
-        if any(set_option(M_MMAP_THRESHOLD, size) for size in LARGEST_ON_HEAP):  # the first that it accepts
-            set_option(M_TRIM_THRESHOLD, NEVER)
+        set_option(M_MMAP_THRESHOLD, LARGEST_ON_HEAP)
+        set_option(M_TRIM_THRESHOLD, NEVER)
 
 
-def measured_peak_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    """FLOP/s of products of square matrices of this dtype with PyTorch's threads: the peak for MFU on a CPU."""
-    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+def trim_heap() -> None:
+    """Return the free pages of the heap to the system, where the C library is glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -23,26 +23,24 @@ NARROW = 16  # inputs of a linear layer, such as an adapter's second: BLAS compu
 class UnshardedModel:
     """Lets a model compute in `dtype`, and sums its gradients in fp32, in buffers that stay from step to step.
 
-    Buffers that were allocated during a backward pass would lie between activations and fragment the heap. With
-    `converts_frozen`, weights that are not trained are converted for good. `layers` are the names of the classes whose
-    inputs are cast to `dtype`, as FSDP2 does.
+    Buffers that were allocated during a backward pass would lie between activations and fragment the heap. `layers` are
+    the names of the classes whose inputs are cast to `dtype`, as FSDP2 does. torch.compile cannot trace how linear
+    layers and embeddings add to the sums: if `is_compiled`, autograd computes their gradients first.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, converts_frozen: bool, layers: Collection[str] = ()):
+    def __init__(self, module: nn.Module, dtype: torch.dtype, layers: Collection[str] = (), is_compiled: bool = False):
         self.replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.copies: dict[nn.Parameter, nn.Parameter] = {}  # tied weights have one
         self.accumulators: dict[nn.Parameter, GradAccumulator] = {}
         for weight in module.parameters():
-            differs = weight.is_floating_point() and weight.dtype != dtype
-            if differs and converts_frozen and not weight.requires_grad:
-                weight.data = weight.data.to(dtype)
-            elif differs:
+            if weight.is_floating_point() and weight.dtype != dtype:
                 self.copies[weight] = nn.Parameter(torch.empty_like(weight, dtype=dtype), weight.requires_grad)
             if weight.requires_grad:
                 self.accumulators[weight] = GradAccumulator(self.copies.get(weight, weight), weight)
+        adds = not is_compiled
         for part in module.modules():
             weights = dict(part.named_parameters(recurse=False, remove_duplicate=False))
-            forward = _accumulating_forward(part) if weights.get("weight") in self.accumulators else None
+            forward = _accumulating_forward(part) if adds and weights.get("weight") in self.accumulators else None
             if forward:
                 part.forward = MethodType(forward, part)  # type: ignore[method-assign]
             self.replaced += [(part, name, weight) for name, weight in weights.items() if weight in self.copies]

@@ -45,7 +45,7 @@ def test_a_record_of_exactly_max_length_is_not_too_long():
 
 def test_packing_saves_the_padding():
     """Batches (4, 6) and (2): padded 12 + 2; budget 6 holds one of the first two at a time."""
-    result = stats_of_masks(*FOUR, max_length=6, batch_size=2, token_budget=6, shuffle=False).packing()
+    result = stats_of_masks(*FOUR, max_length=6, batch_size=2, token_budget=6, order="file").packing()
     assert (result.padded, result.packed, result.steps, result.micro_batches, result.capacity) == (14, 12, 2, 3, 18)
     assert result.saved == pytest.approx(2 / 14)
 
@@ -131,12 +131,11 @@ def test_bad_records_are_rejected_with_their_error_and_the_others_are_counted(to
     )
     talks = [conversation(text, "Yes", source=f"a, record {n}") for n, text in enumerate(["Hi", "bad", "Hello"], 1)]
     records = [talks[0], DataError("a, record 9: broken.", "malformed"), *talks[1:]]
-    done = []
     result = DatasetStats()
-    result.read(records, Renderer(tokenizer, chat_template=refuses), done.append)
-    assert (result.records, result.rejected, sum(done)) == (2, 2, 4)
+    result.read(records, Renderer(tokenizer, chat_template=refuses))
+    assert (result.records, result.rejected) == (2, 2)
     assert result.reasons[0] == "a, record 9: broken." and result.reasons[1].startswith("a, record 2: ")
-    assert [example.conversation.source for example in result.sample] == ["a, record 1", "a, record 3"]
+    assert [example.record.source for example in result.sample] == ["a, record 1", "a, record 3"]
     lines = summary(result)[-2:]
     assert lines == [
         "2 records rejected (1 malformed, 1 template): training stops; first error:",

@@ -95,11 +95,13 @@ def test_a_conversation_is_displayed_up_to_max_length(renderer, tokenizer):
     example = example_of(renderer, "Hi", "Hello there, how are you today?")
     limit = example.tokens - 5
     assert sum(len(token.ids) for token in tokens_of(example, renderer, limit)) == limit
-    out, result = StringIO(), stats_of([example.conversation], renderer, Settings(max_length=limit, truncation="right"))
+    out, result = StringIO(), stats_of([example.record], renderer, Settings(max_length=limit, truncation="right"))
     print_preview(result, renderer, Console(file=out))
     shown = tokenizer.decode(example.encoded.input_ids[:limit]).rpartition("\n")[2]
     assert f"{OPEN}{shown}{CLOSE}✂ 5 more tokens\n" in out.getvalue()
-    assert "5 more tokens</b>" in page(result, renderer, "a", "tiny") and "the last 5 tokens are cut" in out.getvalue()
+    assert (
+        "5 more tokens</b>" in page(result, renderer, "a", "tiny") and "cut off at the end: 5 tokens" in out.getvalue()
+    )
 
 
 def test_control_characters_in_the_data_never_reach_the_terminal(renderer):
@@ -141,3 +143,18 @@ def test_role_patterns_combine_repetitions(roles, words):
 def test_visible_returns_all_tokens_unchanged(renderer):
     tokens = tokens_of(example_of(renderer, "  Hi  ", " a \n b "), renderer, 10**6)
     assert [token for token, _ in visible(tokens)] == tokens
+
+
+def test_lengths_in_characters_are_beside_those_in_tokens(renderer):
+    talks = [conversation("Hi", "你好，今天"), conversation("Say it.", "It 😀!"), conversation("a" * 40, "b" * 60)]
+    stats, out = stats_of(talks, renderer), StringIO()
+    print_preview(stats, renderer, Console(file=out, width=200))
+    text = out.getvalue()
+    for talk, example in zip(talks, stats.sample, strict=True):
+        count = sum(len(message.content) for message in talk.messages)
+        assert example.characters == count
+        assert f"{len(example.encoded.input_ids)} tokens of {count} characters, loss on " in text
+    ratio = (7 + 12 + 100) / stats.lengths.sum()
+    assert f"texts: median 12, p95 100, max 100 characters; {ratio:.2f} characters a token" in text
+    shown = " ".join(page(stats, renderer, "data", "model").split())
+    assert "in characters: median 12, p95 100, max 100" in shown

@@ -6,7 +6,7 @@ import pytest
 
 from sft_recipe.data.formats import to_conversation
 from sft_recipe.data.rendering.renderer import Renderer, RenderOptions
-from sft_recipe.errors import DataError
+from sft_recipe.errors import DataError, ModelError
 from tests.data.rendering.oracles import own_ids
 from tests.support import tiny
 
@@ -40,6 +40,27 @@ def test_record_overrides_the_thinking_switch_of_the_run(option, value):
     assert encoded.input_ids == ids != other_ids
     of_run = Renderer(tokenizer, options=RenderOptions(enable_thinking=value)).encode(to_conversation(PAIR, ""))
     assert encoded == of_run
+
+
+def test_variables_of_the_run_are_overridden_by_those_of_a_record():
+    tokenizer = tiny.build_tokenizer(STYLE_TEMPLATE.replace("'plain'", "other|default('plain')"))
+    renderer = Renderer(tokenizer, options=RenderOptions(chat_template_kwargs={"style": "terse", "other": "x"}))
+    for own, expected in (({}, "terse"), ({"style": "kind"}, "kind"), ({"other": "y"}, "terse")):
+        conversation = to_conversation({**PAIR, "chat_template_kwargs": own}, "")
+        ids = own_ids(tokenizer, conversation, **{"other": "x"} | own | {"style": expected})
+        assert renderer.encode(conversation).input_ids == ids
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"effort": "low"}, "data.chat_template_kwargs sets effort, but the chat template has no such variable"),
+        ({"style": "<|im_end|>"}, "data.chat_template_kwargs spells a special token"),
+    ],
+)
+def test_variables_of_the_run_that_cannot_be_used_are_errors(variables, expected):
+    with pytest.raises(ModelError, match=expected):
+        Renderer(tiny.build_tokenizer(STYLE_TEMPLATE), options=RenderOptions(chat_template_kwargs=variables))
 
 
 @pytest.mark.parametrize(

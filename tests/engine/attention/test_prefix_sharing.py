@@ -82,7 +82,7 @@ def test_keys_can_skip_the_first_rows():
 @pytest.mark.parametrize("shares", [False, True], ids=["separate", "shared"])
 def test_each_supervised_token_is_predicted_from_the_row_before_it(shares, monkeypatch):
     use_cpu()
-    from sft_recipe.engine.micro_batches import micro_batches
+    from sft_recipe.engine.micro_batches import pack, planned_documents
 
     monkeypatch.setattr(prefix_sharing, "SHORTEST", 2)
     documents = [[5, 6, 7, 8], [5, 6, 7, 9, 9], [5, 6, 7, 8], [3]]
@@ -94,7 +94,7 @@ def test_each_supervised_token_is_predicted_from_the_row_before_it(shares, monke
     }
     batch = TensorDict(tensors, batch_size=[4])
     batch["micro_batch_docs"] = NonTensorData([3, 1])
-    first, second = micro_batches(batch, shares)
+    first, second = (pack(documents, shares) for documents in planned_documents(batch))
     ids, position_ids, positions = first.input_ids, first.position_ids, first.positions
     assert ids.shape == position_ids.shape == (1, 7 if shares else 13) and first.segments[-1].end == ids.shape[1]
     tokens_before, their_positions = ids[0, positions].tolist(), position_ids[0, positions].tolist()

@@ -54,7 +54,7 @@ def test_gradients_of_micro_batches_are_summed_in_fp32(is_tied):
         losses.append(backward(plain, shift))
         for name, weight in plain.named_parameters():
             sums[name] = sums.get(name, 0) + weight.grad.float()
-    unsharded = UnshardedModel(model, torch.bfloat16, False)
+    unsharded = UnshardedModel(model, torch.bfloat16)
     for step in range(2):
         model.zero_grad()
         with unsharded.computing():
@@ -85,7 +85,7 @@ KINDS = {
 def test_linear_layers_and_embeddings_add_to_their_sums_directly(kind, monkeypatch):
     model = KINDS[kind]()
     plain = deepcopy(model)
-    unsharded = UnshardedModel(model, torch.float32, False)
+    unsharded = UnshardedModel(model, torch.float32)
     copied = set()
     add = GradAccumulator._add
     monkeypatch.setattr(GradAccumulator, "_add", lambda self, part: copied.add(self.weight.dim()) or add(self, part))
@@ -106,7 +106,7 @@ def test_recomputed_inputs_of_linear_layers_are_bit_identical(has_adapters, dtyp
         if is_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         recompute_norms_and_mlps(model)
-        unsharded = UnshardedModel(model, dtype, False)
+        unsharded = UnshardedModel(model, dtype)
         if not recomputes:
             monkeypatch.setattr(Recomputation, "of", lambda tensor: None)
         with unsharded.computing():
@@ -129,7 +129,7 @@ def test_tensors_changed_in_place_are_not_recomputed():
         torch.manual_seed(0)
         layers = nn.ModuleList([LlamaRMSNorm(8), nn.Linear(8, 3)])
         recompute_norms_and_mlps(layers)
-        unsharded = UnshardedModel(layers, torch.float32, False)
+        unsharded = UnshardedModel(layers, torch.float32)
         norm, linear = layers
         with unsharded.computing():
             hidden = norm(torch.randn(1, 5, 8, requires_grad=True))
@@ -141,7 +141,7 @@ def test_tensors_changed_in_place_are_not_recomputed():
 
 def test_copies_follow_changes_of_the_weights():
     model, plain = build(), build()
-    copies = UnshardedModel(model, torch.bfloat16, False)
+    copies = UnshardedModel(model, torch.bfloat16)
     with copies.computing():
         first = backward(model)
     with torch.no_grad():
@@ -154,20 +154,17 @@ def test_copies_follow_changes_of_the_weights():
 
 def test_tied_weights_share_one_copy():
     model = build(tie_word_embeddings=True)
-    copies = UnshardedModel(model, torch.bfloat16, False)
+    copies = UnshardedModel(model, torch.bfloat16)
     with copies.computing():
         assert model.lm_head.weight is model.model.embed_tokens.weight
     assert len(copies.copies) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("converts", [True, False])
-def test_frozen_weights_are_converted_for_good_on_request(converts):
+def test_frozen_weights_have_copies_and_no_gradients():
     model = build()
     model.model.layers.requires_grad_(False)
     expected = in_bf16(model)
-    unsharded = UnshardedModel(model, torch.bfloat16, converts)
-    outside = torch.bfloat16 if converts else torch.float32
-    assert {weight.dtype for weight in model.model.layers.parameters()} == {outside}
+    unsharded = UnshardedModel(model, torch.bfloat16)
     with unsharded.computing():
         assert backward(model) == backward(expected)
     assert all(weight.grad is None for weight in model.model.layers.parameters())
@@ -175,7 +172,7 @@ def test_frozen_weights_are_converted_for_good_on_request(converts):
 
 def test_gradients_of_bf16_weights_are_summed_in_fp32_and_rounded_once():
     model, plain = in_bf16(build()), in_bf16(build())
-    unsharded = UnshardedModel(model, torch.bfloat16, False)
+    unsharded = UnshardedModel(model, torch.bfloat16)
     sums: dict[str, torch.Tensor] = {}
     for shift in range(8):
         other = deepcopy(plain)
@@ -190,7 +187,7 @@ def test_gradients_of_bf16_weights_are_summed_in_fp32_and_rounded_once():
 
 def test_a_failed_step_leaves_no_gradients_for_the_next():
     model, other = build(), build()
-    unsharded = UnshardedModel(model, torch.float32, False)
+    unsharded = UnshardedModel(model, torch.float32)
     with pytest.raises(ZeroDivisionError), unsharded.computing():
         backward(model)
         raise ZeroDivisionError
@@ -203,7 +200,7 @@ def test_a_failed_step_leaves_no_gradients_for_the_next():
 def test_inputs_of_layers_are_cast_to_the_compute_dtype():
     """XGLM adds positions in fp32."""
     model = XGLMForCausalLM(XGLM)
-    unsharded = UnshardedModel(model, torch.bfloat16, False, model._no_split_modules)
+    unsharded = UnshardedModel(model, torch.bfloat16, model._no_split_modules)
     with unsharded.computing():
         backward(model)
     assert all(weight.grad.any() for name, weight in model.named_parameters() if "fc1.weight" in name)
@@ -212,7 +209,7 @@ def test_inputs_of_layers_are_cast_to_the_compute_dtype():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_keep_their_buffers_from_step_to_step(dtype):
     model, plain = build(), build()
-    unsharded = UnshardedModel(model, dtype, False)
+    unsharded = UnshardedModel(model, dtype)
     addresses = []
     for _ in range(2):
         for each in (model, plain):
@@ -232,6 +229,6 @@ def test_gradients_keep_their_buffers_from_step_to_step(dtype):
 def test_an_error_restores_the_weights():
     model = build()
     before = list(model.parameters())
-    with pytest.raises(ZeroDivisionError), UnshardedModel(model, torch.bfloat16, False).computing():
+    with pytest.raises(ZeroDivisionError), UnshardedModel(model, torch.bfloat16).computing():
         raise ZeroDivisionError
     assert all(weight is same for weight, same in zip(before, model.parameters(), strict=True))

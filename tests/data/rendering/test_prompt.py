@@ -2,9 +2,9 @@
 
 import pytest
 
-from sft_recipe.chat.prompt import PromptRenderer
 from sft_recipe.data.formats import to_conversation
-from sft_recipe.data.render import Renderer
+from sft_recipe.data.render import Renderer, RenderOptions
+from sft_recipe.data.rendering.prompt import PromptRenderer
 from sft_recipe.errors import DataError, ModelError
 from tests.support import tiny
 
@@ -52,9 +52,19 @@ def test_reasoning_of_earlier_answers_has_the_name_that_the_template_reads():
 @pytest.mark.parametrize(("switch", "found"), [(None, False), (True, False), (False, True)])
 def test_thinking_switch_reaches_the_template(switch, found):
     tokenizer = tiny.build_tokenizer(SWITCH)
-    assert tokenizer.decode(PromptRenderer(tokenizer, switch).encode([USER]).ids).endswith("NO") == found
     variables = {} if switch is None else {"enable_thinking": switch}
     assert tokenizer.decode(PromptRenderer(tokenizer).encode([USER], variables).ids).endswith("NO") == found
+    for options in (RenderOptions(enable_thinking=switch), RenderOptions(chat_template_kwargs=variables)):
+        assert tokenizer.decode(PromptRenderer(tokenizer, options).encode([USER]).ids).endswith("NO") == found
+
+
+def test_system_prompt_is_folded_as_in_training():
+    tokenizer = tiny.build_tokenizer(tiny.CHATML.replace("{{", "{{ 1/0 if message.role == 'system' }}{{", 1))
+    with pytest.raises(DataError, match="division by zero"):
+        PromptRenderer(tokenizer).encode(HISTORY)
+    folded = [{"role": "user", "content": f"Be brief.\n\n{USER['content']}"}, *HISTORY[2:]]
+    expected = tokenizer.apply_chat_template(folded, add_generation_prompt=True)["input_ids"]
+    assert PromptRenderer(tokenizer, RenderOptions(fold_system=True)).encode(HISTORY).ids == expected
 
 
 def test_what_the_template_refuses_is_one_message():

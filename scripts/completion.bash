@@ -1,0 +1,288 @@
+# Completes flags, keys, their values, recipes and the files of conf/: . scripts/completion.bash
+# Written by scripts/generate_reference.py from sft_recipe/config/schema.py; do not edit.
+_sft_recipe_conf=$(cd "$(dirname "${BASH_SOURCE[0]}")/../conf" && pwd)
+_sft_recipe_flags='--model_path
+--model
+--tokenizer_path
+--train_data
+--val_data
+--max_length
+--max_target_length
+--batch_size
+--micro_batch_size
+--learning_rate
+--lr
+--warmup_ratio
+--weight_decay
+--grad_clip
+--strategy
+--use_lora
+--use_qlora
+--lora_rank
+--lora_alpha
+--merge_lora
+--recipe
+--num_epochs
+--epochs
+--output_dir
+--resume_from
+--auto_restart
+--wandb_project
+--n_gpus
+--nnodes
+--node_rank
+--master_addr
+--master_port
+--config-path
+--config-name
+--dry_run
+--check
+--launcher
+--multirun
+--lang
+--recipes
+--help'
+_sft_recipe_keys='model.path=
+model.fallback=
+model.tokenizer_path=
+model.chat_template=
+model.trust_remote_code=
+model.enable_gradient_checkpointing=
+model.enable_activation_offload=
+model.attn_implementation=
+model.share_prefixes=
+model.use_liger=
+model.router_aux_loss_coef=
+model.freeze=
+model.train_only=
+model.verify_first_step=
+model.override_config=
+data.train_files=
+data.val_files=
+data.val_ratio=
+data.format=
+data.columns=
+data.roles=
+data.on_bad_record=
+data.max_bad_ratio=
+data.train_on=
+data.split_turns=
+data.train_on_reasoning=
+data.enable_thinking=
+data.chat_template_kwargs=
+data.fold_system=
+data.append_stop_token=
+data.thinking_mix=
+data.random_system_prompt=
+data.drop_empty_thoughts=
+data.parse_special_tokens=
+data.max_length=
+data.max_target_length=
+data.max_chars=
+data.truncation=
+data.train_batch_size=
+data.micro_batch_size_per_gpu=
+data.order=
+data.limit=
+data.num_workers=
+data.cache_dir=
+optim.optimizer=
+optim.optimizer_impl=
+optim.override_optimizer_config=
+optim.lr=
+optim.lr_scheduler_type=
+optim.lr_warmup_steps_ratio=
+optim.lr_warmup_steps=
+optim.min_lr_ratio=
+optim.lr_decay_steps_ratio=
+optim.power=
+optim.pct_start=
+optim.div_factor=
+optim.final_div_factor=
+optim.zero_indexed_step=
+optim.betas=
+optim.weight_decay=
+optim.clip_grad=
+fsdp.strategy=
+fsdp.param_offload=
+fsdp.optimizer_offload=
+fsdp.offload_policy=
+fsdp.reshard_after_forward=
+fsdp.fsdp_size=
+fsdp.forward_prefetch=
+fsdp.use_no_sync_for_gradient_accumulation=
+fsdp.use_torch_compile=
+fsdp.model_dtype=
+fsdp.mixed_precision.param_dtype=
+fsdp.mixed_precision.reduce_dtype=
+fsdp.ulysses_sequence_parallel_size=
+fsdp.tensor_model_parallel_size=
+fsdp.pipeline_model_parallel_size=
+fsdp.context_parallel_size=
+lora.enabled=
+lora.quantize=
+lora.rank=
+lora.alpha=
+lora.target_modules=
+lora.exclude_modules=
+lora.merge=
+eval.generate=
+eval.prompts=
+eval.max_new_tokens=
+eval.limit=
+trainer.recipe=
+trainer.total_epochs=
+trainer.total_training_steps=
+trainer.output_dir=
+trainer.resume_from=
+trainer.save_freq=
+trainer.test_freq=
+trainer.save_best=
+trainer.early_stopping.metric=
+trainer.early_stopping.mode=
+trainer.early_stopping.patience=
+trainer.early_stopping.min_delta=
+trainer.early_stopping.target=
+trainer.max_ckpt_to_keep=
+trainer.async_save=
+trainer.max_time=
+trainer.auto_restart=
+trainer.start_timeout=
+trainer.heartbeat_timeout=
+trainer.log_freq=
+trainer.logger=
+trainer.project_name=
+trainer.run_name=
+trainer.wandb_project=
+trainer.seed=
+trainer.device=
+trainer.n_gpus_per_node=
+trainer.nnodes=
+trainer.node_rank=
+trainer.master_addr=
+trainer.master_port='
+_sft_recipe_values='model.trust_remote_code=true
+model.trust_remote_code=false
+model.enable_gradient_checkpointing=true
+model.enable_gradient_checkpointing=false
+model.enable_gradient_checkpointing=auto
+model.enable_activation_offload=true
+model.enable_activation_offload=false
+model.share_prefixes=true
+model.share_prefixes=false
+model.share_prefixes=auto
+model.use_liger=true
+model.use_liger=false
+model.verify_first_step=true
+model.verify_first_step=false
+data.format=auto
+data.format=preference
+data.format=messages
+data.format=conversations
+data.format=prompt_response
+data.format=prompt_completion
+data.format=query_response
+data.format=alpaca
+data.format=tokens
+data.on_bad_record=error
+data.on_bad_record=skip
+data.train_on=all
+data.train_on=last
+data.split_turns=true
+data.split_turns=false
+data.split_turns=auto
+data.train_on_reasoning=true
+data.train_on_reasoning=false
+data.enable_thinking=true
+data.enable_thinking=false
+data.fold_system=true
+data.fold_system=false
+data.append_stop_token=true
+data.append_stop_token=false
+data.parse_special_tokens=true
+data.parse_special_tokens=false
+data.truncation=drop
+data.truncation=right
+data.truncation=error
+data.order=shuffle
+data.order=file
+optim.lr_scheduler_type=cosine
+optim.lr_scheduler_type=linear
+optim.lr_scheduler_type=constant
+optim.lr_scheduler_type=onecycle
+optim.lr_scheduler_type=wsd
+optim.lr_scheduler_type=inverse_sqrt
+optim.lr_scheduler_type=polynomial
+optim.zero_indexed_step=true
+optim.zero_indexed_step=false
+fsdp.strategy=fsdp
+fsdp.strategy=fsdp2
+fsdp.strategy=megatron
+fsdp.param_offload=true
+fsdp.param_offload=false
+fsdp.optimizer_offload=true
+fsdp.optimizer_offload=false
+fsdp.offload_policy=true
+fsdp.offload_policy=false
+fsdp.reshard_after_forward=true
+fsdp.reshard_after_forward=false
+fsdp.reshard_after_forward=auto
+fsdp.forward_prefetch=true
+fsdp.forward_prefetch=false
+fsdp.use_no_sync_for_gradient_accumulation=true
+fsdp.use_no_sync_for_gradient_accumulation=false
+fsdp.use_torch_compile=true
+fsdp.use_torch_compile=false
+fsdp.model_dtype=fp32
+fsdp.model_dtype=bf16
+fsdp.mixed_precision.param_dtype=auto
+fsdp.mixed_precision.param_dtype=bf16
+fsdp.mixed_precision.param_dtype=fp16
+fsdp.mixed_precision.param_dtype=fp32
+fsdp.mixed_precision.reduce_dtype=bf16
+fsdp.mixed_precision.reduce_dtype=fp32
+lora.enabled=true
+lora.enabled=false
+lora.quantize=true
+lora.quantize=false
+lora.merge=true
+lora.merge=false
+trainer.save_freq=after_each_epoch
+trainer.test_freq=after_each_epoch
+trainer.save_best=true
+trainer.save_best=false
+trainer.early_stopping.mode=min
+trainer.early_stopping.mode=max
+trainer.async_save=true
+trainer.async_save=false
+trainer.device=auto
+trainer.device=cuda
+trainer.device=cpu'
+
+_sft_recipe() {
+  local line=${COMP_LINE:0:COMP_POINT} word words file index recipes=
+  word=${line##* }
+  for file in "$_sft_recipe_conf"/recipe/*.yaml; do file=${file##*/} && recipes+=" @${file%.yaml}"; done
+  case $word in
+    --recipe=* | trainer.recipe=*) words=${recipes//@/${word%%=*}=} ;;
+    -*) words=$_sft_recipe_flags ;;
+    *=*)
+      words=$_sft_recipe_values
+      for file in "$_sft_recipe_conf/${word%%=*}"/*.yaml; do
+        [ -e "$file" ] && file=${file##*/} && words+=" ${word%%=*}=${file%.yaml}"
+      done
+      ;;
+    *)
+      words=$_sft_recipe_keys
+      for file in "$_sft_recipe_conf"/*/; do file=${file%/}; words+=" ${file##*/}="; done
+      [[ ${line%"$word"} != *" --recipe " ]] || words=${recipes//@/}
+      ;;
+  esac
+  mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")
+  for index in "${!COMPREPLY[@]}"; do
+    [[ ${COMPREPLY[index]} == *= ]] || COMPREPLY[index]+=" "
+    # Bash replaces only what follows the last =, unless that is no separator of words.
+    [[ $COMP_WORDBREAKS != *=* ]] || COMPREPLY[index]=${COMPREPLY[index]#"${word%"${word##*=}"}"}
+  done
+}
+complete -o default -o nospace -F _sft_recipe train.sh preview_data.py preview_schedule.py

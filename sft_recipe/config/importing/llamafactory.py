@@ -1,0 +1,135 @@
+"""Reads a training YAML of LLaMA-Factory, with its dataset_info.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sft_recipe.config.foreign_names import LLAMAFACTORY
+from sft_recipe.config.importing.datasets import HUB_NAME, Files, hub_name
+from sft_recipe.config.importing.imported import Imported
+from sft_recipe.config.importing.transformers_args import IGNORED, read_lora, read_training
+from sft_recipe.errors import ConfigError
+
+# What a setting means that the file leaves out.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-5,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3.0,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "cutoff_len": 2048,
+    "finetuning_type": "lora",
+}
+ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
+TAGS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "function_call"}
+TAGS |= {"system_tag": "system"}
+KNOWN_TAGS = {"human", "gpt", "user", "assistant", "observation", "tool", "function_call", "function", "system"}
+
+
+def read_llamafactory(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
+    """Return the overrides for a configuration. Raises ConfigError where it is not supervised fine-tuning, and where
+    dataset_info.json is missing, broken, or lacks a data set.
+    """
+    if given.get("stage", "sft") != "sft":
+        raise ConfigError(f"{path}: stage is {given['stage']}; only sft is supervised fine-tuning")
+    imported = Imported({**DEFAULTS, **given})
+    imported.map(LLAMAFACTORY)
+    imported.get("stage"), imported.get("dataset_dir")
+    read_training(imported, gpus)
+    imported.set("data.truncation", "right", "cutoff_len")  # it cuts
+    kind = imported.get("finetuning_type")
+    if kind == "lora":
+        rank = imported.get("lora_rank", 8)
+        read_lora(imported, rank, imported.get("lora_alpha", 2 * rank), imported.get("lora_target"))
+        if (bits := imported.get("quantization_bit")) == 4:
+            imported.values["lora.quantize"] = True
+        elif bits:
+            imported.skip("quantization_bit", bits, "a base model is quantized to 4 bits, or not at all")
+    elif kind != "full":
+        imported.skip("finetuning_type", kind, "full and lora are supported")
+    if imported.get("mask_history"):
+        imported.set("data.train_on", "last", "mask_history")
+    if (count := imported.get("max_samples")) is not None:
+        imported.skip("max_samples", count, "it is for each data set; data.limit is for all together")
+    if imported.get("deepspeed"):
+        imported.skip("deepspeed", given["deepspeed"], "FSDP is used; see fsdp.* in docs/configuration.md")
+    template = imported.get("template")
+    if template:
+        imported.skip(
+            "template", template, "the model's own chat template is used; model.chat_template=FILE for another"
+        )
+    _validation_size(imported)
+    for name, key in (("dataset", "data.train_files"), ("eval_dataset", "data.val_files")):
+        names = imported.get(name, [])
+        names = [part.strip() for part in names.split(",")] if isinstance(names, str) else names
+        _datasets(imported, names, path).write(key, name)
+    imported.finish(lambda name: IGNORED.fullmatch(name) is not None)
+    return imported
+
+
+def _validation_size(imported: Imported) -> None:
+    size = imported.get("val_size", 0)
+    if size and size < 1:
+        imported.set("data.val_ratio", size, "val_size")
+    elif size:
+        imported.skip("val_size", size, "data.val_ratio is a fraction")
+
+
+def _datasets(imported: Imported, names: list[str], path: Path) -> Files:
+    files = Files(imported)
+    if not names:
+        return files
+    folder, infos = _dataset_info(str(imported.get("dataset_dir", "data")), path)
+    for name in names:
+        if name not in infos:
+            raise ConfigError(f"{path}: the data set {name} is not in {folder / 'dataset_info.json'}")
+        _add(files, name, infos[name], folder)
+    return files
+
+
+def _dataset_info(folder: str, path: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of the data and its dataset_info.json, from here or from a folder above the configuration."""
+    places = [Path(), *path.absolute().parents]
+    found = next((place / folder for place in places if (place / folder / "dataset_info.json").is_file()), None)
+    if not found:
+        raise ConfigError(
+            f"{path}: there is no {folder}/dataset_info.json here or above the file; run this where LLaMA-Factory "
+            "runs, or write dataset_dir"
+        )
+    try:
+        infos = json.loads((found / "dataset_info.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{found / 'dataset_info.json'} is not valid JSON: {error}") from None
+    return found, infos if isinstance(infos, dict) else {}
+
+
+def _add(files: Files, name: str, info: Any, folder: Path) -> None:
+    info = info if isinstance(info, dict) else {}
+    hub = str(info.get("hf_hub_url", ""))
+    if info.get("file_name"):
+        place = str(folder / info["file_name"])
+    elif HUB_NAME.fullmatch(hub):
+        place = hub_name(hub, info.get("subset"), info.get("split"))
+    else:
+        files.imported.skip(f"dataset {name}", info, "only local files and data sets of the Hugging Face hub are read")
+        return
+    if count := info.get("num_samples"):
+        place += f"#{count}"
+    given, tags = info.get("columns") or {}, info.get("tags") or {}
+    if media := [key for key in ("images", "videos", "audios") if key in given]:
+        files.imported.skip(f"dataset {name}", media, "only text is trained on")
+    columns: dict[str, str] = {}
+    if info.get("formatting", "alpaca") == "alpaca":
+        columns = {ALPACA[key]: str(column) for key, column in given.items() if key in ALPACA and column}
+    elif given.get("messages") and given["messages"] not in ("messages", "conversations"):
+        columns = {"conversations": str(given["messages"])}
+    columns |= {key: str(given[key]) for key in ("tools", "system", "chosen") if given.get(key)}
+    names = {"role": tags.get("role_tag", "from"), "content": tags.get("content_tag", "value")}
+    if names not in ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}):
+        columns |= names
+    roles = {str(tags[key]): role for key, role in TAGS.items() if key in tags and tags[key] not in KNOWN_TAGS}
+    files.add(place, columns, roles)

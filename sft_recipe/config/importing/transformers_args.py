@@ -1,0 +1,93 @@
+"""The settings that LLaMA-Factory, axolotl and TRL share: those of transformers' TrainingArguments, and LoRA's."""
+
+import re
+from typing import Any
+
+from sft_recipe.config.foreign_names import OPTIMIZERS, TRAINING_ARGUMENTS, optimizer_overrides
+from sft_recipe.config.importing.imported import Imported
+
+LOGGERS = ("wandb", "tensorboard", "mlflow", "swanlab", "trackio", "clearml")
+# Settings of logging, speed and hardware, and those that always hold here, such as packing.
+IGNORED = re.compile(
+    r"logging_.*|log_level.*|do_(train|eval)|overwrite_.*|plot_loss|save_only_model|ddp_.*|dataloader_.*|bf16|fp16|tf32"
+    r"|remove_unused_columns|per_device_eval_batch_size|eval_accumulation_steps|push_to_hub|hub_.*|wandb_.*"
+    r"|(eval_)?(sample_|neat_)?packing|pad_to_sequence_len|group_by_length|flash_.*|gradient_checkpointing_kwargs|liger_.*"
+    r"|torch_compile_(backend|mode)|include_num_input_tokens_seen|load_best_model_at_end|metric_for_best_model|dataset_num_proc"
+    r"|disable_tqdm|save_safetensors|strict|model_type|tokenizer_type|dataset_prepared_path|predict_with_generate"
+)
+
+
+def read_training(
+    imported: Imported, gpus: int, batch: str = "per_device_train_batch_size", optimizer_key: str = "optim"
+) -> None:
+    """Set what all of them have: rates, batch sizes, epochs, schedule, precision, when to save and to evaluate.
+
+    `gpus` is the number of GPUs of the run: their batch sizes are those of one GPU.
+    """
+    imported.map(TRAINING_ARGUMENTS)
+    if imported.values.get("model.use_liger") and imported.values.pop("fsdp.use_torch_compile", False):
+        imported.skip("torch_compile", True, "model.use_liger fuses the same operations")
+    per_device, accumulation = imported.get(batch, 1), imported.get("gradient_accumulation_steps", 1)
+    if isinstance(per_device, int) and isinstance(accumulation, int):
+        imported.set("data.micro_batch_size_per_gpu", per_device, batch)
+        imported.set("data.train_batch_size", per_device * accumulation * gpus, "gradient_accumulation_steps")
+    else:
+        imported.skip(batch, f"{per_device}, gradient_accumulation_steps: {accumulation}", "set data.train_batch_size")
+    imported.set("trainer.n_gpus_per_node", gpus, "--gpus")
+    warmup = imported.get("warmup_steps", 0)
+    if warmup:
+        is_ratio = isinstance(warmup, float) and warmup < 1
+        key = "optim.lr_warmup_steps_ratio" if is_ratio else "optim.lr_warmup_steps"
+        imported.set(key, warmup, "warmup_steps")
+    optimizer = imported.get(optimizer_key, "adamw_torch")
+    if optimizer in OPTIMIZERS:
+        imported.values |= dict(text.split("=") for text in optimizer_overrides(optimizer))
+    else:
+        imported.skip(optimizer_key, optimizer, "AdamW is used; optim.optimizer and optim.optimizer_impl set another")
+    max_steps = imported.get("max_steps", -1)
+    if isinstance(max_steps, int) and max_steps > 0:
+        imported.set("trainer.total_training_steps", max_steps, "max_steps")
+    betas = imported.get("adam_beta1", 0.9), imported.get("adam_beta2", 0.999)
+    if betas != (0.9, 0.999):
+        imported.set("optim.betas", list(betas), "adam_beta2")
+    if imported.get("adam_epsilon", 1e-8) != 1e-8:
+        imported.set("optim.override_optimizer_config", {"eps": float(imported.get("adam_epsilon"))}, "adam_epsilon")
+    _precision(imported)
+    _when(imported, "save", "trainer.save_freq")
+    _when(imported, "eval", "trainer.test_freq")
+    loggers = imported.get("report_to", [])
+    named = [name for name in ([loggers] if isinstance(loggers, str) else loggers) if name in LOGGERS]
+    if named:
+        imported.set("trainer.logger", ["console", *named], "report_to")
+
+
+def _precision(imported: Imported) -> None:
+    if imported.get("bf16") in (True, "true"):
+        imported.set("fsdp.mixed_precision.param_dtype", "bf16", "bf16")
+    if imported.get("fp16") in (True, "true"):
+        imported.set("fsdp.mixed_precision.param_dtype", "fp16", "fp16")
+
+
+def _when(imported: Imported, what: str, key: str) -> None:
+    strategy = imported.get(f"{what}_strategy", imported.get(f"{what}uation_strategy"))
+    steps = imported.get(f"{what}_steps")
+    if strategy == "epoch":
+        imported.set(key, "after_each_epoch", f"{what}_strategy")
+    elif strategy not in ("no", False) and isinstance(steps, int) and steps >= 1:
+        imported.set(key, steps, f"{what}_steps")
+    elif steps is not None and strategy not in ("no", False):
+        imported.skip(f"{what}_steps", steps, f"{key} is a number of optimizer steps")
+
+
+def read_lora(imported: Imported, rank: Any, alpha: Any, targets: Any) -> None:
+    """Enable LoRA with a rank, an alpha (None: as here) and the modules: "all", a text with commas, or a list."""
+    imported.values["lora.enabled"] = True
+    imported.set("lora.rank", rank, "lora_rank")
+    if alpha is not None:
+        imported.set("lora.alpha", alpha, "lora_alpha")
+    if isinstance(targets, str) and targets not in ("all", "all-linear"):
+        targets = [name.strip() for name in targets.split(",")]
+    if targets not in (None, "all", "all-linear", ["all"]):
+        imported.set("lora.target_modules", targets, "lora_target")
+    if dropout := imported.get("lora_dropout"):
+        imported.skip("lora_dropout", dropout, "adapters have no dropout here")

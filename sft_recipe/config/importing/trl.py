@@ -1,0 +1,50 @@
+"""Reads the arguments of TRL's SFT: a YAML of `trl sft --config`, or the flags of a command line."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sft_recipe.config.foreign_names import TRL
+from sft_recipe.config.importing.datasets import hub_name
+from sft_recipe.config.importing.imported import Imported
+from sft_recipe.config.importing.transformers_args import IGNORED, read_lora, read_training
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-5,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3.0,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "max_length": 1024,
+}
+
+
+def read_trl(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
+    """Return the overrides for a configuration."""
+    imported = Imported({**DEFAULTS, **given})
+    imported.map(TRL)
+    read_training(imported, gpus)
+    imported.set("data.truncation", "right", "max_length")  # it cuts
+    if imported.get("use_peft"):
+        targets = imported.get("lora_target_modules", "all-linear")
+        read_lora(imported, imported.get("lora_r", 16), imported.get("lora_alpha", 32), targets)
+        if imported.get("load_in_4bit"):
+            imported.values["lora.quantize"] = True
+    if (template := imported.get("chat_template_path")) and str(template).endswith(".jinja"):
+        imported.set("model.chat_template", template, "chat_template_path")
+    elif template:
+        imported.skip("chat_template_path", template, "model.chat_template is a file with Jinja")
+    name, config = imported.get("dataset_name"), imported.get("dataset_config")
+    train, test = imported.get("dataset_train_split"), imported.get("dataset_test_split", "test")
+    if name:
+        imported.set("data.train_files", hub_name(str(name), config, train), "dataset_name")
+    if name and imported.given.get("eval_strategy", "no") not in ("no", False):
+        imported.set("data.val_files", hub_name(str(name), config, test), "dataset_test_split")
+    imported.get("assistant_only_loss"), imported.get("completion_only_loss")
+    if imported.given.get("assistant_only_loss") is not True:
+        imported.skip("assistant_only_loss", False, "the loss is on the assistant's turns alone, as with true")
+    imported.finish(lambda name: IGNORED.fullmatch(name) is not None)
+    return imported

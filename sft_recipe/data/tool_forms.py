@@ -1,0 +1,63 @@
+"""Normalizes calls and results of tools: calls that a text spells as Hermes does, and results in another order."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
+
+from sft_recipe.data.messages import Message
+from sft_recipe.data.turns import Turn, convert_calls
+from sft_recipe.errors import DataError
+
+CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+CALLS_AT_END = re.compile(rf"(.*?)((?:\s*{CALL.pattern})+)\s*", re.DOTALL)
+RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+RESULTS = re.compile(rf"\s*(?:{RESULT.pattern}\s*)+", re.DOTALL)
+
+
+def with_hermes_calls(turns: list[Turn], source: str) -> list[Turn]:
+    """Return the turns with the calls and results that are written in their texts as calls and results.
+
+    assistant   I add.\\n<tool_call>\\n{"name": "add", "arguments": {"a": 2}}\\n</tool_call>   ->   I add. and a call
+    tool        <tool_response>\\n4\\n</tool_response>                                        ->   4
+
+    A turn with a call that is not valid JSON stays text.
+    """
+    return [converted for turn in turns for converted in _converted(turn, source)]
+
+
+def _converted(turn: Turn, source: str) -> Iterator[Turn]:
+    message = turn.message
+    if not isinstance(message.content, str):
+        yield turn
+    elif message.role == "assistant" and not message.tool_calls and (match := CALLS_AT_END.fullmatch(message.content)):
+        yield turn._replace(message=_with_calls(message, match[1].rstrip(), CALL.findall(match[2]), turn.field, source))
+    elif message.role == "tool" and RESULTS.fullmatch(message.content):
+        for result in RESULT.findall(message.content):
+            yield turn._replace(message=replace(message, content=result))
+    else:
+        yield turn
+
+
+def _with_calls(message: Message, text: str, calls: list[str], field: str, source: str) -> Message:
+    try:
+        converted = tuple(call for item in calls for call in convert_calls(item, field, source))
+    except DataError:
+        return message
+    return replace(message, content=text, tool_calls=converted)
+
+
+def in_order_of_calls(turns: list[Turn]) -> list[Turn]:
+    """Return the turns with the results of tools in the order of the calls, where their ids say which they answer.
+
+    Most templates show results without ids, so that only their order says to which call they belong.
+    """
+    ordered: list[Turn] = []
+    for is_result, group in groupby(turns, key=lambda turn: turn.message.role == "tool"):
+        run = list(group)
+        calls = ordered[-1].message.tool_calls if ordered else ()
+        places = {call.get("id"): place for place, call in enumerate(calls) if isinstance(call.get("id"), str)}
+        if is_result and all(turn.message.tool_call_id in [*places] for turn in run):
+            run.sort(key=lambda turn: places[turn.message.tool_call_id])
+        ordered += run
+    return ordered

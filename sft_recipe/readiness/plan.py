@@ -1,0 +1,133 @@
+"""Checks of the plan: steps, warm-up, memory of a rank, disk and time of the run."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sft_recipe.config.auto import compute_dtype, uses_gradient_checkpointing
+from sft_recipe.config.compose import to_json
+from sft_recipe.config.schema import Config
+from sft_recipe.config.values import AFTER_EACH_EPOCH
+from sft_recipe.data.batching import steps_per_epoch
+from sft_recipe.display import byte_size
+from sft_recipe.launch.local import HEAP_SETTINGS
+from sft_recipe.models.memory_estimate import GIB, estimate_run, options_that_fit
+from sft_recipe.models.stats import ModelStats
+from sft_recipe.readiness.findings import Check, failed, passed, warned
+
+MEASURED_STEPS = 4  # the first of them also starts kernels and allocates, and is not counted
+FEW_STEPS = 20
+
+
+def steps_of(config: Config, examples: int) -> int:
+    """Return the number of optimizer steps of the run."""
+    return config.trainer.total_training_steps or config.trainer.total_epochs * steps_per_epoch(
+        examples, config.data.train_batch_size
+    )
+
+
+def plan_checks(config: Config, examples: int, tokens: int) -> Iterator[Check]:
+    """Yield the checks of the number of steps, for a run on `examples` with `tokens` together."""
+    steps, per_epoch = steps_of(config, examples), steps_per_epoch(examples, config.data.train_batch_size)
+    trained = tokens * steps / per_epoch
+    text = "{steps:# step} ({per_epoch:,} an epoch) of {batch:# example}, {trained:,} tokens in all"
+    found = dict(steps=steps, per_epoch=per_epoch, batch=config.data.train_batch_size, trained=int(trained))
+    if steps < FEW_STEPS:
+        yield warned("steps", text, "more epochs (--epochs), or a smaller --batch_size", **found)
+    else:
+        yield passed("steps", text, **found)
+
+
+def memory_checks(
+    config: Config,
+    stats_of: Callable[[Config], ModelStats],
+    longest: int,
+    device: str,
+    memory: int,
+) -> Iterator[Check]:
+    """Yield the check of a rank's memory on `device` with `memory` bytes."""
+    if stats_of(config).dims is None or config.fsdp.strategy == "megatron":
+        yield passed("memory", "no estimate: the model's dimensions are unknown, or Megatron shards it")
+        return
+
+    found = estimate_run(config, stats_of(config), longest, device, memory)
+    chosen = config.model.enable_gradient_checkpointing
+    checkpointing = not found.fits(False) if chosen == "auto" else uses_gradient_checkpointing(config, device)
+    values = dict(
+        needed=found.needed(checkpointing) / GIB, device=memory / GIB, dtype=compute_dtype(config.fsdp, device),
+        state="on" if checkpointing else "off", parts=found.parts(checkpointing),
+    )  # fmt: skip
+    text = "a rank needs about {needed:.1f} of {device:.1f} GiB ({parts}), in {dtype}, gradient checkpointing {state}"
+    if found.fits(checkpointing):
+        yield passed("memory", text, **values)
+        return
+    options = options_that_fit(config, stats_of, longest, device, memory)
+    remedy = "what would fit: {options}" if options else "no setting here fits: a smaller model, or more memory"
+    kind = failed if found.needed(True) > memory else warned
+    yield kind("memory", text, remedy, options="; or ".join(options), **values)
+
+
+def disk_checks(config: Config, stats: ModelStats, steps: int, per_epoch: int) -> Iterator[Check]:
+    """Yield the check of the disk that checkpoints need."""
+    trained = stats.trainable
+    state = 3 * 4 * trained  # weights, and two moments of Adam, in fp32
+    model = 0 if config.lora.enabled and not config.lora.merge else 4 * stats.total
+    frequency = per_epoch if config.trainer.save_freq == AFTER_EACH_EPOCH else int(config.trainer.save_freq)
+    saves = math.ceil(steps / frequency) if frequency > 0 else 1
+    kept = min(saves, (config.trainer.max_ckpt_to_keep or saves) + 2)  # and the best one, and the one being written
+    needed = kept * (state + model)
+    folder = config.trainer.run_folder.absolute()
+    folder = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    text = "{kept:# checkpoint} at a time of {each} need {needed}, and {free} are free"
+    values = dict(kept=kept, each=byte_size(state + model), needed=byte_size(needed), free=byte_size(free))
+    if needed <= free:
+        yield passed("disk", text, **values)
+    else:
+        yield failed("disk", text, "--output_dir on a larger disk, or trainer.max_ckpt_to_keep=1", **values)
+
+
+def measured(config: Config, steps: int, device: str) -> Iterator[Check]:
+    """Train a few steps with this configuration in a temporary folder, and yield time and memory of the run."""
+    with tempfile.TemporaryDirectory(prefix="sft_recipe-") as folder:
+        rows, output = _train(config, Path(folder), device)
+    if len(rows) < 2:
+        last = (output.strip().splitlines() or ["it printed nothing"])[-1]
+        yield failed("measured", "the measured steps failed: {last}", "{last}", last=last)
+        return
+    seconds = sorted(row["perf/seconds"] for row in rows[1:])
+    tokens = sum(row["train/tokens"] for row in rows[1:]) / sum(seconds)
+    median = seconds[len(seconds) // 2]
+    yield passed(
+        "measured",
+        "{median:.2f} s a step, {tokens:,.0f} tokens/s: about {hours:.2f} h and a peak of {peak:.2f} GB, both without "
+        "evaluations and saves",
+        median=median, tokens=tokens, hours=steps * sum(seconds) / len(seconds) / 3600,
+        peak=max(row["perf/memory_gb"] for row in rows),
+    )  # fmt: skip
+
+
+def _train(config: Config, folder: Path, device: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows of the first steps of a run, started as train.sh starts it, and what it printed."""
+    tree = config.model_dump(mode="json")
+    tree["trainer"] |= {
+        "output_dir": str(folder / "run"), "save_freq": -1, "test_freq": -1, "total_training_steps": MEASURED_STEPS,
+        "resume_from": None, "logger": ["console"], "wandb_project": None, "master_port": None,
+    }  # fmt: skip
+    tree["data"] |= {"val_files": None, "val_ratio": 0.0}
+    tree["eval"] |= {"generate": 0, "prompts": []}
+    del tree["trainer"]["early_stopping"]
+    environment = {**(HEAP_SETTINGS if device == "cpu" else {}), **os.environ}
+    command = [sys.executable, "-m", "sft_recipe.launch.local"]
+    text = to_json(Config.model_validate(tree))
+    done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True)
+    metrics = folder / "run/metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    return [row for row in rows if row["step"]], done.stderr.strip() or done.stdout

@@ -1,0 +1,1 @@
+"""What reads run folders: findings, and a report as one HTML page."""
