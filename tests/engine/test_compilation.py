@@ -173,7 +173,7 @@ def test_a_compiled_run_that_was_resumed_equals_an_uninterrupted_one(train):
     [
         ("cpu", {"g++", "clang++", "CXX"}, ["lacks g++ or clang++ (apt-get install g++); install it, or set it to"]),
         ("cuda", {"gcc", "clang", "CC"}, ["gcc or clang"]),
-        ("cuda", {"triton"}, ["triton (pip install triton)"]),
+        ("cuda", {"triton"}, ["triton (", "pip install triton)"]),
         ("cpu", {"Python.h"}, ["Python.h (apt-get install python3-dev)"]),
     ],
 )
