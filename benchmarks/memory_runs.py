@@ -178,12 +178,21 @@ def _model(name: str) -> str:
 
 
 def model_config(
-    family: str, vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, keys: int, is_tied: bool
+    family: str,
+    vocabulary: int,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    keys: int,
+    is_tied: bool,
+    head_size: int | None = None,
 ) -> Any:
-    """Return the configuration of a model of that shape."""
+    """Return the configuration of a model of that shape; heads divide the hidden size unless `head_size` is given."""
     return getattr(transformers, f"{family}Config")(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=keys, tie_word_embeddings=is_tied, head_dim=hidden // heads,
+        num_attention_heads=heads, num_key_value_heads=keys, tie_word_embeddings=is_tied,
+        head_dim=head_size or hidden // heads,
         max_position_embeddings=32768, pad_token_id=0, bos_token_id=None, eos_token_id=2,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.memory_runs import (
@@ -52,7 +53,8 @@ CASE_HEADER = [
     "rehearsed",
     "difference",
 ]
-# The family, vocabulary, hidden and intermediate size, layers, heads, key-value heads, and whether the head is tied.
+# The family, vocabulary, hidden and intermediate size, layers, heads, key-value heads, and whether the head is tied;
+# the size of attention heads where they do not divide the hidden size.
 MODELS = {
     "Qwen2.5-0.5B": ("Qwen2", 151936, 896, 4864, 24, 14, 2, True),
     "Llama-3.2-1B": ("Llama", 128256, 2048, 8192, 16, 32, 8, True),
@@ -60,7 +62,9 @@ MODELS = {
     "Qwen2.5-7B": ("Qwen2", 152064, 3584, 18944, 28, 28, 4, False),
     "Mistral-7B": ("Mistral", 32768, 4096, 14336, 32, 32, 8, False),
     "Qwen3-1.7B": ("Qwen3", 151936, 2048, 6144, 28, 16, 8, True),
-    "Gemma-3-1B": ("Gemma3Text", 262144, 1152, 6912, 26, 4, 1, True),
+    "Gemma-3-1B": ("Gemma3Text", 262144, 1152, 6912, 26, 4, 1, True, 256),
+    "Gemma-3-4B": ("Gemma3Text", 262208, 2560, 10240, 34, 8, 4, True, 256),
+    "Qwen3-4B": ("Qwen3", 151936, 2560, 9728, 36, 32, 8, True, 128),
 }
 FSDP, FSDP2 = ["fsdp.strategy=fsdp"], ["fsdp.strategy=fsdp2"]
 OFFLOAD = ["fsdp=fsdp2_offload"]
@@ -80,9 +84,6 @@ CASES = [
     ("Llama-3.2-1B", OFFLOAD, 8, 4096, 2, True),
     ("Llama-3.2-1B", FSDP, 1, 4096, 1, False),
     ("Llama-3.1-8B", FSDP2, 8, 8192, 1, True),
-]
-# ... and these were not.
-JUDGING_CASES = [
     ("Qwen2.5-7B", FSDP + LORA, 1, 2048, 2, True),
     ("Qwen2.5-7B", FSDP2, 8, 4096, 2, True),
     ("Llama-3.1-8B", FSDP + LORA, 8, 4096, 1, False),
@@ -93,6 +94,20 @@ JUDGING_CASES = [
     ("Gemma-3-1B", FSDP2, 8, 2048, 1, False),
     ("Qwen2.5-7B", QLORA, 1, 2048, 2, True),
     ("Llama-3.1-8B", QLORA, 8, 4096, 1, True),
+    ("Qwen2.5-7B", FSDP2 + BY_MACHINE, 16, 4096, 1, True),
+    ("Llama-3.1-8B", OFFLOAD, 1, 2048, 1, True),
+]
+# ... and these were not.
+JUDGING_CASES = [
+    ("Gemma-3-4B", FSDP2 + LORA, 1, 4096, 2, True),
+    ("Gemma-3-4B", FSDP, 8, 2048, 2, True),
+    ("Qwen3-4B", FSDP2, 8, 4096, 1, True),
+    ("Qwen3-4B", QLORA, 1, 4096, 1, True),
+    ("Mistral-7B", QLORA, 8, 2048, 2, True),
+    ("Mistral-7B", FSDP + LORA, 1, 4096, 1, True),
+    ("Qwen2.5-0.5B", FSDP2 + LORA, 1, 4096, 2, False),
+    ("Llama-3.2-1B", FSDP, 8, 4096, 2, True),
+    ("Qwen3-1.7B", FSDP2 + LORA, 8, 4096, 1, False),
 ]
 
 
@@ -152,9 +167,8 @@ def _predicted_case(words: list[str], ranks: int, tokens: int, count: int) -> in
     )  # fmt: skip
     config = for_machine(config, Machine(per_node, 80 * GIB))
     stats = StatsOf(resolve_model(config.model, config.cache_dir(), needs_weights=False), "cuda")(config)
-    return estimate_run(config, stats, tokens, "cuda", 80 * GIB).needed(
-        config.model.enable_gradient_checkpointing is True
-    )
+    estimate = replace(estimate_run(config, stats, tokens, "cuda", 80 * GIB), loading=0)  # what is rehearsed is a step
+    return estimate.needed(config.model.enable_gradient_checkpointing is True)
 
 
 def _row(texts: list[str], estimate: int, peak: int, decimals: int) -> tuple[list[str], float]:

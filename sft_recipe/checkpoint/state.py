@@ -91,8 +91,9 @@ class FsdpState:
                 stored = self._to_store(model, optim)
                 dcp.load(stored, storage_reader=HuggingFaceStorageReader(str(folder)))
             except CheckpointException as error:
-                hint = OTHER_OPTIMIZER if OPTIMIZER in str(first_failure(error)) else ""
-                raise CheckpointError(f"{folder} cannot be loaded: {first_failure(error)}{hint}") from None
+                reason = str(first_failure(error))
+                hint = OTHER_OPTIMIZER if OPTIMIZER in reason else ""
+                raise CheckpointError(f"{folder} cannot be loaded: {reason}{hint}") from None
             if other := _other_optimizer_state(folder, stored):
                 raise CheckpointError(f"{folder} cannot be loaded: {other} is of another optimizer{OTHER_OPTIMIZER}")
             if BASE_DIGEST in stored and int(stored[BASE_DIGEST]) != self.engine.base_digest:

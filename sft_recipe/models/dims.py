@@ -22,6 +22,8 @@ class ModelDims:
     key: int
     has_head_norm: bool = False
     experts: int = 0  # per token
+    is_gemma: bool = False  # norms compute in fp32 up to their result, and from Gemma 2 on a layer has four
+    norms: int = 2  # of a layer, without those of heads
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "ModelDims | None":
@@ -31,6 +33,7 @@ class ModelDims:
             heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
             size = settings.get("head_dim") or hidden // heads
             experts = settings.get("num_experts_per_tok") or 0
+            kind = settings.get("model_type", "")
             width = experts * (settings.get("moe_intermediate_size") or settings["intermediate_size"])
             found = cls(
                 layers=settings["num_hidden_layers"],
@@ -42,8 +45,10 @@ class ModelDims:
                 heads=heads,
                 query=heads * size,
                 key=(settings.get("num_key_value_heads") or heads) * size,
-                has_head_norm="qwen3" in settings.get("model_type", ""),
+                has_head_norm="qwen3" in kind or kind.startswith("gemma3"),
                 experts=experts,
+                is_gemma=kind.startswith("gemma"),
+                norms=4 if kind.startswith(("gemma2", "gemma3")) else 2,
             )
         except (KeyError, TypeError):
             return None
@@ -57,8 +62,9 @@ class ModelDims:
         model the linear layers do not save the outputs of these norms and of this product either
         (engine/cpu/unsharded.py).
         """
-        norms = 2 * self._norm(self.hidden, width, on_cpu)
-        outputs = 0 if is_unsharded else 2 * width * self.hidden  # of the norms, which linear layers save
+        norms = self.norms * self._norm(self.hidden, width, on_cpu)
+        # Of the two norms before linear layers, which save them.
+        outputs = 0 if is_unsharded and not self.is_gemma else 2 * width * self.hidden
         attention = width * (2 * self.query + 2 * self.key)  # q, out, k, v
         if not on_cpu or width == FP32:
             attention += width * self.query + FP32 * self.heads  # out packed; log-sum-exp
@@ -94,7 +100,8 @@ class ModelDims:
         one = self.vocabulary * self.hidden
         return min(2 * one, max(one, total - layers))
 
-    @staticmethod
-    def _norm(size: int, width: int, on_cpu: bool) -> int:
-        # The input; without recomputation the input in fp32, and the normalized input.
+    def _norm(self, size: int, width: int, on_cpu: bool) -> int:
+        # The input; without recomputation the input in fp32, and the normalized input. Gemma's are not recomputed.
+        if self.is_gemma:
+            return 2 * FP32 * size
         return (width if on_cpu else FP32 + width) * size

@@ -120,12 +120,10 @@ def estimate_memory(
     ranks = config.trainer.world_size // fsdp.ulysses_sequence_parallel_size
     step_tokens = data.train_batch_size * longest
     tokens = math.ceil(min(data.token_budget, step_tokens) / fsdp.ulysses_sequence_parallel_size)
-    # A resharding model has two layers gathered at the same time, and embeddings and head all the time.
-    outside = dims.outside_layers(total)
-    resharded = min(total, outside + 2 * total // dims.layers)
+    is_fsdp1 = not on_cpu and fsdp.strategy == "fsdp"
+    resharded = _gathered(dims, total, not config.lora.enabled, is_fsdp1)
     accumulates = step_tokens > ranks * data.token_budget and fsdp.use_no_sync_for_gradient_accumulation
     is_unsharded = on_cpu and config.trainer.world_size == 1
-    is_fsdp1 = not on_cpu and fsdp.strategy == "fsdp"
     frozen = master  # bytes of a weight that is not trained
     if config.lora.enabled:  # base weights are in the compute dtype, and FSDP1 on one GPU uses them as they are
         frozen = width
@@ -145,7 +143,8 @@ def estimate_memory(
     head = dims.head_bytes(tokens, width, on_cpu, logits, has_product)
     # Gradients of a GPU that are not accumulated grow while activations go: only the larger of both counts.
     grown = 0 if on_cpu or accumulates else gradients
-    backward = max(2 * layer, 0 if config.lora.enabled else _last_gradients(dims, total, width, unsharded, shards))
+    last = 0 if config.lora.enabled else _last_gradients(dims, total, width, unsharded, shards, is_fsdp1)
+    backward = max(2 * layer, last)
     inputs = 0 if config.model.enable_activation_offload and not on_cpu else tokens * width * dims.hidden * dims.layers
     return MemoryEstimate(
         weights=on_device * (master * trainable + frozen * (total - trainable)) // shards,
@@ -158,13 +157,25 @@ def estimate_memory(
     )
 
 
-def _last_gradients(dims: ModelDims, total: int, width: int, unsharded: int, shards: int) -> int:
+def _gathered(dims: ModelDims, total: int, is_trained: bool, is_fsdp1: bool) -> int:
+    """The largest number of weights that a resharding model has gathered, with the gradients of a layer as weights.
+
+    They are two layers, and embeddings and head, which stay; FSDP2 frees embeddings that are not the head.
+    """
+    root = dims.outside_layers(total) if is_fsdp1 else dims.vocabulary * dims.hidden
+    return min(total, root + (2 + is_trained) * total // dims.layers)
+
+
+def _last_gradients(dims: ModelDims, total: int, width: int, unsharded: int, shards: int, is_fsdp1: bool) -> int:
     """The bytes that the end of the backward pass needs more than `unsharded` weights.
 
     They are the gradients of embeddings and head, their copies in fp32 to reduce, and those of a layer. The weights are
-    freed before, but those of embeddings and head on a single GPU.
+    freed before, but those of embeddings and head on a single GPU. FSDP2 reduces embeddings that are not the head by
+    themselves, while the weights of both and the gradient of the head are there.
     """
-    outside = dims.outside_layers(total)
+    outside, one = dims.outside_layers(total), dims.vocabulary * dims.hidden
+    if outside > 1.5 * one and not is_fsdp1:  # there are two such matrices
+        return (4 * width + FP32) * one - unsharded
     freed = unsharded - (width * outside if shards == 1 else 0)
     return (FP32 + width) * outside + FP32 * (total - outside) // dims.layers - freed
 

@@ -151,7 +151,8 @@ def _read_lines(path: Path, required: str) -> list[dict[str, Any]]:
                 break
             raise CheckpointError(f"{path}, line {number} is not JSON; remove the line") from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or required not in row:
-            raise CheckpointError(f"{path}, line {number} is not a row of a run: it needs step and {required}")
+            needed = " and ".join(dict.fromkeys(("step", required)))
+            raise CheckpointError(f"{path}, line {number} is not a row of a run: it needs {needed}")
         if row.get("format_version", 1) > FORMAT_VERSION:
             raise CheckpointError(f"{path} was written by a newer version of sft_recipe; upgrade sft_recipe")
         rows.append(row)

@@ -82,24 +82,41 @@ def test_the_plan_of_one_rank():
         (["trainer.n_gpus_per_node=2", "data.train_batch_size=2"], {"longest": 10}, {"gradients": 2000}),
         (["trainer.n_gpus_per_node=2", "fsdp.fsdp_size=1"], {}, {"weights": 4000}),
         (["fsdp.use_no_sync_for_gradient_accumulation=false", "trainer.n_gpus_per_node=2"], {}, {"gradients": 2000}),
-        # Two of 20 layers, and a matrix of 32 x 8, which is both embeddings and head.
-        (["trainer.n_gpus_per_node=2"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * (1000 + 256)}),
-        (["fsdp.reshard_after_forward=true"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * (1000 + 256)}),
+        # Two of 20 layers and the gradients of one, and a matrix of 32 x 8, which is both embeddings and head.
+        (["trainer.n_gpus_per_node=2"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * (1500 + 256)}),
+        (["fsdp.reshard_after_forward=true"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * (1500 + 256)}),
         (["fsdp=fsdp2_offload"], {}, {"weights": 0, "optimizer": 0}),
         # The weights of a single GPU: FSDP1 converts two layers at a time, FSDP2 keeps all.
-        (["fsdp.strategy=fsdp"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * (1000 + 256)}),
+        (["fsdp.strategy=fsdp"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * (1500 + 256)}),
         (["fsdp.strategy=fsdp2"], {"dims": DEEP, "total": 10000}, {"unsharded": 2 * 10000}),
         # The end of the backward pass: gradients of the embeddings' 2,560 weights and their copies in fp32, a layer's
         # copies; the gathered weights are freed, on a single GPU but those of the embeddings.
         (
             ["trainer.n_gpus_per_node=2", "data.train_batch_size=2"],
             {"dims": WIDE, "total": 10000, "trainable": 10000, "longest": 1},
-            {"recomputed": (4 + 2) * 2560 + 4 * 7440 // 20 - 2 * (1000 + 2560), "unsharded": 2 * (1000 + 2560)},
+            {"recomputed": (4 + 2) * 2560 + 4 * 7440 // 20 - 2 * (1500 + 2560), "unsharded": 2 * (1500 + 2560)},
+        ),
+        # Embeddings and another matrix as head: FSDP2 has one of them gathered at a time, FSDP1 both.
+        (
+            ["trainer.n_gpus_per_node=2", "fsdp.strategy=fsdp2"],
+            {"dims": WIDE, "total": 20000, "trainable": 20000},
+            {"unsharded": 2 * (3000 + 2560)},
+        ),
+        (
+            ["trainer.n_gpus_per_node=2", "fsdp.strategy=fsdp"],
+            {"dims": WIDE, "total": 20000, "trainable": 20000},
+            {"unsharded": 2 * (3000 + 5120)},
         ),
         (
             ["data.train_batch_size=1"],
             {"dims": WIDE, "total": 10000, "trainable": 10000, "longest": 1},
-            {"recomputed": (4 + 2) * 2560 + 4 * 7440 // 20 - 2 * 1000},
+            {"recomputed": (4 + 2) * 2560 + 4 * 7440 // 20 - 2 * 1500},
+        ),
+        # With that other matrix FSDP2 has the weights of both, their gradients and one copy in fp32.
+        (
+            ["data.train_batch_size=1", "fsdp=fsdp2_offload"],
+            {"dims": WIDE, "total": 20000, "trainable": 20000, "longest": 1},
+            {"recomputed": (4 * 2 + 4) * 2560 - 2 * (3000 + 2560), "unsharded": 2 * (3000 + 2560)},
         ),
         # LoRA: 1,000 frozen weights in bf16 and 50 trained ones in fp32; the head has no gradient. Each projection has
         # separate inputs with FSDP1: three copies of 8 numbers for query, key, value, gate and up, one of 8.
@@ -159,6 +176,9 @@ def test_what_changes_the_estimate(overrides, changes, expected):
         ({"head_dim": 64}, {"query": 2048, "key": 512}),
         ({"num_key_value_heads": None}, {"key": 4096}),
         ({"model_type": "qwen3"}, {"has_head_norm": True}),
+        ({"model_type": "gemma"}, {"has_head_norm": False, "norms": 2, "is_gemma": True}),
+        ({"model_type": "gemma2"}, {"has_head_norm": False, "norms": 4, "is_gemma": True}),
+        ({"model_type": "gemma3_text"}, {"has_head_norm": True, "norms": 4, "is_gemma": True}),
         ({"num_experts_per_tok": 8, "moe_intermediate_size": 768}, {"intermediate": 6144}),
         ({"num_experts_per_tok": 2}, {"intermediate": 28672}),
         ({"text_config": LLAMA | {"hidden_size": 512}}, {"hidden": 512}),
@@ -182,8 +202,10 @@ def test_of_a_model_with_other_names_or_layers_that_differ_nothing_is_claimed(se
         ("Llama", dict(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2)),
         ("Llama", SMOLLM2 | {"num_hidden_layers": 6, "vocab_size": 4096}),
         ("Qwen3", SMOLLM2 | {"num_hidden_layers": 2, "vocab_size": 4096, "head_dim": 128}),
+        ("Gemma", SMOLLM2 | {"num_hidden_layers": 2, "vocab_size": 4096, "head_dim": 64}),
+        ("Gemma3Text", SMOLLM2 | {"num_hidden_layers": 2, "vocab_size": 4096, "head_dim": 128}),
     ],
-    ids=["tiny", "layers of SmolLM2-135M", "Qwen3"],
+    ids=["tiny", "layers of SmolLM2-135M", "Qwen3", "Gemma", "Gemma 3"],
 )
 def test_autograd_saves_what_the_estimate_says(family, settings, dtype, kind):
     import transformers
