@@ -8,19 +8,11 @@ from typing import Any
 from sft_recipe.config.foreign_names import LLAMAFACTORY
 from sft_recipe.config.importing.datasets import HUB_NAME, Files, hub_name
 from sft_recipe.config.importing.imported import Imported
-from sft_recipe.config.importing.transformers_args import IGNORED, read_lora, read_training
+from sft_recipe.config.importing.transformers_args import IGNORED, TRAINING_DEFAULTS, read_lora, read_training
 from sft_recipe.errors import ConfigError
 
 # What a setting means that the file leaves out.
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 5e-5,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 3.0,
-    "lr_scheduler_type": "linear",
-    "warmup_ratio": 0.0,
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
+DEFAULTS = TRAINING_DEFAULTS | {
     "cutoff_len": 2048,
     "finetuning_type": "lora",
 }

@@ -6,6 +6,17 @@ from typing import Any
 from sft_recipe.config.foreign_names import OPTIMIZERS, TRAINING_ARGUMENTS, optimizer_overrides
 from sft_recipe.config.importing.imported import Imported
 
+# What TrainingArguments has where a file leaves a setting out.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-5,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3.0,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+}
 LOGGERS = ("wandb", "tensorboard", "mlflow", "swanlab", "trackio", "clearml")
 # Settings of logging, speed and hardware, and those that always hold here, such as packing.
 IGNORED = re.compile(

@@ -7,17 +7,10 @@ from typing import Any
 from sft_recipe.config.foreign_names import TRL
 from sft_recipe.config.importing.datasets import hub_name
 from sft_recipe.config.importing.imported import Imported
-from sft_recipe.config.importing.transformers_args import IGNORED, read_lora, read_training
+from sft_recipe.config.importing.transformers_args import IGNORED, TRAINING_DEFAULTS, read_lora, read_training
 
-DEFAULTS: dict[str, Any] = {
+DEFAULTS = TRAINING_DEFAULTS | {
     "learning_rate": 2e-5,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 3.0,
-    "lr_scheduler_type": "linear",
-    "warmup_ratio": 0.0,
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
     "max_length": 1024,
 }
 
