@@ -132,6 +132,7 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     from sft_recipe.tracking.banner import print_banner, starting_facts
     from sft_recipe.tracking.console import notice
     from sft_recipe.tracking.run_facts import write_facts
+    from sft_recipe.training.schedule import run_lengths
     from sft_recipe.training.trainer import SFTTrainer
 
     timing.mark("process group")
@@ -146,13 +147,12 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     read_generation_config(inputs.model.folder, notice if is_first else lambda text: None)
     stats_of = StatsOf(inputs.model, device)
     stats = stats_of(config)
-    longest = int(inputs.train.lengths.max())
     say = notice if is_first else lambda text: None
     limit = max(config.data.max_length, config.data.max_target_length or 0)
     longest_sequence = inputs.train.longest_sequence(config.data.has_targets)
     if stats.positions and (text := stats.positions.notice(inputs.model.name, limit, longest_sequence)):
         say(text)
-    config, memory = resolve_activation_checkpointing(config, stats_of, longest, device, say)
+    config, memory = resolve_activation_checkpointing(config, stats_of, run_lengths(config, inputs.train), device, say)
     if is_first:
         write_facts(output_dir, starting_facts(config, inputs.model.name, device, stats, memory))
     timing.mark("model statistics")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from sft_recipe.config.auto import compute_dtype, reshards_after_forward, uses_gradient_checkpointing
 from sft_recipe.config.optimizer import optimizer_state_size
 from sft_recipe.config.schema import Config
+from sft_recipe.data.batching import ExampleLengths, largest_micro_batch
 from sft_recipe.distributed.host_memory import total_memory
 from sft_recipe.errors import PreflightError
 from sft_recipe.models.dims import FP32, LOGITS_CHUNK, ModelDims
@@ -103,7 +104,7 @@ def estimate_memory(
     trainable: int,
     width: int,
     on_cpu: bool,
-    longest: int,
+    lengths: ExampleLengths,
     logits: int,
     device: int,
 ) -> MemoryEstimate:
@@ -111,18 +112,16 @@ def estimate_memory(
 
     The model has `total` parameters, `trainable` ones among them, and computes in numbers of `width` bytes; `device` is
     the memory of a device in bytes. `on_cpu`: norms and MLPs save only their inputs, and a single rank holds an
-    unsharded model. `longest` is the number of tokens of the longest example, `logits` the largest number of logits
-    that exist at the same time.
+    unsharded model. `logits` is the largest number of logits that exist at the same time.
     """
     fsdp, data = config.fsdp, config.data
     shards = fsdp.fsdp_size if fsdp.fsdp_size > 0 else config.trainer.world_size
     master = {"fp32": FP32, "bf16": 2}[fsdp.model_dtype]
-    ranks = config.trainer.world_size // fsdp.ulysses_sequence_parallel_size
-    step_tokens = data.train_batch_size * longest
-    tokens = math.ceil(min(data.token_budget, step_tokens) / fsdp.ulysses_sequence_parallel_size)
+    tokens = math.ceil(_micro_batch_tokens(config, lengths) / fsdp.ulysses_sequence_parallel_size)
     is_fsdp1 = not on_cpu and fsdp.strategy == "fsdp"
     resharded = _gathered(dims, total, not config.lora.enabled, is_fsdp1)
-    accumulates = step_tokens > ranks * data.token_budget and fsdp.use_no_sync_for_gradient_accumulation
+    has_several = data.train_batch_size * lengths.mean > _data_ranks(config) * data.token_budget
+    accumulates = has_several and fsdp.use_no_sync_for_gradient_accumulation
     is_unsharded = on_cpu and config.trainer.world_size == 1
     frozen = master  # bytes of a weight that is not trained
     if config.lora.enabled:  # base weights are in the compute dtype, and FSDP1 on one GPU uses them as they are
@@ -157,6 +156,15 @@ def estimate_memory(
     )
 
 
+def _data_ranks(config: Config) -> int:
+    return config.trainer.world_size // config.fsdp.ulysses_sequence_parallel_size
+
+
+def _micro_batch_tokens(config: Config, lengths: ExampleLengths) -> int:
+    data = config.data
+    return largest_micro_batch(lengths, data.train_batch_size, _data_ranks(config), data.token_budget)
+
+
 def _gathered(dims: ModelDims, total: int, is_trained: bool, is_fsdp1: bool) -> int:
     """The largest number of weights that a resharding model has gathered, with the gradients of a layer as weights.
 
@@ -180,19 +188,22 @@ def _last_gradients(dims: ModelDims, total: int, width: int, unsharded: int, sha
     return (FP32 + width) * outside + FP32 * (total - outside) // dims.layers - freed
 
 
-def estimate_run(config: Config, stats: ModelStats, longest: int, device: str, memory: int) -> MemoryEstimate:
+def estimate_run(
+    config: Config, stats: ModelStats, lengths: ExampleLengths, device: str, memory: int
+) -> MemoryEstimate:
     """Estimate the memory of a rank on "cuda" or "cpu", with `memory` bytes, for a model with known dimensions."""
     assert stats.dims is not None
     dtype = DTYPES[compute_dtype(config.fsdp, device)]
     width = dtype.itemsize
     data, sizes = config.data, (stats.dims, stats.total, stats.trainable)
-    longest = min(longest, data.token_budget // data.micro_batch_size_per_gpu)
-    found = estimate_memory(config, *sizes, width, device == "cpu", longest, LOGITS_CHUNK[device], memory)
+    limit = data.token_budget // data.micro_batch_size_per_gpu
+    lengths = ExampleLengths(min(lengths.longest, limit), min(lengths.mean, limit))
+    found = estimate_memory(config, *sizes, width, device == "cpu", lengths, LOGITS_CHUNK[device], memory)
     if config.lora.quantize:
         found = with_quantized(found, config, stats, width, device == "cpu")
     if device == "cuda":
         return found
-    more = _in_flight(config, stats, width, min(data.token_budget, data.train_batch_size * longest))
+    more = _in_flight(config, stats, width, _micro_batch_tokens(config, lengths))
     mapped = _mapped(config, stats, dtype)
     return replace(
         found,
@@ -266,13 +277,13 @@ def _saved(config: Config, stats: ModelStats, estimate: MemoryEstimate, width: i
 
 
 def options_that_fit(
-    config: Config, stats_of: Callable[[Config], ModelStats], longest: int, device: str, memory: int
+    config: Config, stats_of: Callable[[Config], ModelStats], lengths: ExampleLengths, device: str, memory: int
 ) -> list[str]:
     """Return settings with which a rank's peak fits `memory` bytes, as flags and overrides; see fitting.py."""
 
     def fits(other: Config) -> bool:
         checkpointing = other.model.enable_gradient_checkpointing is not False
-        return estimate_run(other, stats_of(other), longest, device, memory).fits(checkpointing)
+        return estimate_run(other, stats_of(other), lengths, device, memory).fits(checkpointing)
 
     recomputing = changed(config, {"model.enable_gradient_checkpointing": True})
     if config.model.enable_gradient_checkpointing is False and fits(recomputing):
@@ -281,7 +292,11 @@ def options_that_fit(
 
 
 def resolve_activation_checkpointing(
-    config: Config, stats_of: Callable[[Config], ModelStats], longest: int, device: str, say: Callable[[str], None]
+    config: Config,
+    stats_of: Callable[[Config], ModelStats],
+    lengths: ExampleLengths,
+    device: str,
+    say: Callable[[str], None],
 ) -> tuple[Config, MemoryEstimate | None]:
     """Decide `model.enable_gradient_checkpointing=auto`: on only where the peak does not fit without it. Collective.
 
@@ -295,7 +310,7 @@ def resolve_activation_checkpointing(
         return config, None
     memory = torch.tensor(device_memory(device))
     dist.all_reduce(memory, op=dist.ReduceOp.MIN)
-    estimate = estimate_run(config, stats, longest, device, int(memory))
+    estimate = estimate_run(config, stats, lengths, device, int(memory))
     if config.model.enable_gradient_checkpointing == "auto":
         model = config.model.model_copy(
             update={"enable_gradient_checkpointing": not estimate.fits(checkpointing=False)}
@@ -304,7 +319,7 @@ def resolve_activation_checkpointing(
     chosen = uses_gradient_checkpointing(config, device)
     if estimate.fits(chosen):
         return config, estimate
-    options = options_that_fit(config, stats_of, longest, device, int(memory))
+    options = options_that_fit(config, stats_of, lengths, device, int(memory))
     description = f"a rank {estimate.describe(chosen)}. " + (
         "What would fit: " + "; or ".join(options) if options else ADVICE
     )

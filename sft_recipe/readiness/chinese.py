@@ -116,9 +116,9 @@ CHINESE = {
     "--output_dir on a larger disk, or trainer.max_ckpt_to_keep=1": (
         "--output_dir 换到更大的磁盘，或 trainer.max_ckpt_to_keep=1"
     ),
-    "{median:.2f} s a step, {tokens:,.0f} tokens/s: about {hours:.2f} h and a peak of {peak:.2f} GB, both without "
+    "{median:.2f} s a step, {tokens:,.0f} tokens/s: about {hours:.2f} h and a peak of {peak:.2f} GiB, both without "
     "evaluations and saves": (
-        "每步 {median:.2f} 秒，{tokens:,.0f} token/秒：不计评估和保存，约需 {hours:.2f} 小时，内存峰值 {peak:.2f} GB"
+        "每步 {median:.2f} 秒，{tokens:,.0f} token/秒：不计评估和保存，约需 {hours:.2f} 小时，内存峰值 {peak:.2f} GiB"
     ),
     "the measured steps failed: {last}": "试训练的步骤失败：{last}",
     # values

@@ -15,27 +15,22 @@ from sft_recipe.config.auto import compute_dtype, uses_gradient_checkpointing
 from sft_recipe.config.compose import to_json
 from sft_recipe.config.schema import Config
 from sft_recipe.config.values import AFTER_EACH_EPOCH
-from sft_recipe.data.batching import steps_per_epoch
+from sft_recipe.data.batching import ExampleLengths
 from sft_recipe.display import byte_size
 from sft_recipe.launch.local import HEAP_SETTINGS
 from sft_recipe.models.memory_estimate import GIB, estimate_run, options_that_fit
 from sft_recipe.models.stats import ModelStats
 from sft_recipe.readiness.findings import Check, failed, passed, warned
+from sft_recipe.training.schedule import Schedule
 
 MEASURED_STEPS = 4  # the first of them also starts kernels and allocates, and is not counted
 FEW_STEPS = 20
 
 
-def steps_of(config: Config, examples: int) -> int:
-    """Return the number of optimizer steps of the run."""
-    return config.trainer.total_training_steps or config.trainer.total_epochs * steps_per_epoch(
-        examples, config.data.train_batch_size
-    )
-
-
 def plan_checks(config: Config, examples: int, tokens: int) -> Iterator[Check]:
     """Yield the checks of the number of steps, for a run on `examples` with `tokens` together."""
-    steps, per_epoch = steps_of(config, examples), steps_per_epoch(examples, config.data.train_batch_size)
+    schedule = Schedule.from_config(config, examples)
+    steps, per_epoch = schedule.total_steps, schedule.steps_per_epoch
     trained = tokens * steps / per_epoch
     text = "{steps:# step} ({per_epoch:,} an epoch) of {batch:# example}, {trained:,} tokens in all"
     found = dict(steps=steps, per_epoch=per_epoch, batch=config.data.train_batch_size, trained=int(trained))
@@ -48,7 +43,7 @@ def plan_checks(config: Config, examples: int, tokens: int) -> Iterator[Check]:
 def memory_checks(
     config: Config,
     stats_of: Callable[[Config], ModelStats],
-    longest: int,
+    lengths: ExampleLengths,
     device: str,
     memory: int,
 ) -> Iterator[Check]:
@@ -57,7 +52,7 @@ def memory_checks(
         yield passed("memory", "no estimate: the model's dimensions are unknown, or Megatron shards it")
         return
 
-    found = estimate_run(config, stats_of(config), longest, device, memory)
+    found = estimate_run(config, stats_of(config), lengths, device, memory)
     chosen = config.model.enable_gradient_checkpointing
     checkpointing = not found.fits(False) if chosen == "auto" else uses_gradient_checkpointing(config, device)
     values = dict(
@@ -68,19 +63,21 @@ def memory_checks(
     if found.fits(checkpointing):
         yield passed("memory", text, **values)
         return
-    options = options_that_fit(config, stats_of, longest, device, memory)
+    options = options_that_fit(config, stats_of, lengths, device, memory)
     remedy = "what would fit: {options}" if options else "no setting here fits: a smaller model, or more memory"
     kind = failed if found.needed(True) > memory else warned
     yield kind("memory", text, remedy, options="; or ".join(options), **values)
 
 
-def disk_checks(config: Config, stats: ModelStats, steps: int, per_epoch: int) -> Iterator[Check]:
+def disk_checks(config: Config, stats: ModelStats, schedule: Schedule) -> Iterator[Check]:
     """Yield the check of the disk that checkpoints need."""
     trained = stats.trainable
     state = 3 * 4 * trained  # weights, and two moments of Adam, in fp32
     model = 0 if config.lora.enabled and not config.lora.merge else 4 * stats.total
-    frequency = per_epoch if config.trainer.save_freq == AFTER_EACH_EPOCH else int(config.trainer.save_freq)
-    saves = math.ceil(steps / frequency) if frequency > 0 else 1
+    frequency = (
+        schedule.steps_per_epoch if config.trainer.save_freq == AFTER_EACH_EPOCH else int(config.trainer.save_freq)
+    )
+    saves = math.ceil(schedule.total_steps / frequency) if frequency > 0 else 1
     kept = min(saves, (config.trainer.max_ckpt_to_keep or saves) + 2)  # and the best one, and the one being written
     needed = kept * (state + model)
     folder = config.trainer.run_folder.absolute()
@@ -107,7 +104,7 @@ def measured(config: Config, steps: int, device: str) -> Iterator[Check]:
     median = seconds[len(seconds) // 2]
     yield passed(
         "measured",
-        "{median:.2f} s a step, {tokens:,.0f} tokens/s: about {hours:.2f} h and a peak of {peak:.2f} GB, both without "
+        "{median:.2f} s a step, {tokens:,.0f} tokens/s: about {hours:.2f} h and a peak of {peak:.2f} GiB, both without "
         "evaluations and saves",
         median=median, tokens=tokens, hours=steps * sum(seconds) / len(seconds) / 3600,
         peak=max(row["perf/memory_gb"] for row in rows),

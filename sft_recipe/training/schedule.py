@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from sft_recipe.config.schema import Config
 from sft_recipe.config.values import AFTER_EACH_EPOCH, StepInterval
-from sft_recipe.data.batching import steps_per_epoch
+from sft_recipe.data.batching import ExampleLengths, example_lengths, steps_per_epoch
+from sft_recipe.data.token_store import Examples
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,13 @@ class Schedule:
         """
         steps = self.steps_per_epoch if interval == AFTER_EACH_EPOCH else int(interval)
         return self.is_last(step) or (steps > 0 and step % steps == 0)
+
+
+def run_lengths(config: Config, train: Examples) -> ExampleLengths:
+    """Return the lengths of a run's examples and batches; with padding each example counts as the longest one."""
+    data, trainer = config.data, config.trainer
+    steps = Schedule.from_config(config, len(train)).total_steps
+    ranks = trainer.world_size // config.fsdp.ulysses_sequence_parallel_size
+    enough = ranks * data.token_budget + 1  # larger batches need several micro-batches, and no more memory
+    found = example_lengths(train.lengths, data.train_batch_size, steps, trainer.seed, data.order, enough)
+    return found._replace(mean=found.longest) if data.has_targets else found

@@ -8,9 +8,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sft_recipe.data.batching import (
+    ExampleLengths,
     batch_indices,
     epoch_order,
+    example_lengths,
     highest_efficiency,
+    largest_micro_batch,
     plan_micro_batches,
     plan_padded,
     sample_mixture,
@@ -259,6 +262,30 @@ def test_no_rank_has_much_more_to_do_than_the_mean(ranks, examples):
     random_shares = np.random.default_rng(0).permutation(examples).reshape(ranks, 1, -1).tolist()
     assert largest_over_mean(random_shares, lengths) > 1.15
     assert largest_over_mean(planned(lengths, ranks, budget=16384), lengths) <= 1.03
+
+
+# The lengths that bound the memory of a run
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 12), st.integers(1, 30), st.booleans(), SEEDS
+)
+def test_the_batch_with_most_tokens_is_found(lengths, batch_size, steps, shuffles, seed):
+    sizes, order = np.array(lengths), "shuffle" if shuffles else "file"
+    batches = [sizes[batch_indices(step, len(sizes), batch_size, seed, order)].sum() for step in range(steps)]
+    found = example_lengths(sizes, batch_size, steps, seed, order, enough=10**9)
+    assert found == (max(lengths), max(batches) / batch_size)
+    # Where a batch has enough tokens, later epochs need not be looked at.
+    enough = int(found.mean * batch_size)
+    assert example_lengths(sizes, batch_size, steps, seed, order, enough).mean * batch_size >= enough
+
+
+@given(batches())
+def test_no_micro_batch_has_more_tokens_than_memory_is_estimated_for(batch):
+    lengths, ranks, budget = batch
+    largest = max(load([micro_batch], lengths) for rank in planned(lengths, ranks, budget) for micro_batch in rank)
+    found = ExampleLengths(max(lengths), sum(lengths) / len(lengths))
+    assert largest <= largest_micro_batch(found, len(lengths), ranks, budget)
 
 
 # Ranks that wait for the longest example

@@ -11,12 +11,13 @@ DEEP = ModelDims(layers=20, hidden=8, intermediate=16, vocabulary=32, heads=2, q
 
 def cpu_estimate(*overrides, total=10_000, trainable=10_000, stored=torch.bfloat16, memory=10**12):
     use_cpu()
+    from sft_recipe.data.batching import ExampleLengths
     from sft_recipe.models.memory_estimate import estimate_run
     from sft_recipe.models.stats import ModelStats
 
     compute = ["fsdp.mixed_precision.param_dtype=bf16", "data.max_length=10", "data.train_batch_size=1"]
     stats = ModelStats(total, trainable, DEEP, stored=stored)
-    return estimate_run(load_config([*compute, *overrides]), stats, 10, "cpu", memory)
+    return estimate_run(load_config([*compute, *overrides]), stats, ExampleLengths(10, 10), "cpu", memory)
 
 
 # Of ten tokens: the last norm, the head's input and its gradient; logits; and the gradient of the head, all in bf16.

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sft_recipe.config import preflight
 from sft_recipe.config.compose import load_config
 from sft_recipe.config.schema import Config
+from sft_recipe.data.batching import ExampleLengths
 from sft_recipe.engine.rehearsal.device import FakeGpu, install
 from sft_recipe.engine.rehearsal.memory import DeviceMemory
 from sft_recipe.engine.rehearsal.packed import pack_linear_layers
@@ -88,11 +89,13 @@ def _join_fake_ranks(ranks: int, per_node: int) -> None:
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
 
 
-def _estimate(config: Config, longest: int, device: str) -> tuple[Config, Any]:
+def _estimate(config: Config, tokens: int, device: str) -> tuple[Config, Any]:
     from sft_recipe.models.memory_estimate import resolve_activation_checkpointing
     from sft_recipe.models.stats import StatsOf
 
-    return resolve_activation_checkpointing(config, StatsOf(_resolved(config), device), longest, device, print)
+    return resolve_activation_checkpointing(
+        config, StatsOf(_resolved(config), device), ExampleLengths(tokens, tokens), device, print
+    )
 
 
 def _resolved(config: Config) -> Any:
