@@ -19,10 +19,10 @@ from typing import Any
 import transformers
 
 from sft_recipe.config.compose import load_config
-from sft_recipe.data.batching import ExampleLengths
 from sft_recipe.models.memory_estimate import MemoryEstimate, device_memory, estimate_run
 from sft_recipe.models.resolve import resolve_model
 from sft_recipe.models.stats import StatsOf
+from sft_recipe.models.workload import Workload
 from tests.support.tiny import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +133,7 @@ def predicted(run: Run, longest: int) -> tuple[MemoryEstimate, bool]:
     """Return the estimate for a run whose longest example has so many tokens, and whether it recomputes activations."""
     config = load_config(_words(run, RESULTS))
     stats = StatsOf(resolve_model(config.model, config.cache_dir()), "cpu")(config)
-    estimate = estimate_run(config, stats, ExampleLengths(longest, longest), "cpu", device_memory("cpu") // run.ranks)
+    estimate = estimate_run(config, stats, Workload(longest, longest), "cpu", device_memory("cpu") // run.ranks)
     return estimate, config.model.enable_gradient_checkpointing is True
 
 

@@ -31,12 +31,12 @@ from benchmarks.memory_runs import (
 )
 from benchmarks.results import machine, table, write_section
 from sft_recipe.config.compose import load_config
-from sft_recipe.data.batching import ExampleLengths
 from sft_recipe.engine.rehearsal.session import RehearsalFailed, RehearsalSession
 from sft_recipe.engine.rehearsal.step import GPUS_PER_NODE, Case
 from sft_recipe.models.memory_estimate import estimate_run
 from sft_recipe.models.resolve import resolve_model
 from sft_recipe.models.stats import StatsOf
+from sft_recipe.models.workload import Workload
 from sft_recipe.readiness.check import Machine, for_machine
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/memory.md"
@@ -169,7 +169,7 @@ def _predicted_case(words: list[str], ranks: int, tokens: int, count: int) -> in
     config = for_machine(config, Machine(per_node, 80 * GIB))
     stats = StatsOf(resolve_model(config.model, config.cache_dir(), needs_weights=False), "cuda")(config)
     estimate = replace(
-        estimate_run(config, stats, ExampleLengths(tokens, tokens), "cuda", 80 * GIB), loading=0
+        estimate_run(config, stats, Workload(tokens, tokens), "cuda", 80 * GIB), loading=0
     )  # what is rehearsed is a step
     return estimate.needed(config.model.enable_gradient_checkpointing is True)
 

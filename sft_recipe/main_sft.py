@@ -132,7 +132,7 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     from sft_recipe.tracking.banner import print_banner, starting_facts
     from sft_recipe.tracking.console import notice
     from sft_recipe.tracking.run_facts import write_facts
-    from sft_recipe.training.schedule import run_lengths
+    from sft_recipe.training.schedule import workload_of
     from sft_recipe.training.trainer import SFTTrainer
 
     timing.mark("process group")
@@ -152,7 +152,7 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     longest_sequence = inputs.train.longest_sequence(config.data.has_targets)
     if stats.positions and (text := stats.positions.notice(inputs.model.name, limit, longest_sequence)):
         say(text)
-    config, memory = resolve_activation_checkpointing(config, stats_of, run_lengths(config, inputs.train), device, say)
+    config, memory = resolve_activation_checkpointing(config, stats_of, workload_of(config, inputs.train), device, say)
     if is_first:
         write_facts(output_dir, starting_facts(config, inputs.model.name, device, stats, memory))
     timing.mark("model statistics")

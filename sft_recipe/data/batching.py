@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
-from typing import NamedTuple
 
 import numpy as np
 
@@ -30,20 +29,8 @@ def batch_indices(step: int, examples: int, batch_size: int, seed: int, order: s
     return epoch_order(examples, seed, epoch, order)[start : start + batch_size]
 
 
-class ExampleLengths(NamedTuple):
-    """The tokens of the `longest` example, and of the mean one of the batch with most tokens."""
-
-    longest: int
-    mean: float
-
-
-def example_lengths(
-    lengths: np.ndarray, batch_size: int, steps: int, seed: int, order: str, enough: int
-) -> ExampleLengths:
-    """Return the lengths that bound the memory of `steps` steps; batches with more than `enough` tokens are as large.
-
-    Epochs are looked at until a batch has that many.
-    """
+def largest_batch(lengths: np.ndarray, batch_size: int, steps: int, seed: int, order: str, enough: int) -> int:
+    """Return the most tokens of a batch of `steps` steps. Epochs are looked at until one has a batch of `enough`."""
     starts = np.arange(0, len(lengths), batch_size)
     most = 0
     for epoch in range(math.ceil(steps / len(starts))):
@@ -51,17 +38,7 @@ def example_lengths(
         most = max(most, int(batches[: steps - epoch * len(starts)].max()))
         if most >= enough:
             break
-    return ExampleLengths(int(lengths.max()), most / batch_size)
-
-
-def largest_micro_batch(lengths: ExampleLengths, batch_size: int, ranks: int, budget: int) -> int:
-    """Return a bound on the tokens of a micro-batch: all that a rank has of the largest batch, within the budget.
-
-    The rank with most tokens got its last example when it had at most an equal share of the others (Graham 1969,
-    https://doi.org/10.1137/0117039).
-    """
-    share = (batch_size * lengths.mean + (ranks - 1) * lengths.longest) / ranks
-    return min(budget, math.ceil(share))
+    return most
 
 
 @lru_cache(maxsize=2)

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from sft_recipe.config.auto import compute_dtype, reshards_after_forward, uses_gradient_checkpointing
 from sft_recipe.config.optimizer import optimizer_state_size
 from sft_recipe.config.schema import Config
-from sft_recipe.data.batching import ExampleLengths, largest_micro_batch
 from sft_recipe.distributed.host_memory import total_memory
 from sft_recipe.errors import PreflightError
 from sft_recipe.models.dims import FP32, LOGITS_CHUNK, ModelDims
 from sft_recipe.models.fitting import changed, fitting_options
 from sft_recipe.models.quantization import CONSTANTS, PACKED
 from sft_recipe.models.stats import ModelStats
+from sft_recipe.models.workload import Workload
 
 USABLE = 0.9  # fraction of a device's memory: the runtime, buffers of collectives and fragmentation take the rest
 GIB = 2**30
@@ -62,19 +62,26 @@ class MemoryEstimate:
     export: int = 0
     copies: int = 0
     mapped: int = 0
-
-    @property
-    def static(self) -> int:
-        """Return the bytes that do not depend on the micro-batch."""
-        return self.weights + self.unsharded + self.gradients + self.optimizer + self.program + self.export
+    saves_before_end: bool = True
 
     def needed(self, checkpointing: bool) -> int:
         """Return the bytes at the peak, with activation checkpointing or without."""
-        needed = max(self.static + (self.recomputed if checkpointing else self.activations), self.loading)
-        return needed + self._copies_beside(needed)
+        return max(sum(self._peak(checkpointing).values()), self.loading)
 
-    def _copies_beside(self, needed: int) -> int:
-        return self.copies if needed + self.copies + self.mapped <= USABLE * self.device else 0
+    def _peak(self, checkpointing: bool) -> dict[str, int]:
+        """The bytes of each part at the peak; a save of a run that `saves_before_end` coincides with activations."""
+        static = {
+            "weights": self.weights, "gathered weights": self.unsharded, "gradients": self.gradients,
+            "optimizer": self.optimizer, "program": self.program,
+        }  # fmt: skip
+        activations = {"activations": self.recomputed if checkpointing else self.activations}
+        saved = {"export": self.export}
+        beside = static | saved | (activations if self.saves_before_end else {})
+        if sum(beside.values()) + self.copies + self.mapped <= USABLE * self.device:
+            saved["copies to save"] = self.copies
+        if self.saves_before_end:
+            return static | activations | saved
+        return static | max(activations, saved, key=lambda part: sum(part.values()))
 
     def fits(self, checkpointing: bool) -> bool:
         """Return whether the peak fits the usable part of the device's memory."""
@@ -87,13 +94,7 @@ class MemoryEstimate:
 
     def parts(self, checkpointing: bool) -> dict[str, str]:
         """Return what the peak consists of, in GiB: `{"weights": "1.0", "gradients": "0.5"}`."""
-        activations = self.recomputed if checkpointing else self.activations
-        parts = {
-            "weights": self.weights, "gathered weights": self.unsharded, "gradients": self.gradients,
-            "optimizer": self.optimizer, "activations": activations, "program": self.program,
-            "export": self.export, "copies to save": self._copies_beside(self.static + activations),
-            "and in mapped files": self.mapped,
-        }  # fmt: skip
+        parts = self._peak(checkpointing) | {"and in mapped files": self.mapped}
         return {name: _gib(size) for name, size in parts.items() if size}
 
 
@@ -104,7 +105,7 @@ def estimate_memory(
     trainable: int,
     width: int,
     on_cpu: bool,
-    lengths: ExampleLengths,
+    workload: Workload,
     logits: int,
     device: int,
 ) -> MemoryEstimate:
@@ -117,10 +118,10 @@ def estimate_memory(
     fsdp, data = config.fsdp, config.data
     shards = fsdp.fsdp_size if fsdp.fsdp_size > 0 else config.trainer.world_size
     master = {"fp32": FP32, "bf16": 2}[fsdp.model_dtype]
-    tokens = math.ceil(_micro_batch_tokens(config, lengths) / fsdp.ulysses_sequence_parallel_size)
+    tokens = math.ceil(_micro_batch_tokens(config, workload) / fsdp.ulysses_sequence_parallel_size)
     is_fsdp1 = not on_cpu and fsdp.strategy == "fsdp"
     resharded = _gathered(dims, total, not config.lora.enabled, is_fsdp1)
-    has_several = data.train_batch_size * lengths.mean > _data_ranks(config) * data.token_budget
+    has_several = data.train_batch_size * workload.mean > _data_ranks(config) * data.token_budget
     accumulates = has_several and fsdp.use_no_sync_for_gradient_accumulation
     is_unsharded = on_cpu and config.trainer.world_size == 1
     frozen = master  # bytes of a weight that is not trained
@@ -160,9 +161,9 @@ def _data_ranks(config: Config) -> int:
     return config.trainer.world_size // config.fsdp.ulysses_sequence_parallel_size
 
 
-def _micro_batch_tokens(config: Config, lengths: ExampleLengths) -> int:
+def _micro_batch_tokens(config: Config, workload: Workload) -> int:
     data = config.data
-    return largest_micro_batch(lengths, data.train_batch_size, _data_ranks(config), data.token_budget)
+    return workload.micro_batch(data.train_batch_size, _data_ranks(config), data.token_budget)
 
 
 def _gathered(dims: ModelDims, total: int, is_trained: bool, is_fsdp1: bool) -> int:
@@ -188,22 +189,20 @@ def _last_gradients(dims: ModelDims, total: int, width: int, unsharded: int, sha
     return (FP32 + width) * outside + FP32 * (total - outside) // dims.layers - freed
 
 
-def estimate_run(
-    config: Config, stats: ModelStats, lengths: ExampleLengths, device: str, memory: int
-) -> MemoryEstimate:
+def estimate_run(config: Config, stats: ModelStats, workload: Workload, device: str, memory: int) -> MemoryEstimate:
     """Estimate the memory of a rank on "cuda" or "cpu", with `memory` bytes, for a model with known dimensions."""
     assert stats.dims is not None
     dtype = DTYPES[compute_dtype(config.fsdp, device)]
     width = dtype.itemsize
     data, sizes = config.data, (stats.dims, stats.total, stats.trainable)
     limit = data.token_budget // data.micro_batch_size_per_gpu
-    lengths = ExampleLengths(min(lengths.longest, limit), min(lengths.mean, limit))
-    found = estimate_memory(config, *sizes, width, device == "cpu", lengths, LOGITS_CHUNK[device], memory)
+    workload = workload.limited(limit)
+    found = estimate_memory(config, *sizes, width, device == "cpu", workload, LOGITS_CHUNK[device], memory)
     if config.lora.quantize:
         found = with_quantized(found, config, stats, width, device == "cpu")
     if device == "cuda":
         return found
-    more = _in_flight(config, stats, width, _micro_batch_tokens(config, lengths))
+    more = _in_flight(config, stats, width, _micro_batch_tokens(config, workload))
     mapped = _mapped(config, stats, dtype)
     return replace(
         found,
@@ -212,6 +211,7 @@ def estimate_run(
         activations=int((1 + GAPS) * found.activations) + more,
         recomputed=int((1 + GAPS) * found.recomputed) + more,
         program=PROGRAM,
+        saves_before_end=workload.saves_before_end,
         **_saved(config, stats, found, width),
     )
 
@@ -277,13 +277,13 @@ def _saved(config: Config, stats: ModelStats, estimate: MemoryEstimate, width: i
 
 
 def options_that_fit(
-    config: Config, stats_of: Callable[[Config], ModelStats], lengths: ExampleLengths, device: str, memory: int
+    config: Config, stats_of: Callable[[Config], ModelStats], workload: Workload, device: str, memory: int
 ) -> list[str]:
     """Return settings with which a rank's peak fits `memory` bytes, as flags and overrides; see fitting.py."""
 
     def fits(other: Config) -> bool:
         checkpointing = other.model.enable_gradient_checkpointing is not False
-        return estimate_run(other, stats_of(other), lengths, device, memory).fits(checkpointing)
+        return estimate_run(other, stats_of(other), workload, device, memory).fits(checkpointing)
 
     recomputing = changed(config, {"model.enable_gradient_checkpointing": True})
     if config.model.enable_gradient_checkpointing is False and fits(recomputing):
@@ -294,7 +294,7 @@ def options_that_fit(
 def resolve_activation_checkpointing(
     config: Config,
     stats_of: Callable[[Config], ModelStats],
-    lengths: ExampleLengths,
+    workload: Workload,
     device: str,
     say: Callable[[str], None],
 ) -> tuple[Config, MemoryEstimate | None]:
@@ -310,7 +310,7 @@ def resolve_activation_checkpointing(
         return config, None
     memory = torch.tensor(device_memory(device))
     dist.all_reduce(memory, op=dist.ReduceOp.MIN)
-    estimate = estimate_run(config, stats, lengths, device, int(memory))
+    estimate = estimate_run(config, stats, workload, device, int(memory))
     if config.model.enable_gradient_checkpointing == "auto":
         model = config.model.model_copy(
             update={"enable_gradient_checkpointing": not estimate.fits(checkpointing=False)}
@@ -319,7 +319,7 @@ def resolve_activation_checkpointing(
     chosen = uses_gradient_checkpointing(config, device)
     if estimate.fits(chosen):
         return config, estimate
-    options = options_that_fit(config, stats_of, lengths, device, int(memory))
+    options = options_that_fit(config, stats_of, workload, device, int(memory))
     description = f"a rank {estimate.describe(chosen)}. " + (
         "What would fit: " + "; or ".join(options) if options else ADVICE
     )

@@ -20,7 +20,7 @@ from sft_recipe.readiness.findings import Check, failed
 from sft_recipe.readiness.machine import machine_checks
 from sft_recipe.readiness.model import model_checks, tokenizer_checks
 from sft_recipe.readiness.plan import disk_checks, measured, memory_checks, plan_checks
-from sft_recipe.training.schedule import Schedule, run_lengths
+from sft_recipe.training.schedule import Schedule, workload_of
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,12 @@ def _run_checks(config: Config, stats_of: StatsOf, device: str, memory: int, mea
         return
     known = stats_of.model.notice  # the checks of the model have it
     yield from example_checks(config, inputs, [notice for notice in notices if notice != known])
-    examples = len(inputs.train)
-    yield from plan_checks(config, examples, int(inputs.train.lengths.sum()))
-    yield from memory_checks(config, stats_of, run_lengths(config, inputs.train), device, memory)
-    schedule = Schedule.from_config(config, examples)
-    yield from disk_checks(config, stats_of(config), schedule)
+    examples, tokens = len(inputs.train), int(inputs.train.lengths.sum())
+    yield from plan_checks(config, examples, tokens)
+    yield from memory_checks(config, stats_of, workload_of(config, inputs.train), device, memory)
+    yield from disk_checks(config, stats_of(config), Schedule.from_config(config, examples))
     if measures:
-        yield from measured(config, schedule.total_steps, device)
+        yield from measured(config, examples, tokens, device)
 
 
 def _inputs(config: Config) -> tuple[RunInputs, list[str]]:

@@ -4,10 +4,14 @@ import json
 import math
 import os
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +19,17 @@ from sft_recipe.config.auto import compute_dtype, uses_gradient_checkpointing
 from sft_recipe.config.compose import to_json
 from sft_recipe.config.schema import Config
 from sft_recipe.config.values import AFTER_EACH_EPOCH
-from sft_recipe.data.batching import ExampleLengths
 from sft_recipe.display import byte_size
 from sft_recipe.launch.local import HEAP_SETTINGS
 from sft_recipe.models.memory_estimate import GIB, estimate_run, options_that_fit
 from sft_recipe.models.stats import ModelStats
+from sft_recipe.models.workload import Workload
 from sft_recipe.readiness.findings import Check, failed, passed, warned
 from sft_recipe.training.schedule import Schedule
 
-MEASURED_STEPS = 4  # the first of them also starts kernels and allocates, and is not counted
+WARM_UP_STEPS = 2  # they start kernels and allocate, and are not counted
+MOST_STEPS, ENOUGH_SECONDS = 12, 30.0  # measured steps
+POLL_SECONDS = 0.1
 FEW_STEPS = 20
 
 
@@ -43,7 +49,7 @@ def plan_checks(config: Config, examples: int, tokens: int) -> Iterator[Check]:
 def memory_checks(
     config: Config,
     stats_of: Callable[[Config], ModelStats],
-    lengths: ExampleLengths,
+    workload: Workload,
     device: str,
     memory: int,
 ) -> Iterator[Check]:
@@ -52,7 +58,7 @@ def memory_checks(
         yield passed("memory", "no estimate: the model's dimensions are unknown, or Megatron shards it")
         return
 
-    found = estimate_run(config, stats_of(config), lengths, device, memory)
+    found = estimate_run(config, stats_of(config), workload, device, memory)
     chosen = config.model.enable_gradient_checkpointing
     checkpointing = not found.fits(False) if chosen == "auto" else uses_gradient_checkpointing(config, device)
     values = dict(
@@ -63,7 +69,7 @@ def memory_checks(
     if found.fits(checkpointing):
         yield passed("memory", text, **values)
         return
-    options = options_that_fit(config, stats_of, lengths, device, memory)
+    options = options_that_fit(config, stats_of, workload, device, memory)
     remedy = "what would fit: {options}" if options else "no setting here fits: a smaller model, or more memory"
     kind = failed if found.needed(True) > memory else warned
     yield kind("memory", text, remedy, options="; or ".join(options), **values)
@@ -91,40 +97,68 @@ def disk_checks(config: Config, stats: ModelStats, schedule: Schedule) -> Iterat
         yield failed("disk", text, "--output_dir on a larger disk, or trainer.max_ckpt_to_keep=1", **values)
 
 
-def measured(config: Config, steps: int, device: str) -> Iterator[Check]:
-    """Train a few steps with this configuration in a temporary folder, and yield time and memory of the run."""
-    with tempfile.TemporaryDirectory(prefix="sft_recipe-") as folder:
-        rows, output = _train(config, Path(folder), device)
-    if len(rows) < 2:
+def measured(config: Config, examples: int, tokens: int, device: str) -> Iterator[Check]:
+    """Train a few steps in a temporary folder, and yield the time of a run on `examples` with `tokens` together."""
+    schedule = Schedule.from_config(config, examples)
+    with tempfile.TemporaryDirectory(prefix="sft_recipe-", ignore_cleanup_errors=True) as folder:
+        rows, output = _train(config, schedule.total_steps, Path(folder), device)
+    counted = rows[WARM_UP_STEPS:]
+    if not counted:
         last = (output.strip().splitlines() or ["it printed nothing"])[-1]
         yield failed("measured", "the measured steps failed: {last}", "{last}", last=last)
         return
-    seconds = sorted(row["perf/seconds"] for row in rows[1:])
-    tokens = sum(row["train/tokens"] for row in rows[1:]) / sum(seconds)
-    median = seconds[len(seconds) // 2]
+    seconds = [row["perf/seconds"] for row in counted]
+    per_second = sum(row["train/tokens"] for row in counted) / sum(seconds)
     yield passed(
         "measured",
         "{median:.2f} s a step, {tokens:,.0f} tokens/s: about {hours:.2f} h and a peak of {peak:.2f} GiB, both without "
         "evaluations and saves",
-        median=median, tokens=tokens, hours=steps * sum(seconds) / len(seconds) / 3600,
+        median=statistics.median(seconds), tokens=per_second,
+        hours=tokens * schedule.total_steps / schedule.steps_per_epoch / per_second / 3600,
         peak=max(row["perf/memory_gb"] for row in rows),
     )  # fmt: skip
 
 
-def _train(config: Config, folder: Path, device: str) -> tuple[list[dict[str, Any]], str]:
-    """Return the rows of the first steps of a run, started as train.sh starts it, and what it printed."""
+def _train(config: Config, steps: int, folder: Path, device: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows of the first steps of a run, started as train.sh starts it, and what it printed.
+
+    It is killed before its last step, since it would save then.
+    """
     tree = config.model_dump(mode="json")
     tree["trainer"] |= {
-        "output_dir": str(folder / "run"), "save_freq": -1, "test_freq": -1, "total_training_steps": MEASURED_STEPS,
-        "resume_from": None, "logger": ["console"], "wandb_project": None, "master_port": None,
+        "output_dir": str(folder / "run"), "save_freq": -1, "test_freq": -1, "resume_from": None,
+        "total_training_steps": max(steps, MOST_STEPS + 1), "logger": ["console"], "wandb_project": None,
+        "master_port": None,
     }  # fmt: skip
     tree["data"] |= {"val_files": None, "val_ratio": 0.0}
     tree["eval"] |= {"generate": 0, "prompts": []}
     del tree["trainer"]["early_stopping"]
+    (folder / "config.json").write_text(to_json(Config.model_validate(tree)))
     environment = {**(HEAP_SETTINGS if device == "cpu" else {}), **os.environ}
     command = [sys.executable, "-m", "sft_recipe.launch.local"]
-    text = to_json(Config.model_validate(tree))
-    done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True)
-    metrics = folder / "run/metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    return [row for row in rows if row["step"]], done.stderr.strip() or done.stdout
+    rows: list[dict[str, Any]] = []
+    with open(folder / "config.json") as source, open(folder / "output", "w+") as output:
+        run = subprocess.Popen(
+            command, stdin=source, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            while run.poll() is None and not _is_enough(rows):
+                time.sleep(POLL_SECONDS)
+                rows = _rows(folder / "run/metrics.jsonl")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+        output.seek(0)
+        return rows, output.read()
+
+
+def _rows(metrics: Path) -> list[dict[str, Any]]:
+    """The rows of complete steps; the last line may be half written."""
+    lines = metrics.read_text().split("\n")[:-1] if metrics.is_file() else []
+    return [row for row in map(json.loads, lines) if row["step"]]
+
+
+def _is_enough(rows: list[dict[str, Any]]) -> bool:
+    counted = [row["perf/seconds"] for row in rows[WARM_UP_STEPS:]]
+    return len(rows) >= MOST_STEPS or sum(counted) >= ENOUGH_SECONDS

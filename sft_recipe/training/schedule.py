@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from sft_recipe.config.schema import Config
 from sft_recipe.config.values import AFTER_EACH_EPOCH, StepInterval
-from sft_recipe.data.batching import ExampleLengths, example_lengths, steps_per_epoch
+from sft_recipe.data.batching import largest_batch, steps_per_epoch
 from sft_recipe.data.token_store import Examples
+from sft_recipe.models.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,25 @@ class Schedule:
 
         An interval of 0 or less means: after the last step only.
         """
-        steps = self.steps_per_epoch if interval == AFTER_EACH_EPOCH else int(interval)
+        steps = self._steps(interval)
         return self.is_last(step) or (steps > 0 and step % steps == 0)
 
+    def is_due_before_end(self, interval: StepInterval) -> bool:
+        """Return whether something that happens at this interval happens before the last step."""
+        return 0 < self._steps(interval) < self.total_steps
 
-def run_lengths(config: Config, train: Examples) -> ExampleLengths:
-    """Return the lengths of a run's examples and batches; with padding each example counts as the longest one."""
+    def _steps(self, interval: StepInterval) -> int:
+        return self.steps_per_epoch if interval == AFTER_EACH_EPOCH else int(interval)
+
+
+def workload_of(config: Config, train: Examples) -> Workload:
+    """Return what the memory of a run on these examples depends on; with padding each counts as the longest one."""
     data, trainer = config.data, config.trainer
-    steps = Schedule.from_config(config, len(train)).total_steps
+    schedule, longest = Schedule.from_config(config, len(train)), int(train.lengths.max())
     ranks = trainer.world_size // config.fsdp.ulysses_sequence_parallel_size
     enough = ranks * data.token_budget + 1  # larger batches need several micro-batches, and no more memory
-    found = example_lengths(train.lengths, data.train_batch_size, steps, trainer.seed, data.order, enough)
-    return found._replace(mean=found.longest) if data.has_targets else found
+    steps, size = schedule.total_steps, data.train_batch_size
+    most = largest_batch(train.lengths, size, steps, trainer.seed, data.order, enough)
+    may_save_best = trainer.save_best and bool(data.val_files or data.val_ratio)
+    saves = may_save_best or schedule.is_due_before_end(trainer.save_freq)
+    return Workload(longest, longest if data.has_targets else most / size, saves)

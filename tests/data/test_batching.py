@@ -8,12 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sft_recipe.data.batching import (
-    ExampleLengths,
     batch_indices,
     epoch_order,
-    example_lengths,
     highest_efficiency,
-    largest_micro_batch,
+    largest_batch,
     plan_micro_batches,
     plan_padded,
     sample_mixture,
@@ -21,6 +19,7 @@ from sft_recipe.data.batching import (
     steps_per_epoch,
 )
 from sft_recipe.data.notices import idle_notice
+from sft_recipe.models.workload import Workload
 
 SIZES = st.integers(1, 60)
 BATCHES = st.integers(1, 24)
@@ -264,28 +263,27 @@ def test_no_rank_has_much_more_to_do_than_the_mean(ranks, examples):
     assert largest_over_mean(planned(lengths, ranks, budget=16384), lengths) <= 1.03
 
 
-# The lengths that bound the memory of a run
+# What the memory of a run depends on
 
 
 @given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 12), st.integers(1, 30), st.booleans(), SEEDS
-)
-def test_the_batch_with_most_tokens_is_found(lengths, batch_size, steps, shuffles, seed):
+    st.lists(st.integers(1, 50), min_size=1, max_size=40), BATCHES, st.integers(1, 30), st.booleans(), SEEDS,
+    st.integers(1, 800),
+)  # fmt: skip
+def test_the_batch_with_most_tokens_is_found(lengths, batch_size, steps, shuffles, seed, enough):
     sizes, order = np.array(lengths), "shuffle" if shuffles else "file"
     batches = [sizes[batch_indices(step, len(sizes), batch_size, seed, order)].sum() for step in range(steps)]
-    found = example_lengths(sizes, batch_size, steps, seed, order, enough=10**9)
-    assert found == (max(lengths), max(batches) / batch_size)
-    # Where a batch has enough tokens, later epochs need not be looked at.
-    enough = int(found.mean * batch_size)
-    assert example_lengths(sizes, batch_size, steps, seed, order, enough).mean * batch_size >= enough
+    assert largest_batch(sizes, batch_size, steps, seed, order, enough=10**9) == max(batches)
+    found = largest_batch(sizes, batch_size, steps, seed, order, enough)  # later epochs need not be looked at
+    assert found == max(batches) or enough <= found < max(batches)
 
 
 @given(batches())
 def test_no_micro_batch_has_more_tokens_than_memory_is_estimated_for(batch):
     lengths, ranks, budget = batch
     largest = max(load([micro_batch], lengths) for rank in planned(lengths, ranks, budget) for micro_batch in rank)
-    found = ExampleLengths(max(lengths), sum(lengths) / len(lengths))
-    assert largest <= largest_micro_batch(found, len(lengths), ranks, budget)
+    workload = Workload(max(lengths), sum(lengths) / len(lengths))
+    assert largest <= workload.micro_batch(len(lengths), ranks, budget) <= budget
 
 
 # Ranks that wait for the longest example

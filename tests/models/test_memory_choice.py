@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from sft_recipe.config.compose import load_config
-from sft_recipe.data.batching import ExampleLengths
 from sft_recipe.engine.cpu.platform import use_cpu
 from sft_recipe.errors import PreflightError
 from sft_recipe.models.memory_estimate import (
@@ -18,6 +17,7 @@ from sft_recipe.models.memory_estimate import (
     options_that_fit,
 )
 from sft_recipe.models.stats import ModelStats
+from sft_recipe.models.workload import Workload
 from tests.support import tiny
 from tests.support.runs import metrics, run_here
 from tests.support.small_run import arguments
@@ -40,7 +40,7 @@ def choose(monkeypatch):
         config = load_config(["data.max_length=10", "data.train_batch_size=4", compute, *overrides])
         said: list[str] = []
         config, estimate = memory_estimate.resolve_activation_checkpointing(
-            config, lambda changed: ModelStats(1000, 1000, dims), ExampleLengths(100, 100), "cuda", said.append
+            config, lambda changed: ModelStats(1000, 1000, dims), Workload(100, 100), "cuda", said.append
         )
         return config.model.enable_gradient_checkpointing, estimate, said
 
@@ -128,10 +128,8 @@ def test_weights_in_4_bits_take_half_a_byte_and_their_scales():
     plain = ["lora.enabled=true", "fsdp.strategy=fsdp2", "data.train_batch_size=4", "data.max_length=10"]
     for ranks in (1, 2):
         overrides = [*plain, f"trainer.n_gpus_per_node={ranks}", "fsdp.mixed_precision.param_dtype=bf16"]
-        lora = estimate_run(load_config(overrides), stats, ExampleLengths(10, 10), "cuda", 10**6)
-        qlora = estimate_run(
-            load_config([*overrides, "lora.quantize=true"]), stats, ExampleLengths(10, 10), "cuda", 10**6
-        )
+        lora = estimate_run(load_config(overrides), stats, Workload(10, 10), "cuda", 10**6)
+        qlora = estimate_run(load_config([*overrides, "lora.quantize=true"]), stats, Workload(10, 10), "cuda", 10**6)
         scales = 16384 // 64 + 4
         assert qlora.weights == lora.weights - (16384 * 2 - 16384 // 2) // ranks + scales
         # All of two layers are gathered; the largest matrix that is dequantized is 8 x 16.
@@ -154,14 +152,14 @@ def test_qlora_is_advised_where_lora_does_not_fit():
         return replace(known, quantized=7 * 10**9) if config.lora.quantize else known
 
     config = load_config(["data.max_length=512", "fsdp.mixed_precision.param_dtype=bf16"])
-    options = options_that_fit(config, stats_of, ExampleLengths(512, 512), "cuda", 12 * GIB)
+    options = options_that_fit(config, stats_of, Workload(512, 512), "cuda", 12 * GIB)
     assert "--use_qlora --strategy fsdp2" in options and "--use_lora" not in options and True in found
-    assert "--use_lora" in options_that_fit(config, stats_of, ExampleLengths(512, 512), "cuda", 24 * GIB)
+    assert "--use_lora" in options_that_fit(config, stats_of, Workload(512, 512), "cuda", 24 * GIB)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_lengths_that_would_fit_do_so_with_the_configured_checkpointing(checkpointing):
-    stats, lengths, memory = ModelStats(10**9, 10**9, LLAMA_DIMS), ExampleLengths(2**16, 2**16), 40 * GIB
+    stats, lengths, memory = ModelStats(10**9, 10**9, LLAMA_DIMS), Workload(2**16, 2**16), 40 * GIB
     words = ["fsdp.mixed_precision.param_dtype=bf16", "data.train_batch_size=1"]
     choice = f"model.enable_gradient_checkpointing={str(checkpointing).lower()}"
     config = load_config([*words, choice, f"data.max_length={lengths.longest}"])

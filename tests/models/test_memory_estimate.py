@@ -5,12 +5,12 @@ import torch
 
 from sft_recipe.config.auto import PACKED_ATTENTION
 from sft_recipe.config.compose import load_config
-from sft_recipe.data.batching import ExampleLengths
 from sft_recipe.engine.cpu.platform import use_cpu
 from sft_recipe.models.memory_estimate import (
     ModelDims,
     estimate_memory,
 )
+from sft_recipe.models.workload import Workload
 
 SMALL = ModelDims(layers=2, hidden=8, intermediate=16, vocabulary=32, heads=2, query=8, key=4)
 DEEP = ModelDims(layers=20, hidden=8, intermediate=16, vocabulary=32, heads=2, query=8, key=4)
@@ -37,9 +37,7 @@ def small_plan(
     device=10**6,
 ):
     config = load_config(["data.max_length=10", "data.train_batch_size=4", *overrides])
-    return estimate_memory(
-        config, dims, total, trainable, width, on_cpu, ExampleLengths(longest, longest), logits, device
-    )
+    return estimate_memory(config, dims, total, trainable, width, on_cpu, Workload(longest, longest), logits, device)
 
 
 def test_a_layers_bytes_for_each_token():

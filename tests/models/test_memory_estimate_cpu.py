@@ -9,15 +9,15 @@ from sft_recipe.models.dims import ModelDims
 DEEP = ModelDims(layers=20, hidden=8, intermediate=16, vocabulary=32, heads=2, query=8, key=4)
 
 
-def cpu_estimate(*overrides, total=10_000, trainable=10_000, stored=torch.bfloat16, memory=10**12):
+def cpu_estimate(*overrides, total=10_000, trainable=10_000, stored=torch.bfloat16, memory=10**12, **workload):
     use_cpu()
-    from sft_recipe.data.batching import ExampleLengths
     from sft_recipe.models.memory_estimate import estimate_run
     from sft_recipe.models.stats import ModelStats
+    from sft_recipe.models.workload import Workload
 
     compute = ["fsdp.mixed_precision.param_dtype=bf16", "data.max_length=10", "data.train_batch_size=1"]
     stats = ModelStats(total, trainable, DEEP, stored=stored)
-    return estimate_run(load_config([*compute, *overrides]), stats, ExampleLengths(10, 10), "cpu", memory)
+    return estimate_run(load_config([*compute, *overrides]), stats, Workload(10, 10, **workload), "cpu", memory)
 
 
 # Of ten tokens: the last norm, the head's input and its gradient; logits; and the gradient of the head, all in bf16.
@@ -39,6 +39,21 @@ def test_a_cpu_rank_also_has_the_program_and_saves():
     adapters = cpu_estimate("lora.enabled=true", trainable=50)
     assert (adapters.export, adapters.copies) == (0, 3 * 4 * 50)
     assert cpu_estimate("lora.enabled=true", "lora.merge=true", trainable=50).export == (4 + 2 + 4) * 10_000
+
+
+def test_a_run_that_saves_at_its_end_only_has_no_activations_then():
+    meanwhile = cpu_estimate()
+    saved = meanwhile.export + meanwhile.copies
+    at_end = cpu_estimate(saves_before_end=False)
+    smaller = min(saved, meanwhile.activations)
+    assert at_end.needed(checkpointing=False) == meanwhile.needed(checkpointing=False) - smaller
+    parts = at_end.parts(checkpointing=False), meanwhile.parts(checkpointing=False)
+    assert len(parts[0]) <= len(parts[1])
+    # Copies that do not fit beside the activations of a later step fit where there are none.
+    memory = int((meanwhile.needed(checkpointing=False) - 1) / 0.9)
+    small = cpu_estimate(memory=memory), cpu_estimate(memory=memory, saves_before_end=False)
+    assert small[0].needed(False) == meanwhile.needed(False) - meanwhile.copies
+    assert small[1].needed(False) == at_end.needed(False)
 
 
 def test_copies_do_not_count_where_they_do_not_fit_and_saving_blocks():

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from sft_recipe.config.compose import load_config
 from sft_recipe.launch.local import HEAP_SETTINGS
 from sft_recipe.readiness import machine, plan
 from sft_recipe.readiness.chinese import CHINESE, NAMES
+from sft_recipe.training.schedule import Schedule
 from tests.support import seq2seq, tiny
 
 RECORDS = [{"prompt": f"What is {i} and {i}?", "response": f"It is {2 * i}."} for i in range(40)]
@@ -216,32 +218,61 @@ def test_a_small_shm_a_full_disk_and_few_files_are_found(monkeypatch, tmp_path):
     config = load_config(["trainer.n_gpus_per_node=2", f"trainer.output_dir={tmp_path}/out"])
     assert machine._shared_memory(config).status == "error"
     stats = SimpleNamespace(total=10**6, trainable=10**6)
-    [disk] = plan.disk_checks(config, stats, steps=24, per_epoch=8)
+    [disk] = plan.disk_checks(config, stats, Schedule(steps_per_epoch=8, total_steps=24))
     assert disk.status == "error" and "checkpoints at a time of 16.00 MB" in disk.message("en")
     monkeypatch.setattr(machine.resource, "getrlimit", lambda kind: (256, 256))
     assert machine._open_files().status == "warning"
 
 
-def test_steps_are_measured_as_a_run_starts_and_a_failure_shows_the_error_of_the_rank(monkeypatch):
-    started = []
+RUN = """#!{python}
+import json, os, sys, time
+config = json.load(sys.stdin)
+with open({seen!r}, "a") as seen:
+    seen.write(json.dumps([sys.argv[1:], config["trainer"], os.environ.get("GLIBC_TUNABLES")]) + "\\n")
+if {error!r}:
+    sys.exit({error!r})
+os.makedirs(config["trainer"]["output_dir"])
+with open(config["trainer"]["output_dir"] + "/metrics.jsonl", "w") as metrics:
+    for step, seconds in enumerate([0, 9, 9, *[2] * 40]):  # of 100 tokens each, after an evaluation
+        row = {{"step": step, "perf/seconds": seconds, "train/tokens": 100, "perf/memory_gb": 1 + step % 2}}
+        metrics.write(json.dumps(row) + "\\n" + '{{"step": ')
+        metrics.flush()
+        metrics.seek(metrics.tell() - len('{{"step": '))
+        time.sleep(0.02)
+    time.sleep(600)
+"""
 
-    def run(command, input, env, **_):
-        started.append((command[1:], json.loads(input)["trainer"]["total_training_steps"], env.get("GLIBC_TUNABLES")))
-        return SimpleNamespace(stdout="", stderr="error: no memory\n")
 
+def measured_by(monkeypatch, tmp_path, error, device):
+    """Return the check of a run that is another program, and how it was started: arguments, trainer, heap."""
+    seen, program = tmp_path / "seen", tmp_path / "python"
+    program.write_text(RUN.format(python=sys.executable, seen=str(seen), error=error))
+    program.chmod(0o755)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.setattr(plan.subprocess, "run", run)
-    for device in ("cpu", "cuda"):
-        [check] = plan.measured(load_config([]), 9, device)
-        assert check.message("en") == "the measured steps failed: error: no memory"
-    program = ["-m", "sft_recipe.launch.local"]
-    assert started == [(program, 4, HEAP_SETTINGS["GLIBC_TUNABLES"]), (program, 4, None)]
+    monkeypatch.setattr(plan.sys, "executable", str(program))
+    [check] = plan.measured(load_config(["data.train_batch_size=10"]), examples=1000, tokens=10**6, device=device)
+    return check, json.loads(seen.read_text())
+
+
+def test_measured_steps_predict_time_by_tokens_without_saving(monkeypatch, tmp_path):
+    check, (command, trainer, heap) = measured_by(monkeypatch, tmp_path, "", "cpu")
+    # 3 epochs of a million tokens at 50 a second.
+    assert check.message("en").startswith("2.00 s a step, 50 tokens/s: about 16.67 h and a peak of 2.00 GiB")
+    assert command == ["-m", "sft_recipe.launch.local"] and heap == HEAP_SETTINGS["GLIBC_TUNABLES"]
+    assert (trainer["total_training_steps"], trainer["save_freq"], trainer["test_freq"]) == (300, -1, -1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_failure_of_measured_steps_shows_the_error_of_the_rank(monkeypatch, tmp_path, device):
+    check, (_, _, heap) = measured_by(monkeypatch, tmp_path, "error: no memory", device)
+    assert check.message("en") == "the measured steps failed: error: no memory"
+    assert (heap is None) == (device == "cuda")
 
 
 @pytest.mark.slow
 def test_measured_steps_predict_the_run(ask):
     _, report = ask("--measure")
-    assert "s a step" in found(report, "measured")["message"] and found(report, "measured")["status"] == "ok"
+    assert " s a step" in found(report, "measured")["message"] and found(report, "measured")["status"] == "ok"
 
 
 def test_train_sh_check_does_the_same(work, capsys):

@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sft_recipe.config import preflight
 from sft_recipe.config.compose import load_config
 from sft_recipe.config.schema import Config
-from sft_recipe.data.batching import ExampleLengths
 from sft_recipe.engine.rehearsal.device import FakeGpu, install
 from sft_recipe.engine.rehearsal.memory import DeviceMemory
 from sft_recipe.engine.rehearsal.packed import pack_linear_layers
 from sft_recipe.models.families import SEQ2SEQ, Family, family_of, fit
 from sft_recipe.models.hf_config import load_hf_config
 from sft_recipe.models.loading import build_model
+from sft_recipe.models.workload import Workload
 
 STEPS = 2  # the first one makes the optimizer's state
 GPUS_PER_NODE = 8
@@ -94,7 +94,7 @@ def _estimate(config: Config, tokens: int, device: str) -> tuple[Config, Any]:
     from sft_recipe.models.stats import StatsOf
 
     return resolve_activation_checkpointing(
-        config, StatsOf(_resolved(config), device), ExampleLengths(tokens, tokens), device, print
+        config, StatsOf(_resolved(config), device), Workload(tokens, tokens), device, print
     )
 
 
