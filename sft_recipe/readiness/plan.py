@@ -18,7 +18,6 @@ from typing import Any
 from sft_recipe.config.auto import compute_dtype, uses_gradient_checkpointing
 from sft_recipe.config.compose import to_json
 from sft_recipe.config.schema import Config
-from sft_recipe.config.values import AFTER_EACH_EPOCH
 from sft_recipe.display import byte_size
 from sft_recipe.launch.local import HEAP_SETTINGS
 from sft_recipe.models.memory_estimate import GIB, estimate_run, options_that_fit
@@ -80,9 +79,7 @@ def disk_checks(config: Config, stats: ModelStats, schedule: Schedule) -> Iterat
     trained = stats.trainable
     state = 3 * 4 * trained  # weights, and two moments of Adam, in fp32
     model = 0 if config.lora.enabled and not config.lora.merge else 4 * stats.total
-    frequency = (
-        schedule.steps_per_epoch if config.trainer.save_freq == AFTER_EACH_EPOCH else int(config.trainer.save_freq)
-    )
+    frequency = schedule.interval_steps(config.trainer.save_freq)
     saves = math.ceil(schedule.total_steps / frequency) if frequency > 0 else 1
     kept = min(saves, (config.trainer.max_ckpt_to_keep or saves) + 2)  # and the best one, and the one being written
     needed = kept * (state + model)
@@ -101,12 +98,12 @@ def measured(config: Config, examples: int, tokens: int, device: str) -> Iterato
     """Train a few steps in a temporary folder, and yield the time of a run on `examples` with `tokens` together."""
     schedule = Schedule.from_config(config, examples)
     with tempfile.TemporaryDirectory(prefix="sft_recipe-", ignore_cleanup_errors=True) as folder:
-        rows, output = _train(config, schedule.total_steps, Path(folder), device)
-    counted = rows[WARM_UP_STEPS:]
-    if not counted:
-        last = (output.strip().splitlines() or ["it printed nothing"])[-1]
+        rows, errors = _train(config, schedule.total_steps, Path(folder), device)
+    if not rows:
+        last = (errors.strip().splitlines() or ["it printed nothing"])[-1]
         yield failed("measured", "the measured steps failed: {last}", "{last}", last=last)
         return
+    counted = rows[WARM_UP_STEPS:]
     seconds = [row["perf/seconds"] for row in counted]
     per_second = sum(row["train/tokens"] for row in counted) / sum(seconds)
     yield passed(
@@ -120,9 +117,9 @@ def measured(config: Config, examples: int, tokens: int, device: str) -> Iterato
 
 
 def _train(config: Config, steps: int, folder: Path, device: str) -> tuple[list[dict[str, Any]], str]:
-    """Return the rows of the first steps of a run, started as train.sh starts it, and what it printed.
+    """Return the rows of the first steps of a run, started as train.sh starts it, and its error messages.
 
-    It is killed before its last step, since it would save then.
+    It is killed before its last step, since it would save then; there are no rows of one that fails.
     """
     tree = config.model_dump(mode="json")
     tree["trainer"] |= {
@@ -136,21 +133,21 @@ def _train(config: Config, steps: int, folder: Path, device: str) -> tuple[list[
     (folder / "config.json").write_text(to_json(Config.model_validate(tree)))
     environment = {**(HEAP_SETTINGS if device == "cpu" else {}), **os.environ}
     command = [sys.executable, "-m", "sft_recipe.launch.local"]
-    rows: list[dict[str, Any]] = []
-    with open(folder / "config.json") as source, open(folder / "output", "w+") as output:
+    metrics = folder / "run/metrics.jsonl"
+    with open(folder / "config.json") as source, open(folder / "errors", "w+") as errors:
         run = subprocess.Popen(
-            command, stdin=source, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdin=source, stdout=subprocess.DEVNULL, stderr=errors, env=environment, start_new_session=True
         )
         try:
-            while run.poll() is None and not _is_enough(rows):
+            while run.poll() is None and not _is_enough(_rows(metrics)):
                 time.sleep(POLL_SECONDS)
-                rows = _rows(folder / "run/metrics.jsonl")
+            has_failed = bool(run.returncode)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)
             run.wait()
-        output.seek(0)
-        return rows, output.read()
+        errors.seek(0)
+        return [] if has_failed else _rows(metrics), errors.read()
 
 
 def _rows(metrics: Path) -> list[dict[str, Any]]:

@@ -47,14 +47,15 @@ class Schedule:
 
         An interval of 0 or less means: after the last step only.
         """
-        steps = self._steps(interval)
+        steps = self.interval_steps(interval)
         return self.is_last(step) or (steps > 0 and step % steps == 0)
 
     def is_due_before_end(self, interval: StepInterval) -> bool:
         """Return whether something that happens at this interval happens before the last step."""
-        return 0 < self._steps(interval) < self.total_steps
+        return 0 < self.interval_steps(interval) < self.total_steps
 
-    def _steps(self, interval: StepInterval) -> int:
+    def interval_steps(self, interval: StepInterval) -> int:
+        """Return the steps of an interval; 0 or less means: after the last step only."""
         return self.steps_per_epoch if interval == AFTER_EACH_EPOCH else int(interval)
 
 

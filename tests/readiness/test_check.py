@@ -229,8 +229,6 @@ import json, os, sys, time
 config = json.load(sys.stdin)
 with open({seen!r}, "a") as seen:
     seen.write(json.dumps([sys.argv[1:], config["trainer"], os.environ.get("GLIBC_TUNABLES")]) + "\\n")
-if {error!r}:
-    sys.exit({error!r})
 os.makedirs(config["trainer"]["output_dir"])
 with open(config["trainer"]["output_dir"] + "/metrics.jsonl", "w") as metrics:
     for step, seconds in enumerate([0, 9, 9, *[2] * 40]):  # of 100 tokens each, after an evaluation
@@ -238,6 +236,8 @@ with open(config["trainer"]["output_dir"] + "/metrics.jsonl", "w") as metrics:
         metrics.write(json.dumps(row) + "\\n" + '{{"step": ')
         metrics.flush()
         metrics.seek(metrics.tell() - len('{{"step": '))
+        if {error!r} and step == 5:
+            sys.exit({error!r})
         time.sleep(0.02)
     time.sleep(600)
 """
@@ -263,7 +263,7 @@ def test_measured_steps_predict_time_by_tokens_without_saving(monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_failure_of_measured_steps_shows_the_error_of_the_rank(monkeypatch, tmp_path, device):
+def test_a_failure_after_some_measured_steps_shows_the_error_of_the_rank(monkeypatch, tmp_path, device):
     check, (_, _, heap) = measured_by(monkeypatch, tmp_path, "error: no memory", device)
     assert check.message("en") == "the measured steps failed: error: no memory"
     assert (heap is None) == (device == "cuda")
