@@ -67,6 +67,31 @@ def check_vocabulary(record: TokenizedRecord, size: int) -> None:
         )
 
 
+def check_no_padding(record: TokenizedRecord, pad_id: int | None, eos_id: int | None, has_targets: bool) -> None:
+    """Raise DataError where a text begins or ends with pad tokens, which a model would learn.
+
+    One may end it where that is what ends texts: it is eos as well, or a causal model learns it.
+    """
+    if pad_id is None:
+        return
+    ids, supervised = record.input_ids, record.loss_mask
+    begin = supervised.count(0) if has_targets else 0  # of the labels
+    may_end = pad_id == eos_id or (not has_targets and bool(supervised[-1]))
+    for name, text in (("input_ids", ids[:begin]), ("labels", ids[begin:])) if has_targets else (("input_ids", ids),):
+        before, after = _repeated(text, pad_id), _repeated(text[::-1], pad_id)
+        if before > 1 or after > may_end:
+            place, count = ("begins", before) if before > 1 else ("ends", after)
+            raise data_error(
+                record.source,
+                f"{name} {place} with {plural(count, 'pad token')} (id {pad_id}); remove the padding",
+            )
+
+
+def _repeated(ids: Sequence[int], token: int) -> int:
+    """The number of times that ids begin with a token."""
+    return next((place for place, value in enumerate(ids) if value != token), len(ids))
+
+
 def _loss_mask(record: Record, ids: list[int], source: str) -> list[int]:
     has_labels = not is_null(record.get("labels"))
     if has_labels == (not is_null(record.get("loss_mask"))):

@@ -7,9 +7,10 @@ from functools import partial
 import numpy as np
 
 from sft_recipe.data.messages import Conversation
-from sft_recipe.data.pretokenized import TokenizedRecord, check_vocabulary
+from sft_recipe.data.pretokenized import TokenizedRecord, check_no_padding, check_vocabulary
 from sft_recipe.data.readers import BadRecord
 from sft_recipe.data.rendering.renderer import Encoded, Renderer, TooLong
+from sft_recipe.data.rendering.source_target import SourceTargetRenderer
 from sft_recipe.data.split_turns import group_of
 from sft_recipe.data.token_store import StoreOptions, StoreReport
 from sft_recipe.data.worker_pool import ordered_results
@@ -120,6 +121,8 @@ def encode_records(
 def _without_rendering(record: TokenizedRecord, renderer: Renderer) -> Encoded | DataError:
     try:
         check_vocabulary(record, renderer.vocabulary_size)
+        pad_id, eos_id = renderer.tokenizer.pad_token_id, renderer.tokenizer.eos_token_id
+        check_no_padding(record, pad_id, eos_id, has_targets=isinstance(renderer, SourceTargetRenderer))
     except DataError as error:
         return error
     return Encoded(record.input_ids, record.loss_mask)

@@ -14,7 +14,7 @@ from sft_recipe.checkpoint.manager import check_free_space
 from sft_recipe.export.merge import load_adapters
 from sft_recipe.export.options import ExportOptions, Written
 from sft_recipe.export.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from sft_recipe.export.trained import TrainedModel, load_exported_tokenizer
+from sft_recipe.export.trained import TrainedModel
 from sft_recipe.export.verification import prompt_ids
 from sft_recipe.export.weights import DTYPES, entry_bytes, write_weights
 from sft_recipe.models.families import family_of
@@ -22,6 +22,7 @@ from sft_recipe.models.hf_config import read_hf_config
 from sft_recipe.models.loading import load_model
 from sft_recipe.models.quantization import adapter_metadata
 from sft_recipe.models.resolve import ResolvedModel
+from sft_recipe.models.tokenizer import read_tokenizer
 from sft_recipe.progress import progress_bar
 
 
@@ -35,7 +36,7 @@ def write_hf_folder(trained: TrainedModel, options: ExportOptions, folder: Path,
     )
     trained.tokenizer.save_pretrained(folder)
     _write_json(folder / GENERATION_CONFIG_NAME, trained.generation_settings())
-    tokenizer = load_exported_tokenizer(folder, trained.trusts_code)
+    tokenizer = read_tokenizer(folder, str(folder), trained.trusts_code)
     return Written(
         kind="adapter" if is_adapter else "merged model" if trained.source.adapter else "model",
         dtype=dtype,

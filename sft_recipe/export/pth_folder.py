@@ -14,13 +14,14 @@ from sft_recipe.errors import ModelError
 from sft_recipe.export.merge import load_adapters
 from sft_recipe.export.options import ExportOptions, Written
 from sft_recipe.export.source import ADAPTER_CONFIG
-from sft_recipe.export.trained import TrainedModel, load_exported_tokenizer
+from sft_recipe.export.trained import TrainedModel
 from sft_recipe.export.verification import prompt_ids
 from sft_recipe.export.weights import DTYPES, entry_bytes
 from sft_recipe.models import minimind
 from sft_recipe.models.loading import load_model
 from sft_recipe.models.minimind_lora import from_peft, write_peft_folder
 from sft_recipe.models.state_dict import StateDict, read_state_dict, write_model
+from sft_recipe.models.tokenizer import read_tokenizer
 from sft_recipe.progress import progress_bar
 
 
@@ -38,7 +39,7 @@ def write_pth_folder(trained: TrainedModel, options: ExportOptions, folder: Path
     name = f"{'lora' if is_adapter else 'full_sft'}_{trained.config.hidden_size}{kind}.pth"
     torch.save(weights, folder / name)
     trained.tokenizer.save_pretrained(folder)
-    tokenizer = load_exported_tokenizer(folder, trained.trusts_code)
+    tokenizer = read_tokenizer(folder, str(folder), trained.trusts_code)
     return Written(
         kind="MiniMind LoRA file" if is_adapter else "MiniMind state dict",
         dtype=dtype,

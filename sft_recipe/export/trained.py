@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from sft_recipe.errors import ModelError, first_line
+from sft_recipe.errors import ModelError
 from sft_recipe.export.generation import generation_settings, turn_end_ids
 from sft_recipe.export.merge import MergedWeights, load_adapters
 from sft_recipe.export.source import ADAPTER_WEIGHTS, Source
@@ -18,6 +18,7 @@ from sft_recipe.export.weights import DTYPES, StoredWeights, Weights, entry_byte
 from sft_recipe.models.hf_config import load_hf_config
 from sft_recipe.models.loading import load_model
 from sft_recipe.models.quantization import base_dtype, round_weight, round_weights
+from sft_recipe.models.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TrainedModel:
 def load_trained(source: Source) -> TrainedModel:
     """Return the trained model. Raises ModelError where a part cannot be loaded."""
     settings, config = source.settings, trained_config(source)
-    tokenizer = load_exported_tokenizer(source.tokenizer, settings.trust_remote_code)
+    tokenizer = read_tokenizer(source.tokenizer, source.base.name, settings.trust_remote_code)
     stored = StoredWeights(source.base.folder)
     dtype = DTYPES.get(_main_dtype(stored), torch.float32)
     quantized_in = base_dtype(source.adapter / ADAPTER_WEIGHTS) if source.adapter else None
@@ -109,14 +110,6 @@ def trained_config(source: Source) -> PretrainedConfig:
     if source.adapter is None:  # the overrides of its run are in its config.json
         settings = settings.model_copy(update={"override_config": {}})
     return load_hf_config(settings, source.base)
-
-
-def load_exported_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder as it is. Raises ModelError."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} holds no usable tokenizer: {first_line(error)}") from None
 
 
 def _main_dtype(weights: Weights) -> str:

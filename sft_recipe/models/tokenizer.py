@@ -22,10 +22,7 @@ def load_tokenizer(
     trained model. Raises ModelError where the folder has no tokenizer that transformers can read, or the template
     cannot be read.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # of the tokenizer's files, or of the config.json that names its class
-        raise ModelError(f"{folder} holds no usable tokenizer: {first_line(error)}") from None
+    tokenizer = read_tokenizer(folder, config.tokenizer_path or config.path, config.trust_remote_code)
     if config.chat_template:
         path = user_path(config.chat_template)
         try:
@@ -35,6 +32,24 @@ def load_tokenizer(
             raise ModelError(f"model.chat_template: {path.absolute()} cannot be read: {reason}") from None
     if family is CAUSAL and ensure_chat_template(tokenizer):
         say(f"{config.path} has no chat template: a plain ChatML one is used, and saved with the trained model.")
+    return tokenizer
+
+
+def read_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder, which the user calls `name`, as it is.
+
+    Raises ModelError where it cannot be read, and where there is none: then transformers makes one without vocabulary.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of the tokenizer's files, or of the config.json that names its class
+        raise ModelError(f"{folder} holds no usable tokenizer: {first_line(error)}") from None
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if len(set(tokenizer.get_vocab()) - added) <= 1:  # T5's has a word boundary
+        raise ModelError(
+            f"{name} has no tokenizer beside it: copy tokenizer.json and tokenizer_config.json there; training "
+            "can also name their folder with --tokenizer_path"
+        )
     return tokenizer
 
 

@@ -1,11 +1,12 @@
 """The format `tokens`: ids and labels are trained on as given, and anything else is an error that names the place."""
 
 import json
+import re
 
 import pytest
 
 from sft_recipe.data.formats import convert, read_conversations
-from sft_recipe.data.pretokenized import TokenizedRecord
+from sft_recipe.data.pretokenized import TokenizedRecord, check_no_padding
 from sft_recipe.errors import DataError
 from tests.data.files import RECORDS, write
 from tests.data.stores import build, examples
@@ -124,6 +125,45 @@ def test_id_outside_the_vocabulary_is_an_error(tmp_path):
     store = build(path, tokenizer, tmp_path / "cache", on_bad_record="skip")
     assert len(store) == 1
     assert json.loads((store.folder / "rejected.jsonl").read_text())["record"] == bad
+
+
+PAD, EOS = 0, 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "pad", "has_targets", "problem"),
+    [
+        ([5, 6, EOS, PAD], [0, 1, 1, 0], PAD, False, "input_ids ends with 1 pad token (id 0)"),
+        ([5, 6, EOS, PAD, PAD], [0, 1, 1, 1, 1], PAD, False, "input_ids ends with 2 pad tokens"),
+        ([PAD, PAD, 5, 6], [0, 0, 0, 1], PAD, False, "input_ids begins with 2 pad tokens"),
+        ([5, 6, EOS, EOS], [0, 1, 1, 1], EOS, False, "input_ids ends with 2 pad tokens"),
+        ([5, EOS, PAD, 6, EOS], [0, 0, 0, 1, 1], PAD, True, "input_ids ends with 1 pad token"),
+        ([5, EOS, 6, EOS, PAD], [0, 0, 1, 1, 1], PAD, True, "labels ends with 1 pad token"),
+        ([5, 6, EOS], [0, 1, 1], PAD, False, None),
+        ([5, 6, EOS], [0, 1, 1], EOS, False, None),  # a tokenizer whose pad is eos
+        ([5, 6, PAD], [0, 1, 1], PAD, False, None),  # a base model learns to end with it
+        ([PAD, 5, 6, EOS], [0, 0, 1, 1], PAD, False, None),  # a model that begins with it
+        ([5, PAD, PAD, 6, EOS], [0, 0, 0, 1, 1], PAD, False, None),
+        ([5, EOS, 6, EOS], [0, 0, 1, 1], PAD, True, None),
+        ([5, EOS, 6, EOS], [0, 0, 1, 1], EOS, True, None),
+        ([5, 6, PAD, PAD], [0, 1, 1, 1], None, False, None),
+    ],
+)
+def test_padding_is_an_error(ids, mask, pad, has_targets, problem):
+    record = TokenizedRecord(ids, mask, "a.jsonl, line 1")
+    if problem is None:
+        check_no_padding(record, pad, EOS, has_targets)
+        return
+    with pytest.raises(DataError, match="^a.jsonl, line 1: " + re.escape(problem)):
+        check_no_padding(record, pad, EOS, has_targets)
+
+
+def test_a_store_refuses_padded_records(tmp_path):
+    tokenizer = build_tokenizer()
+    ids = [3, 4, tokenizer.pad_token_id, tokenizer.pad_token_id]
+    path = write(tmp_path / "tokens.jsonl", [{"input_ids": ids, "loss_mask": [0, 1, 0, 0]}])
+    with pytest.raises(DataError, match="line 1: input_ids ends with 2 pad tokens .* remove the padding"):
+        build(path, tokenizer, tmp_path / "cache")
 
 
 def test_conversations_are_expected_elsewhere(tmp_path):

@@ -17,6 +17,7 @@ from sft_recipe.errors import ModelError
 from sft_recipe.models.minimind import random_model
 from sft_recipe.models.resolve import resolve_model, resolve_tokenizer
 from sft_recipe.models.state_dict import read_state_dict
+from sft_recipe.models.tokenizer import read_tokenizer
 from tests.models.hub import find
 from tests.support.shared import shared_data
 
@@ -231,6 +232,18 @@ def test_missing_tokenizer_is_named_with_its_flag(cache_dir, tmp_path, monkeypat
     config = ModelConfig(path=name, fallback=None)
     with pytest.raises(ModelError, match="has no tokenizer beside it: name its folder with --tokenizer_path"):
         resolve_tokenizer(config, resolve_model(config, cache_dir), cache_dir)
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_programs_without_a_flag_for_the_tokenizer_say_where_it_belongs(cache_dir, tmp_path, seq2seq):
+    """Transformers makes a tokenizer without vocabulary; of an empty prompt a model answers nothing."""
+    folder = tmp_path / "t5"
+    T5Config().save_pretrained(folder)
+    if not seq2seq:
+        torch.save(early_minimind().state_dict(), tmp_path / "a.pth")
+        folder = find(str(tmp_path / "a.pth"), cache_dir).folder
+    with pytest.raises(ModelError, match="^a.pth has no tokenizer beside it: copy tokenizer.json"):
+        read_tokenizer(folder, "a.pth", trust_remote_code=False)
 
 
 # Random weights
