@@ -164,7 +164,7 @@ CHINESE = {
         "BATCH_SIZE 为 {batch} 时，计算的 token 中有 {percent:.0f}% 是填充。"
     ),
     "Raise BATCH_SIZE, so that examples of like length share a micro-batch, or lower MICRO_BATCH_SIZE.": (
-        "提高 BATCH_SIZE，使长度相近的样本进入同一个微批，或降低 MICRO_BATCH_SIZE。"
+        "提高 BATCH_SIZE，使长度相近的样本进入同一个微批次，或降低 MICRO_BATCH_SIZE。"
     ),
     "Training waits for its data.": "训练在等待数据。",
     "{percent:.0f}% of the time ({seconds:.0f} s) went into reading examples.": (
