@@ -59,7 +59,9 @@ def export_model(source: Source, options: ExportOptions, out: Path, show_progres
         written = WRITERS[options.format](trained, options, folder, show_progress)
         with progress_bar("loading the export back", show=show_progress):
             verify_tokens(written.prompt_ids, reference)
-            verification = verify_export(written.load(), reference, written.bound)
+            verification = verify_export(
+                written.load(), reference, written.bound, None if source.adapter else trained.model
+            )
         (folder / "README.md").write_text(model_card(source, written, verification, out.name), encoding="utf-8")
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Export(out, written.kind, written.dtype, files, verification, written.remarks)

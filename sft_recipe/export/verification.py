@@ -89,10 +89,12 @@ def make_reference(model: Any, tokenizer: PreTrainedTokenizerBase) -> Reference:
     return Reference(prompts, inputs, logits)
 
 
-def verify_export(model: Any, reference: Reference, kind: str) -> Verification:
+def verify_export(model: Any, reference: Reference, kind: str, trained: Any = None) -> Verification:
     """Compare an export, loaded back, with the trained model; `kind` is how its weights were rounded (`rounded`).
 
-    Raises ModelError where logits differ by more than that explains.
+    Where rounding undoes changes of training that are smaller than its steps, logits differ by more than its errors
+    explain. Then a complete model, `trained`, has to compute the same with rounded weights. Raises ModelError where
+    logits differ by more.
     """
     with computed_in_fp32(model):
         logits = _answer_logits(model, reference.inputs)
@@ -101,16 +103,21 @@ def verify_export(model: Any, reference: Reference, kind: str) -> Verification:
             f"the export has a vocabulary of {logits.shape[-1]}, the trained model one of {reference.logits.shape[-1]}"
         )
     same, difference = logits.argmax(-1) == reference.logits.argmax(-1), logits - reference.logits
-    size, rounding = _root_mean_square(reference.logits), 0.0
+    relative, size, rounding = _root_mean_square(difference), _root_mean_square(reference.logits), 0.0
     if kind != "float32":
         with computed_in_fp32(model, kind):
-            rounding = _root_mean_square(_answer_logits(model, reference.inputs) - logits)
+            rounding = ROUNDINGS * _root_mean_square(_answer_logits(model, reference.inputs) - logits)
+    if relative > max(FP32 * size, rounding) and trained is not None and kind in FLOATS:
+        with computed_in_fp32(trained, kind, is_stored=True):
+            expected = _answer_logits(trained, reference.inputs)
+        if _root_mean_square(logits - expected) <= FP32 * size:
+            rounding = relative
     result = Verification(
         prompts=len(reference.prompts),
         tokens=same.numel(),
         largest_difference=float(difference.abs().max()),
-        relative_difference=_root_mean_square(difference) / size,
-        bound=max(FP32, ROUNDINGS * rounding / size),
+        relative_difference=relative / size,
+        bound=max(FP32, rounding / size),
         same_choices=int(same.sum()),
     )
     if not result.relative_difference <= result.bound:
@@ -148,8 +155,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 @contextmanager
-def computed_in_fp32(model: Any, kind: str = "float32") -> Iterator[None]:
+def computed_in_fp32(model: Any, kind: str = "float32", is_stored: bool = False) -> Iterator[None]:
     """Inside, each layer computes in fp32: its weights are converted, and rounded, for its forward pass only.
+
+    If `is_stored`, a float of this kind stores them, else they are rounded as `rounded` does.
 
     Weights that are mapped from files stay there, so that memory holds the largest layer rather than the model.
     """
@@ -159,7 +168,7 @@ def computed_in_fp32(model: Any, kind: str = "float32") -> Iterator[None]:
     def convert(module: torch.nn.Module, *_: Any) -> None:
         stored[module] = [(tensor, tensor.data) for tensor in converted[module]]
         for tensor, data in stored[module]:
-            tensor.data = rounded(data.float(), kind)
+            tensor.data = _stored(data.float(), kind) if is_stored else rounded(data.float(), kind)
 
     def restore(module: torch.nn.Module, *_: Any) -> None:
         for tensor, data in stored.pop(module):
@@ -191,13 +200,18 @@ def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
 
     For that the grid is another one: that of bf16 and fp16 is shifted, that of q8_0 has 113 steps instead of 127.
     """
-    if kind in FLOATS and (kind != "f16" or weight.ndim > 1):  # a GGUF file has its vectors in fp32
-        return (weight / math.sqrt(2)).to(FLOATS[kind]).float() * math.sqrt(2)
+    if kind in FLOATS:
+        return _stored(weight / math.sqrt(2), kind) * math.sqrt(2)
     if kind == "q8_0" and weight.ndim > 1 and weight.shape[-1] % Q8_BLOCK == 0:
         blocks = weight.reshape(-1, Q8_BLOCK)
         step = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30) / 113
         return ((blocks / step).round() * step).view_as(weight)
     return weight
+
+
+def _stored(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return a weight as a float of this kind stores it; a GGUF file has its vectors in fp32."""
+    return weight if kind == "f16" and weight.ndim == 1 else weight.to(FLOATS[kind]).float()
 
 
 def _answer_logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -58,6 +58,35 @@ def test_a_merge_that_is_only_rounded_passes_with_a_margin(base, tokenizer, alph
     assert 0 < found.relative_difference < found.bound / 1.5
 
 
+@pytest.fixture
+def nudged(base):
+    """The base in bfloat16, and the same with each weight larger by 0.49 of its step, which bfloat16 cannot hold."""
+    stored, model = copy.deepcopy(base), copy.deepcopy(base)
+    for weight, changed in zip(stored.parameters(), model.parameters(), strict=True):
+        weight.data = weight.data.bfloat16()
+        larger = weight.data.float() + 2.0 ** (torch.frexp(weight.data.float()).exponent - 8) * 0.49
+        changed.data = torch.where(larger.bfloat16() == weight.data, larger, weight.data.float())
+    return model, stored
+
+
+def test_rounding_that_undoes_small_changes_alike_passes(nudged, tokenizer):
+    trained, stored = nudged
+    reference = make_reference(trained, tokenizer)
+    with pytest.raises(ModelError, match="--dtype float32 passes"):
+        verify_export(copy.deepcopy(stored), reference, "bfloat16")
+    found = verify_export(copy.deepcopy(stored), reference, "bfloat16", trained)
+    assert found.relative_difference == found.bound > 1e-3
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj"])
+def test_another_model_than_the_rounded_one_is_refused(nudged, tokenizer, place):
+    trained, stored = nudged
+    weight = stored.get_submodule(place).weight
+    weight.data[:4] *= 3
+    with pytest.raises(ModelError, match="--dtype float32 passes"):
+        verify_export(stored, make_reference(trained, tokenizer), "bfloat16", trained)
+
+
 @pytest.mark.parametrize("alpha", [0.5, 64])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_merge_is_refused_with_a_margin(base, tokenizer, alpha, wrong):
