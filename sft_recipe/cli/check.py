@@ -68,10 +68,10 @@ def _run(line: CommandLine) -> int:
     silence_libraries()
     from sft_recipe.config.compose import load_config, parse_config_args
     from sft_recipe.config.secrets import without_secrets
-    from sft_recipe.readiness.check import check_readiness, effective_settings
+    from sft_recipe.readiness.check import check_readiness, effective_settings, for_machine
 
     config = load_config(line.overrides, **parse_config_args(line.config_args))
-    settings = without_secrets(effective_settings(config))
+    settings = without_secrets(effective_settings(for_machine(config, machine) if machine else config))
     if not options.json:
         _print_settings(settings)
     checks = []

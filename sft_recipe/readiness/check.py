@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft_recipe.config.auto import PACKED_ATTENTION
+from sft_recipe.config.preflight import check_config
 from sft_recipe.config.schema import Config
 from sft_recipe.data.run_inputs import RunInputs, prepare, store_options
 from sft_recipe.errors import RecipeError
@@ -49,6 +50,10 @@ def check_readiness(config: Config, machine: Machine | None, measures: bool) -> 
     if machine:
         config = for_machine(config, machine)
         device, memory = "cuda", machine.memory
+        try:
+            check_config(config, device)
+        except RecipeError as error:
+            yield failed("settings", "{error}", "", error=error)
     else:
         found = list(machine_checks(config))
         yield from found

@@ -20,6 +20,8 @@ NAMES = {
     "network": "网络",
     "output folder": "输出目录",
     "packages": "软件包",
+    "run folder": "运行目录",
+    "settings": "配置",
     "shared memory": "共享内存",
     "steps": "步数",
     "validation": "验证",

@@ -13,10 +13,12 @@ from uuid import uuid4
 import psutil
 import torch
 
+from sft_recipe.checkpoint.resume import check_resume_path, check_run_folder_is_free
+from sft_recipe.checkpoint.run_lock import LOCK, FolderLock
 from sft_recipe.config import gpus, preflight
 from sft_recipe.config.schema import Config
 from sft_recipe.distributed.host_memory import total_memory
-from sft_recipe.errors import RecipeError
+from sft_recipe.errors import CheckpointError, RecipeError
 from sft_recipe.models.memory_estimate import GIB
 from sft_recipe.readiness.findings import Check, failed, passed, warned
 
@@ -35,6 +37,7 @@ def machine_checks(config: Config) -> Iterator[Check]:
     yield _shared_memory(config)
     yield _open_files()
     yield _disk_speed(config)
+    yield from _run_folder(config)
     yield from _interfaces(config)
     yield _packages()
 
@@ -127,6 +130,19 @@ def _disk_speed(config: Config) -> Check:
     if speed < SLOW_DISK:
         return warned("output folder", text, "save less often (trainer.save_freq), or use a local disk", **found)
     return passed("output folder", text, **found)
+
+
+def _run_folder(config: Config) -> Iterator[Check]:
+    """Yield what would stop a start: checkpoints of another run, a run that writes, no checkpoint to resume from."""
+    folder, resumed = config.trainer.run_folder, config.trainer.resume_from
+    try:
+        check_resume_path(resumed)
+        if resumed is None:
+            check_run_folder_is_free(folder / "checkpoints", None)
+        if (folder / LOCK).is_file():
+            FolderLock(folder).release()
+    except CheckpointError as error:
+        yield failed("run folder", "{error}", "", error=error)
 
 
 def _existing(folder: Path) -> Path:

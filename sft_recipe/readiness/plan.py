@@ -138,6 +138,7 @@ def _train(config: Config, steps: int, folder: Path, device: str) -> tuple[list[
         run = subprocess.Popen(
             command, stdin=source, stdout=subprocess.DEVNULL, stderr=errors, env=environment, start_new_session=True
         )
+        previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the run has to end as well
         try:
             while run.poll() is None and not _is_enough(_rows(metrics)):
                 time.sleep(POLL_SECONDS)
@@ -146,6 +147,7 @@ def _train(config: Config, steps: int, folder: Path, device: str) -> tuple[list[
             with suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)
             run.wait()
+            signal.signal(signal.SIGTERM, previous)
         errors.seek(0)
         return [] if has_failed else _rows(metrics), errors.read()
 

@@ -123,6 +123,21 @@ def test_second_first_start_says_that_it_waits(copy, start, tmp_path):
     assert f"-m venv --clear {copy}/.venv" in (tmp_path / "bin/python3.log").read_text()
 
 
+@pytest.mark.parametrize("is_installed", ["true", "false"])
+def test_a_run_does_not_hold_the_lock_of_the_installation(copy, is_installed):
+    """What is installed and what installs are stubs; another start finds the lock free while this one trains."""
+    script = f"""
+        . scripts/environment.sh
+        usable() {{ {is_installed}; }}; supported() {{ true; }}; find_python() {{ echo python3; }}; embedded_model=x
+        install_environment "" && flock -n {copy}/.venv.lock true && ls -l /proc/$$/fd
+    """
+    (copy / ".venv/bin").mkdir(parents=True)
+    (copy / ".venv/bin/python").symlink_to("/bin/true")
+    done = subprocess.run(["bash", "-c", script], cwd=copy, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert ".venv.lock" not in done.stdout
+
+
 @pytest.mark.parametrize(
     "words",
     [["-m", "sft_recipe.main_sft"], ["-m", "sft_recipe.cli.train"], ["scripts/generate_reference.py"]]

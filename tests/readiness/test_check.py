@@ -1,12 +1,16 @@
 """check_sft_ready.py: what it reports of good and bad runs, as text and JSON, in English and Chinese."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -269,10 +273,46 @@ def test_a_failure_after_some_measured_steps_shows_the_error_of_the_rank(monkeyp
     assert (heap is None) == (device == "cuda")
 
 
+def test_a_stopped_check_ends_the_run_that_it_measures(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        measured_by(monkeypatch, tmp_path, "", "cpu")
+    assert caught.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    assert not [process for process in psutil.process_iter() if str(tmp_path / "python") in process.cmdline()]
+
+
 @pytest.mark.slow
 def test_measured_steps_predict_the_run(ask):
     _, report = ask("--measure")
     assert " s a step" in found(report, "measured")["message"] and found(report, "measured")["status"] == "ok"
+
+
+def test_a_folder_with_another_run_is_an_error(ask, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    words = [f"trainer.output_dir={folder}"]
+    assert ask(*words)[0] == 0
+    (folder / "checkpoints/step_7").mkdir(parents=True)
+    (folder / "checkpoints/step_7/manifest.json").write_text("{}")
+    code, report = ask(*words)
+    assert code == 2 and "holds step_7 of an earlier run" in found(report, "run folder")["message"]
+    assert "run folder" not in [check["name"] for check in ask(*words, "trainer.resume_from=auto")[1]["checks"]]
+    code, report = ask(*words, "trainer.resume_from=nowhere")
+    assert code == 2 and "no checkpoint" in found(report, "run folder")["message"]
+    shutil.rmtree(folder / "checkpoints")
+    held = "import sys; from pathlib import Path; from sft_recipe.checkpoint.run_lock import FolderLock; "
+    held += "FolderLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", held, folder], stdin=-1, stdout=-1) as writer:
+        writer.stdout.readline()
+        code, report = ask(*words)
+        writer.stdin.close()
+    assert code == 2 and f"process {writer.pid} on " in found(report, "run folder")["message"]
+
+
+def test_settings_that_another_machine_refuses_are_an_error(ask):
+    code, report = ask("--gpus", "8", "--gpu_memory", "24GB", "trainer.device=auto", "--batch_size", "4")
+    assert code == 2 and "BATCH_SIZE to 8 or more" in found(report, "settings")["message"]
+    assert report["settings"]["trainer.n_gpus_per_node"] == 8
 
 
 def test_train_sh_check_does_the_same(work, capsys):
