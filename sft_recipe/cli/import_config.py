@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from sft_recipe.cli.flags import Parser, quote
@@ -30,9 +29,11 @@ Reads a YAML of LLaMA-Factory (with its dataset_info.json), axolotl, TRL or verl
 SFT with TRL or verl, and prints the same run as a command line of train.sh. What could not be mapped is listed
 below it, each with the reason; what the file leaves out has the default of its project.""",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the configuration of another project")
+    parser.add_argument("file", metavar="FILE", help="the configuration of another project")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the run (default: 1)")
     options = parser.parse_args(args)
+    if not options.file:
+        raise ConfigError("FILE is empty; it must be the name of a file")
     if options.gpus < 1:
         raise ConfigError(f"--gpus is {options.gpus}; it must be a number of GPUs, 1 or more")
     return options

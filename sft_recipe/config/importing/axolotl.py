@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sft_recipe.config.importing.datasets import HUB_NAME, SHAREGPT, Files, hub_name
+from sft_recipe.config.importing.datasets import HUB_NAME, SHAREGPT, Files, hub_name, is_name
 from sft_recipe.config.importing.imported import Imported
 from sft_recipe.config.importing.transformers_args import IGNORED, read_lora, read_training
 from sft_recipe.errors import ConfigError
@@ -65,8 +65,9 @@ def read_axolotl(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
         imported.skip("val_set_size", size, "data.val_ratio is a fraction")
     for name, key in (("datasets", "data.train_files"), ("test_datasets", "data.val_files")):
         files = Files(imported)
-        for dataset in imported.get(name, []):
-            _add(files, dataset if isinstance(dataset, dict) else {"path": dataset})
+        datasets = imported.get(name, [])
+        for number, dataset in enumerate(datasets if isinstance(datasets, list) else [datasets]):
+            _add(files, dataset if isinstance(dataset, dict) else {"path": dataset}, f"{name}[{number}]")
         files.write(key, name)
     imported.finish(lambda name: IGNORED.fullmatch(name) is not None)
     return imported
@@ -75,7 +76,8 @@ def read_axolotl(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
 def _liger(imported: Imported) -> None:
     if any(imported.get(name) for name in LIGER):
         imported.set("model.use_liger", True, "liger_rope")
-    if all("liger" in str(name) for name in imported.given.get("plugins") or ()):
+    plugins = imported.given.get("plugins") or []
+    if all("liger" in str(name) for name in (plugins if isinstance(plugins, list) else [plugins])):
         imported.get("plugins")
 
 
@@ -110,12 +112,18 @@ def _parallel(imported: Imported) -> None:
         imported.skip("deepspeed", imported.get("deepspeed"), "FSDP is used; see fsdp.* in docs/configuration.md")
 
 
-def _add(files: Files, dataset: dict[str, Any]) -> None:
-    name, kind, data_files = str(dataset.get("path")), dataset.get("type"), dataset.get("data_files")
+def _add(files: Files, dataset: dict[str, Any], place: str) -> None:
+    name, kind, data_files = dataset.get("path"), dataset.get("type"), dataset.get("data_files")
+    if not is_name(name):
+        files.imported.skip(place, dataset, "its path is not the name of a file or of a data set of the hub")
+        return
     if isinstance(kind, dict) or not FORMATS.fullmatch(str(kind)):
         files.imported.skip(f"dataset {name}, type", kind, "the format is detected for each record; see data.columns")
     if data_files and name in ("json", "csv", "parquet"):
         paths = data_files if isinstance(data_files, list) else [data_files]
+        if not all(map(is_name, paths)):
+            files.imported.skip(f"{place}, data_files", data_files, "it is not a list of file names")
+            return
     elif data_files:
         files.imported.skip(f"dataset {name}, data_files", data_files, "the complete data set is read")
         paths = [name]
@@ -123,19 +131,25 @@ def _add(files: Files, dataset: dict[str, Any]) -> None:
         paths = [hub_name(name, dataset.get("name"), dataset.get("split"))]
     else:
         paths = [name]
+    columns, roles = _columns(dataset, place, files.imported)
+    for path in paths:
+        files.add(path, columns, roles)
+
+
+def _columns(dataset: dict[str, Any], place: str, imported: Imported) -> tuple[dict[str, str], dict[str, str]]:
     columns = {}
     if (field := dataset.get("field_messages")) and field not in ("messages", "conversations"):
         columns["conversations"] = str(field)
-    names = dict(dataset.get("message_property_mappings") or {})
+    mappings = "message_property_mappings"
+    names = dict(imported.mapping(f"{place}, {mappings}", dataset.get(mappings)))
     for ours in ("role", "content"):
         names.setdefault(ours, dataset.get(f"message_field_{ours}", ours))
     if {key: names[key] for key in ("role", "content")} != SHAREGPT:
         columns |= {ours: str(names[ours]) for ours in ("role", "content")}
     roles = {
         str(name): ours
-        for ours, given in (dataset.get("roles") or {}).items()
+        for ours, given in imported.mapping(f"{place}, roles", dataset.get("roles")).items()
         for name in (given if isinstance(given, list) else [given])
         if ours in ("system", "user", "assistant", "tool") and name != ours
     }
-    for path in paths:
-        files.add(str(path), columns, roles)
+    return columns, roles

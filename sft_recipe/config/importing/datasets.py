@@ -1,7 +1,7 @@
 """Names data sets and their columns in our terms, for the configurations of other projects."""
 
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 from sft_recipe.config.importing.imported import Imported
 
@@ -14,6 +14,11 @@ def hub_name(name: str, config: Any = None, split: Any = None) -> str:
     if config and config != "default":
         return f"{name}:{config}:{split or 'train'}"
     return f"{name}:{split}" if split and split != "train" else name
+
+
+def is_name(value: Any) -> TypeGuard[str]:
+    """Return whether a value can name a file or a data set: a text that is not empty."""
+    return isinstance(value, str) and bool(value.strip())
 
 
 class Files:

@@ -8,6 +8,10 @@ from sft_recipe.config.validation import all_keys, build_config
 from sft_recipe.errors import ConfigError
 
 REQUIRED_GROUPS: dict[str, Any] = {"model": {}, "data": {}, "optim": {}, "fsdp": {}, "lora": {}}
+MISSING = {
+    "model.path": "no model is named: the command would train the default model; add --model",
+    "data.train_files": "no training data is named: the command would train on the example data; add --train_data",
+}
 OFF: tuple[Any, ...] = (None, False, "", "none", "None", 0, 0.0, [], {})  # a setting with such a value asks for nothing
 
 
@@ -48,11 +52,23 @@ class Imported:
         self.read.add(name)
         self.unmapped.append(f"{name}: {value} ({reason})")
 
+    def mapping(self, name: str, value: Any) -> dict[str, Any]:
+        """Return `value`, {} where there is none, or where it is no object, which is listed as not mapped."""
+        if isinstance(value, dict):
+            return value
+        if value is not None:
+            self.skip(name, value, "it is not an object")
+        return {}
+
     def map(self, table: Mapping[str, str]) -> None:
         """Set our keys to the settings in a table {their name: our key}."""
         for name, key in table.items():
             if (value := self.get(name)) is not None:
                 self.set(key, value, name)
+
+    def note_missing(self) -> None:
+        """List first that no model or no data is named: our defaults would take their place."""
+        self.unmapped[:0] = [note for key, note in MISSING.items() if not self.values.get(key)]
 
     def finish(self, ignored: Callable[[str], bool]) -> None:
         """List every other setting that asks for something, unless it is `ignored`: without effect on the model."""

@@ -1,13 +1,13 @@
 """Reads a training YAML of LLaMA-Factory, with its dataset_info.json."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sft_recipe.config.foreign_names import LLAMAFACTORY
-from sft_recipe.config.importing.datasets import HUB_NAME, Files, hub_name
+from sft_recipe.config.importing.datasets import HUB_NAME, Files, hub_name, is_name
 from sft_recipe.config.importing.imported import Imported
+from sft_recipe.config.importing.parsing import parse_json
 from sft_recipe.config.importing.transformers_args import IGNORED, TRAINING_DEFAULTS, read_lora, read_training
 from sft_recipe.errors import ConfigError
 
@@ -32,11 +32,17 @@ def read_llamafactory(given: Mapping[str, Any], path: Path, gpus: int) -> Import
     imported.map(LLAMAFACTORY)
     imported.get("stage"), imported.get("dataset_dir")
     read_training(imported, gpus)
-    imported.set("data.truncation", "right", "cutoff_len")  # it cuts
+    if "data.max_length" in imported.values:
+        imported.set("data.truncation", "right", "cutoff_len")  # it cuts
     kind = imported.get("finetuning_type")
     if kind == "lora":
         rank = imported.get("lora_rank", 8)
-        read_lora(imported, rank, imported.get("lora_alpha", 2 * rank), imported.get("lora_target"))
+        read_lora(
+            imported,
+            rank,
+            imported.get("lora_alpha", 2 * rank if isinstance(rank, int) else None),
+            imported.get("lora_target"),
+        )
         if (bits := imported.get("quantization_bit")) == 4:
             imported.values["lora.quantize"] = True
         elif bits:
@@ -58,6 +64,9 @@ def read_llamafactory(given: Mapping[str, Any], path: Path, gpus: int) -> Import
     for name, key in (("dataset", "data.train_files"), ("eval_dataset", "data.val_files")):
         names = imported.get(name, [])
         names = [part.strip() for part in names.split(",")] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(map(is_name, names)):
+            imported.skip(name, names, "it is not a list of names")
+            names = []
         _datasets(imported, names, path).write(key, name)
     imported.finish(lambda name: IGNORED.fullmatch(name) is not None)
     return imported
@@ -65,7 +74,7 @@ def read_llamafactory(given: Mapping[str, Any], path: Path, gpus: int) -> Import
 
 def _validation_size(imported: Imported) -> None:
     size = imported.get("val_size", 0)
-    if size and size < 1:
+    if isinstance(size, int | float) and 0 < size < 1:
         imported.set("data.val_ratio", size, "val_size")
     elif size:
         imported.skip("val_size", size, "data.val_ratio is a fraction")
@@ -93,25 +102,33 @@ def _dataset_info(folder: str, path: Path) -> tuple[Path, dict[str, Any]]:
             "runs, or write dataset_dir"
         )
     try:
-        infos = json.loads((found / "dataset_info.json").read_text(encoding="utf-8"))
+        infos = parse_json((found / "dataset_info.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{found / 'dataset_info.json'} is not valid JSON: {error}") from None
-    return found, infos if isinstance(infos, dict) else {}
+    except ConfigError as error:
+        raise ConfigError(f"{found / 'dataset_info.json'}: {error}") from None
+    if not isinstance(infos, dict):
+        raise ConfigError(f"{found / 'dataset_info.json'} is not an object")
+    return found, infos
 
 
 def _add(files: Files, name: str, info: Any, folder: Path) -> None:
-    info = info if isinstance(info, dict) else {}
-    hub = str(info.get("hf_hub_url", ""))
-    if info.get("file_name"):
-        place = str(folder / info["file_name"])
-    elif HUB_NAME.fullmatch(hub):
+    if not isinstance(info, dict):
+        files.imported.skip(f"dataset {name}", info, "it is not an object")
+        return
+    file, hub = info.get("file_name"), info.get("hf_hub_url")
+    if is_name(file):
+        place = str(folder / file)
+    elif is_name(hub) and HUB_NAME.fullmatch(hub):
         place = hub_name(hub, info.get("subset"), info.get("split"))
     else:
         files.imported.skip(f"dataset {name}", info, "only local files and data sets of the Hugging Face hub are read")
         return
-    if count := info.get("num_samples"):
+    if type(count := info.get("num_samples")) is int and count > 0:
         place += f"#{count}"
-    given, tags = info.get("columns") or {}, info.get("tags") or {}
+    elif count is not None:
+        files.imported.skip(f"dataset {name}, num_samples", count, "it is not a number of examples; all are used")
+    given, tags = (files.imported.mapping(f"dataset {name}, {key}", info.get(key)) for key in ("columns", "tags"))
     if media := [key for key in ("images", "videos", "audios") if key in given]:
         files.imported.skip(f"dataset {name}", media, "only text is trained on")
     columns: dict[str, str] = {}
@@ -123,5 +140,5 @@ def _add(files: Files, name: str, info: Any, folder: Path) -> None:
     names = {"role": tags.get("role_tag", "from"), "content": tags.get("content_tag", "value")}
     if names not in ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}):
         columns |= names
-    roles = {str(tags[key]): role for key, role in TAGS.items() if key in tags and tags[key] not in KNOWN_TAGS}
+    roles = {str(tags[key]): role for key, role in TAGS.items() if key in tags and str(tags[key]) not in KNOWN_TAGS}
     files.add(place, columns, roles)

@@ -7,20 +7,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sft_recipe.config.aliases import leaves
 from sft_recipe.config.importing.axolotl import read_axolotl
 from sft_recipe.config.importing.imported import Imported
 from sft_recipe.config.importing.llamafactory import read_llamafactory
+from sft_recipe.config.importing.parsing import parse_yaml
 from sft_recipe.config.importing.trl import read_trl
 from sft_recipe.config.importing.verl import read_verl
+from sft_recipe.config.schema import Config
 from sft_recipe.errors import ConfigError
 
 Reader = Callable[[Mapping[str, Any], Path, int], Imported]
 ASSIGNMENT = re.compile(r"\s*(?:export\s+)?(\w+)=(\"[^\"]*\"|'[^']*'|\S*)\s*")
 VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)(?::-([^}]*))?\}")
 TRL_COMMAND = re.compile(r"\btrl\s+sft\b|\bsft\w*\.py\b")
+RECIPE = re.compile(r"^# @package _global_$", re.MULTILINE)
 EXPECTED = "a YAML of LLaMA-Factory, axolotl, TRL or verl, or a shell script that starts SFT with TRL or verl"
 
 
@@ -35,16 +36,19 @@ def import_config(path: Path, gpus: int = 1) -> tuple[str, Imported]:
         raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     problem = "unknown configuration"
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        tree, problem = None, f"not valid YAML ({' '.join(str(error).split())})"
+        tree = parse_yaml(text)
+    except ValueError as error:
+        tree, problem = None, f"not valid YAML ({error})"
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if isinstance(tree, dict) and set(tree) <= set(Config.model_fields) and RECIPE.search(text):
+        raise ConfigError(f"{path} is a recipe of this project; use it as it is: ./train.sh --recipe {path}")
     name, reader, given = _of_yaml(tree) if isinstance(tree, dict) else _of_script(text)
     if not reader:
         raise ConfigError(f"{path}: {problem}; expected {EXPECTED}")
-    try:
-        return name, reader(given, path, gpus)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:  # a value of a type that the project refuses too
-        raise ConfigError(f"{path}: a setting of {name} has a value of the wrong type ({error})") from error
+    imported = reader(given, path, gpus)
+    imported.note_missing()
+    return name, imported
 
 
 def _of_yaml(tree: dict[str, Any]) -> tuple[str, Reader | None, Mapping[str, Any]]:
@@ -104,6 +108,6 @@ def _flags(words: list[str]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """A value as YAML reads it, and numbers such as 1e-4, which YAML 1.1 takes for text."""
     try:
-        return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else yaml.safe_load(text)
-    except yaml.YAMLError:
+        return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else parse_yaml(text)
+    except (ValueError, ConfigError):
         return text

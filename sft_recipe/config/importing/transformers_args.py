@@ -51,7 +51,7 @@ def read_training(
         key = "optim.lr_warmup_steps_ratio" if is_ratio else "optim.lr_warmup_steps"
         imported.set(key, warmup, "warmup_steps")
     optimizer = imported.get(optimizer_key, "adamw_torch")
-    if optimizer in OPTIMIZERS:
+    if isinstance(optimizer, str) and optimizer in OPTIMIZERS:
         imported.values |= dict(text.split("=") for text in optimizer_overrides(optimizer))
     else:
         imported.skip(optimizer_key, optimizer, "AdamW is used; optim.optimizer and optim.optimizer_impl set another")
@@ -61,15 +61,25 @@ def read_training(
     betas = imported.get("adam_beta1", 0.9), imported.get("adam_beta2", 0.999)
     if betas != (0.9, 0.999):
         imported.set("optim.betas", list(betas), "adam_beta2")
-    if imported.get("adam_epsilon", 1e-8) != 1e-8:
-        imported.set("optim.override_optimizer_config", {"eps": float(imported.get("adam_epsilon"))}, "adam_epsilon")
+    _epsilon(imported)
     _precision(imported)
     _when(imported, "save", "trainer.save_freq")
     _when(imported, "eval", "trainer.test_freq")
     loggers = imported.get("report_to", [])
-    named = [name for name in ([loggers] if isinstance(loggers, str) else loggers) if name in LOGGERS]
+    named = [name for name in (loggers if isinstance(loggers, list) else [loggers]) if name in LOGGERS]
     if named:
         imported.set("trainer.logger", ["console", *named], "report_to")
+
+
+def _epsilon(imported: Imported) -> None:
+    given = imported.get("adam_epsilon", 1e-8)
+    try:
+        epsilon = float(given)
+    except (TypeError, ValueError):
+        imported.skip("adam_epsilon", given, "it is not a number")
+        return
+    if epsilon != 1e-8:
+        imported.set("optim.override_optimizer_config", {"eps": epsilon}, "adam_epsilon")
 
 
 def _precision(imported: Imported) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipe.config.foreign_names import TRL
-from sft_recipe.config.importing.datasets import hub_name
+from sft_recipe.config.importing.datasets import hub_name, is_name
 from sft_recipe.config.importing.imported import Imported
 from sft_recipe.config.importing.transformers_args import IGNORED, TRAINING_DEFAULTS, read_lora, read_training
 
@@ -18,9 +18,14 @@ DEFAULTS = TRAINING_DEFAULTS | {
 def read_trl(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
     """Return the overrides for a configuration."""
     imported = Imported({**DEFAULTS, **given})
-    imported.map(TRL)
+    is_older = given.get("max_seq_length") is not None and "max_length" not in given
+    imported.map({"max_seq_length": "data.max_length"} if is_older else TRL)
+    imported.get("max_length")
     read_training(imported, gpus)
-    imported.set("data.truncation", "right", "max_length")  # it cuts
+    if "data.max_length" in imported.values:
+        imported.set("data.truncation", "right", "max_length")  # it cuts
+    elif imported.get("max_length") is None:
+        imported.skip("max_length", "null", "nothing is cut; set data.max_length to the length of the longest example")
     if imported.get("use_peft"):
         targets = imported.get("lora_target_modules", "all-linear")
         read_lora(imported, imported.get("lora_r", 16), imported.get("lora_alpha", 32), targets)
@@ -32,12 +37,15 @@ def read_trl(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
         imported.skip("chat_template_path", template, "model.chat_template is a file with Jinja")
     name, config = imported.get("dataset_name"), imported.get("dataset_config")
     train, test = imported.get("dataset_train_split"), imported.get("dataset_test_split", "test")
+    if name is not None and not is_name(name):
+        imported.skip("dataset_name", name, "it is not a name")
+        name = None
     if name:
-        imported.set("data.train_files", hub_name(str(name), config, train), "dataset_name")
+        imported.set("data.train_files", hub_name(name, config, train), "dataset_name")
     if name and imported.given.get("eval_strategy", "no") not in ("no", False):
-        imported.set("data.val_files", hub_name(str(name), config, test), "dataset_test_split")
-    imported.get("assistant_only_loss"), imported.get("completion_only_loss")
-    if imported.given.get("assistant_only_loss") is not True:
-        imported.skip("assistant_only_loss", False, "the loss is on the assistant's turns alone, as with true")
+        imported.set("data.val_files", hub_name(name, config, test), "dataset_test_split")
+    imported.get("completion_only_loss")
+    if (only := imported.get("assistant_only_loss", False)) is not True:
+        imported.skip("assistant_only_loss", only, "the loss is on the assistant's turns alone, as with true")
     imported.finish(lambda name: IGNORED.fullmatch(name) is not None)
     return imported
