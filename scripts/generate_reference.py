@@ -156,7 +156,7 @@ def flag_table() -> str:
         extra = _extra(info)
         if extra.get("flag"):
             short = f" (`--{extra['short']}`)" if extra["short"] else ""
-            default = f"`{_shown_default(info)}`"
+            default = extra.get("shown_default") or f"`{_shown_default(info)}`"
             rows.append(f"| `{extra['flag'].upper()}`{short} | {default} | {_markdown(info.description)} | `{key}` |")
     return "\n".join(rows) + "\n"
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 USAGE = "scripts/evaluate.py MODEL --tasks NAME[,NAME...] [--limit N] [FLAGS]"
 DESCRIPTION = """\
-Runs benchmarks of lm-evaluation-harness (pip install '.[eval]') on a trained model, also while its run goes on.
+Runs benchmarks of lm-evaluation-harness (pip install -e '.[eval]') on a trained model, also while its run goes on.
 A run folder means its best checkpoint, else its newest one; an adapter is loaded over its base model. The results
 of a run's checkpoint are also written into the run folder: evaluations/step_N-TIME.json."""
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "peft")
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     device = find_device(options.device)
     source = find_source(options.model, options.trust_remote_code)
     if not is_installed("lm_eval"):
-        raise PreflightError("lm-evaluation-harness is not installed: " + pip_install("'.[eval]'"))
+        raise PreflightError("lm-evaluation-harness is not installed: " + pip_install("-e '.[eval]'"))
     from sft_recipe.evaluation.harness import find_tasks, run_tasks
 
     folder = user_path(options.include_path) if options.include_path else None

@@ -57,7 +57,7 @@ FOREIGN = {
     "device": Foreign(MINIMIND, hint="trainer.device=cpu or cuda"),
     "seed": Foreign(MINIMIND, "trainer.seed"),
     "num_workers": Foreign(MINIMIND, "data.num_workers"),
-    "learn_rate": Foreign(CHATLM, "optim.lr"),
+    "learn_rate": Foreign(CHATLM, hint="its peak is learn_rate x div_factor, and --lr is the peak: give the product"),
     "is_keep_training": Foreign(CHATLM, when_on=("--resume_from", "auto")),
     "is_finetune": Foreign(CHATLM, hint="leave it out: every run fine-tunes --model; --recipe chatlm has its settings"),
     "use_small_config": Foreign(CHATLM, hint="--recipe chatlm_small"),

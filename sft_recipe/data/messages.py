@@ -13,6 +13,7 @@ ROLES = ("system", "user", "assistant", "tool")
 THOUGHT = re.compile(r"(\s*<think>)(.*?)(</think>)", re.DOTALL)
 JSON_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
 JSON_TYPES |= {str: "text", list: "a list", dict: "an object"}
+CUT_TEXT = "text beyond max_chars"  # in `unread` of a conversation
 NOT_UTF8 = "not UTF-8; save the file as UTF-8 (`iconv -f GBK -t UTF-8` converts that of Chinese Windows)"
 
 
@@ -89,8 +90,9 @@ class Conversation:
 
     def cut(self, max_chars: int) -> "Conversation":
         """Return the conversation with each content cut to so many characters; raises DataError for one left empty."""
-        messages = [replace(message, content=message.content[:max_chars]) for message in self.messages]
-        return replace(self, messages=tuple(messages), fields=())
+        messages = tuple(replace(message, content=message.content[:max_chars]) for message in self.messages)
+        is_cut = messages != self.messages
+        return replace(self, messages=messages, unread=(*self.unread, *([CUT_TEXT] if is_cut else [])), fields=())
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return the turns as chat templates expect them."""

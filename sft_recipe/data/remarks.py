@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft_recipe.data.messages import Conversation, Message
+from sft_recipe.data.messages import CUT_TEXT, Conversation, Message
 from sft_recipe.data.pretokenized import TokenizedRecord
 from sft_recipe.language import plural
 
@@ -71,7 +71,7 @@ class Remarks:
 
     def sentences(self) -> Iterator[str]:
         """Yield a sentence without a final period for each kind of remark that there is."""
-        unread = {key: count for key, count in self.unread.items() if key != REJECTED_ANSWER}
+        unread = {key: count for key, count in self.unread.items() if key not in (REJECTED_ANSWER, CUT_TEXT)}
         if unread:
             counts = sorted(unread.items(), key=lambda item: -item[1])
             named = ", ".join(f"{key} ({plural(count, 'record')})" for key, count in counts[:SHOWN_KEYS])
@@ -79,6 +79,8 @@ class Remarks:
             yield f"keys that are not read: {named}{more}"
         if count := self.unread.get(REJECTED_ANSWER):
             yield f"{plural(count, 'record')} with a rejected answer, which is not used: the chosen one is trained on"
+        if count := self.unread.get(CUT_TEXT):
+            yield f"{plural(count, 'record')} with a text cut by data.max_chars; a cut answer is trained to end there"
         for finding, problem in ((self.open_reasoning, OPEN_REASONING), (self.only_reasoning, ONLY_REASONING)):
             if finding.count:
                 more = "; ..." if finding.count > len(finding.sources) else ""

@@ -56,8 +56,9 @@ CHINESE = {
     "The warm-up takes {warmup:# step} and the run {total}; the learning rate reached {reached:.1e} of {rate:.1e}.": (
         "预热 {warmup} 步，训练共 {total} 步；学习率达到 {reached:.1e}，设定为 {rate:.1e}。"
     ),
-    "Warm up over 3% to 10% of the steps (--warmup_ratio 0.1, without optim.lr_warmup_steps).": (
-        "用 3% 到 10% 的步数预热（--warmup_ratio 0.1，不设 optim.lr_warmup_steps）。"
+    "Warm up over 3% to 10% of the steps (--warmup_ratio 0.1; onecycle: optim.pct_start=0.3), without "
+    "optim.lr_warmup_steps.": (
+        "用 3% 到 10% 的步数预热（--warmup_ratio 0.1；onecycle：optim.pct_start=0.3），不设 optim.lr_warmup_steps。"
     ),
     "Very few tokens are supervised.": "计算损失的 token 极少。",
     "{supervised:,} of {tokens:# token} ({percent:.1f}%) {supervised:has|have} a loss.": (

@@ -63,7 +63,8 @@ SENTENCES = {
     "long_warmup": (
         "The warm-up is as long as the run: the learning rate never reaches its peak for good.",
         "The warm-up takes {warmup:# step} and the run {total}; the learning rate reached {reached:.1e} of {rate:.1e}.",
-        "Warm up over 3% to 10% of the steps (--warmup_ratio 0.1, without optim.lr_warmup_steps).",
+        "Warm up over 3% to 10% of the steps (--warmup_ratio 0.1; onecycle: optim.pct_start=0.3), without "
+        "optim.lr_warmup_steps.",
     ),
     "few_supervised": (
         "Very few tokens are supervised.",

@@ -41,7 +41,7 @@ def test_flags_of_minimind_set_the_keys():
         ("--from_resume 0", ""),
         ("--save_dir x", "--output_dir x"),
         ("--save_weight x", "--output_dir out/x"),
-        ("--is_keep_training=True --learn_rate 1e-5", "--resume_from auto --learning_rate 1e-5"),
+        ("--is_keep_training=True --lr 5e-4", "--resume_from auto --lr 5e-4"),
         ("--is_keep_training False", ""),
         ("--model_name_or_path m --cutoff_len 9 --num_train_epochs 2.0", "--model m --max_length 9 --epochs 2.0"),
         ("--bf16 true --max_grad_norm 0.5", "--grad_clip 0.5 fsdp.mixed_precision.param_dtype=bf16"),

@@ -9,7 +9,9 @@ from sft_recipe.data.notices import data_notices
 from sft_recipe.data.pipeline import open_store, read_data
 from sft_recipe.data.token_store import StoreOptions
 from sft_recipe.errors import DataError
+from tests.data import stores
 from tests.support import seq2seq
+from tests.support.tiny import build_tokenizer
 
 EOS = 1
 RECORDS = [("1 2", "3 4"), ("1 2 3 4 5 6 7 8 9", "3 4"), ("1 2", "3 4 5 6 7 8 9 0 1")]
@@ -71,3 +73,16 @@ def test_messages_are_cut_by_characters(tmp_path):
     path.write_text(json.dumps([{"messages": [{"role": role, "content": text} for role, text in turns]}]))
     [found] = read_data(path, max_chars=3)
     assert [message.content for message in found.messages] == ["机器学", "人工智", "ok", "好"]
+
+
+def test_records_with_cut_texts_are_counted(tmp_path):
+    pairs = [("abc", "abcd"), ("abcd", "abc"), ("abcde", "abcde"), ("abc", "abc")]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt, "response": answer}) + "\n" for prompt, answer in pairs))
+    reports = [
+        stores.build(path, build_tokenizer(), tmp_path / "cache", max_length=99, max_chars=size).report
+        for size in (3, None)
+    ]
+    assert [list(report.remarks.sentences()) for report in reports] == [
+        ["3 records with a text cut by data.max_chars; a cut answer is trained to end there"], []
+    ]  # fmt: skip

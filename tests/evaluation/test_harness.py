@@ -61,7 +61,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def needs_lm_eval():
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[eval]'")
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[eval]'")
 
 
 def evaluate(capsys, *args):
