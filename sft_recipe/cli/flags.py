@@ -343,7 +343,7 @@ def _truth_value(text: str) -> str:
 
 def _from_environment(flag: Flag, environment: Mapping[str, str]) -> str | None:
     """Return the override of a flag's variables. Raises ConfigError if they have different values."""
-    given = {name: environment[name] for name in map(str.upper, flag.names) if environment.get(name)}
+    given = {name: environment[name] for name in map(str.upper, flag.names) if environment.get(name, "").strip()}
     if len(set(given.values())) > 1:
         both = " and ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(f"the environment variables {both} set the same key; keep one of them")

@@ -94,6 +94,8 @@ def write_parquet(
         for name, lines in ((REJECTED, [item.as_line() for item in scan.rejected]), (DROPPED, scan.doubtful)):
             if lines:
                 (folder / name).write_bytes(b"".join(lines))
+            else:
+                (folder / name).unlink(missing_ok=True)  # of an earlier call
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error.strerror or error}") from None
     return scan, {paths[name]: len(indices) for name, indices in subsets.items()}

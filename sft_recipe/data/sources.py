@@ -70,6 +70,9 @@ def _source(item: str, cache_dir: Path | None) -> Source:
     name = share["name"] if share else item
     weight = float(share["weight"]) if share and share["weight"] else 1.0
     count = int(share["count"]) if share and share["count"] else None
+    other = re.fullmatch(r"(.+)[*#]([^*#/]*)", name)
+    if other and os.path.isfile(user_path(other[1])) and not glob.glob(str(user_path(name))):
+        raise DataError(f"{item}: {other[2]!r} is no share of {other[1]}; one is written *0.5, *2 or #1000.")
     if not weight or count == 0:
         raise DataError(f"{item} asks for no examples of {name}; remove it, or give a share greater than 0.")
     return Source(name, tuple(_expand(name, cache_dir)), weight, count)

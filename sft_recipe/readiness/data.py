@@ -52,7 +52,7 @@ def _records(config: Config, files: list[Path]) -> Iterator[Check]:
         names = ", ".join(f"{name} ({count:,})" for name, count in nulls.most_common(SHOWN))
         yield passed("empty values", "empty or null fields: {names}", names=names)
     if characters:
-        low, middle, high = np.quantile(characters, [0, 0.5, 1], method="nearest")
+        low, middle, high = np.quantile(characters, [0, 0.5, 1], method="lower")
         text = "{low:,} to {high:# character}, median {middle:,}"
         yield passed("length of texts", text, low=int(low), middle=int(middle), high=int(high))
 
@@ -72,7 +72,7 @@ def example_checks(config: Config, inputs: RunInputs, notices: list[str]) -> Ite
     for notice in notices:
         yield warned("data notice", "{notice}", "", notice=notice)
     lengths = inputs.train.lengths
-    middle, p95, longest = np.quantile(lengths, [0.5, 0.95, 1], method="nearest")
+    middle, p95, longest = np.quantile(lengths, [0.5, 0.95, 1], method="lower")
     supervised, tokens = inputs.train.supervised, int(lengths.sum())
     yield passed(
         "length of examples",

@@ -212,6 +212,10 @@ def test_last_of_several_equal_flags_wins_with_a_notice(words, expected_text, ca
     assert errors.startswith(expected_text) and errors.count("\n") == bool(expected_text)
 
 
+def test_blank_variables_are_not_set():
+    assert parse([], {"OUTPUT_DIR": " ", "MODEL_PATH": "", "LR": "\t"}).overrides == []
+
+
 def test_variables_of_one_flag_with_different_values_are_an_error():
     assert error_of(LEARNING_RATE="1", LR="2") == (
         "the environment variables LR=2 and LEARNING_RATE=1 set the same key; keep one of them"

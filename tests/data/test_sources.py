@@ -52,6 +52,13 @@ def test_missing_file_error_lists_similar_names(folder):
     assert f"there is no folder {folder / 'gone'}" in files_error("gone/a.json")
 
 
+@pytest.mark.parametrize("share", ["*-1", "*nan", "*1e9", "*x", "#-1", "#1.5", "#"])
+def test_a_share_that_is_no_number_is_named(folder, share):
+    (folder / "a.json.jsonl").write_text("[1]")
+    assert f"a.json{share}: {share.split('*')[-1].lstrip('#')!r} is no share of a.json" in files_error(f"a.json{share}")
+    assert [path.name for path in resolve_files("a.json*l")[0].files] == ["a.json.jsonl"]
+
+
 def test_glob_that_matches_nothing(folder):
     for pattern in ("q*.json", "sub*"):  # a folder is no match
         assert f"No file matches {folder / pattern}" in files_error(pattern)

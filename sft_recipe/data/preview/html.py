@@ -101,7 +101,7 @@ def page(
 
 
 def _quantiles(sizes: np.ndarray) -> dict[str, int]:
-    values = np.percentile(sizes, [50, 95, 100], method="higher").tolist()
+    values = np.percentile(sizes, [50, 95, 100], method="lower").tolist()
     return dict(zip(("median", "p95", "max"), values, strict=True))
 
 
@@ -110,7 +110,7 @@ def length_histogram(lengths: np.ndarray, is_too_long: np.ndarray, limit: int | 
 
     `is_too_long` marks the records over a limit, and `limit` is MAX_LENGTH where that divides them by length.
     """
-    longest, p95 = int(lengths.max()), int(np.percentile(lengths, 95, method="higher"))
+    longest, p95 = int(lengths.max()), int(np.percentile(lengths, 95, method="lower"))
     top = longest if longest <= 3 * p95 else 2 * p95
     width = _round_width(top / BARS)
     count = math.ceil((top + 1) / width)

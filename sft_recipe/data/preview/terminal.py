@@ -149,7 +149,7 @@ def summary(stats: DatasetStats) -> list[str]:
     tokens, supervised = int(lengths.sum()), int(stats.supervised.sum())
     repeats, _ = stats.duplicates()
     duplicates = plural(repeats, "exact duplicate") if repeats else "no duplicates"
-    median, p95 = np.percentile(lengths, [50, 95], method="higher")
+    median, p95 = np.percentile(lengths, [50, 95], method="lower")
     return [
         f"{plural(len(lengths), 'record')}, {tokens:,} tokens, "
         f"loss on {supervised:,} tokens ({100 * supervised / tokens:.1f}%), {duplicates}",
@@ -162,7 +162,7 @@ def summary(stats: DatasetStats) -> list[str]:
 
 def _characters(stats: DatasetStats) -> Iterator[str]:
     if total := int(stats.characters.sum()):
-        median, p95, longest = np.percentile(stats.characters, [50, 95, 100], method="higher")
+        median, p95, longest = np.percentile(stats.characters, [50, 95, 100], method="lower")
         yield (
             f"texts: median {median:,}, p95 {p95:,}, max {longest:,} characters; "
             f"{total / int(stats.lengths.sum()):.2f} characters a token"
