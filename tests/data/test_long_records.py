@@ -11,6 +11,7 @@ from sft_recipe.config.schema import DataConfig
 from sft_recipe.data import pipeline, tokenize
 from sft_recipe.data.formats import to_conversation
 from sft_recipe.data.notices import data_notices
+from sft_recipe.data.rendering.annotate import Annotator
 from sft_recipe.data.rendering.text_tokens import TextTokenizer
 from sft_recipe.data.tokenize import split_by_size
 from sft_recipe.errors import DataError
@@ -104,6 +105,19 @@ def test_far_too_long_record_is_left_out_untokenized(tokenizer, cache_dir, tmp_p
     (notice,) = data_notices(report, "train", DataConfig(max_length=200), tmp_path)
     assert "1 of 3 examples (33.3%) longer than 200 tokens, left out" in notice
     assert f"the longest has more than {report.longest} tokens" in notice
+
+
+def test_record_of_too_many_answers_is_left_out_without_locating_them(tokenizer, cache_dir, tmp_path, monkeypatch):
+    """Each answer has an end token; locating ten thousand turns took minutes."""
+    turns = [{"role": role, "content": "a"} for _ in range(201) for role in ("user", "assistant")]
+    path = write(tmp_path / "a.json", [RECORDS[0], {"messages": turns}])
+    rendered, locate = [], Annotator.annotate
+    monkeypatch.setattr(
+        Annotator, "annotate", lambda self, item: rendered.append(len(item.messages)) or locate(self, item)
+    )
+    report = build(path, tokenizer, cache_dir, max_length=200).report
+    assert (report.examples, report.too_long, report.untokenized, rendered) == (1, 1, 1, [2])
+    assert report.longest == 201 < len(encoded(tokenizer, path)[1][0])
 
 
 def test_far_too_long_record_stops_or_is_cut(tokenizer, cache_dir, tmp_path):

@@ -119,9 +119,10 @@ class Renderer:
     def encode_within(
         self, conversations: Sequence[Conversation], limit: int | None
     ) -> list[Encoded | DataError | TooLong]:
-        """Do as `encode_batch`, but give TooLong for a text that surely has more tokens than `limit`, by its length.
+        """Do as `encode_batch`, but give TooLong for a text that surely has more tokens than `limit`.
 
-        Tokenizing such a text would take more than a hundred times its memory.
+        Its length says so, or the number of answers, which end with a token each. Tokenizing such a text would take
+        more than a hundred times its memory, and locating thousands of turns minutes.
         """
         annotated = [
             self._attempt(conversation, self._annotate_within, conversation, limit) for conversation in conversations
@@ -133,6 +134,9 @@ class Renderer:
         ]
 
     def _annotate_within(self, conversation: Conversation, limit: int | None) -> AnnotatedText | TooLong:
+        answers = sum(message.role == "assistant" for message in conversation.messages)
+        if limit is not None and answers > limit:
+            return TooLong(answers)
         annotated = self._annotate(conversation)
         if limit is None or len(annotated.text) <= 4 * limit:  # spares the search for the longest token
             return annotated
