@@ -25,6 +25,7 @@ NAMES = {
     "shared memory": "共享内存",
     "steps": "步数",
     "validation": "验证",
+    "warm-up": "预热",
     "weights": "权重",
 }
 CHINESE = {
@@ -104,6 +105,10 @@ CHINESE = {
         "{steps:,} 步（每轮 {per_epoch:,} 步），每步 {batch} 个样本，共 {trained:,} 个 token"
     ),
     "more epochs (--epochs), or a smaller --batch_size": "增加轮数（--epochs），或减小 --batch_size",
+    "{warmup:# step} of {steps:,}: the learning rate only rises": "{steps:,} 步中的 {warmup:,} 步：学习率一直上升",
+    "--warmup_ratio 0.1 (onecycle: optim.pct_start=0.3) without optim.lr_warmup_steps, or more epochs": (
+        "--warmup_ratio 0.1（onecycle：optim.pct_start=0.3），不设 optim.lr_warmup_steps，或增加轮数"
+    ),
     "no estimate: the model's dimensions are unknown, or Megatron shards it": (
         "没有估计：模型尺寸未知，或由 Megatron 切分"
     ),

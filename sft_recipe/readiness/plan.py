@@ -19,6 +19,7 @@ from sft_recipe.config.auto import compute_dtype, uses_gradient_checkpointing
 from sft_recipe.config.compose import to_json
 from sft_recipe.config.schema import Config
 from sft_recipe.display import byte_size
+from sft_recipe.engine.lr_schedule import warmup_steps
 from sft_recipe.launch.local import HEAP_SETTINGS
 from sft_recipe.models.memory_estimate import GIB, estimate_run, options_that_fit
 from sft_recipe.models.stats import ModelStats
@@ -43,6 +44,12 @@ def plan_checks(config: Config, examples: int, tokens: int) -> Iterator[Check]:
         yield warned("steps", text, "more epochs (--epochs), or a smaller --batch_size", **found)
     else:
         yield passed("steps", text, **found)
+    warmup = warmup_steps(config.optim, steps)
+    if warmup >= steps > 1:
+        remedy = "--warmup_ratio 0.1 (onecycle: optim.pct_start=0.3) without optim.lr_warmup_steps, or more epochs"
+        yield warned(
+            "warm-up", "{warmup:# step} of {steps:,}: the learning rate only rises", remedy, warmup=warmup, steps=steps
+        )
 
 
 def memory_checks(

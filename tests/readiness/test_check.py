@@ -309,6 +309,24 @@ def test_a_folder_with_another_run_is_an_error(ask, tmp_path, monkeypatch):
     assert code == 2 and f"process {writer.pid} on " in found(report, "run folder")["message"]
 
 
+@pytest.mark.parametrize(
+    ("words", "warmup"),
+    [
+        (["optim.lr_warmup_steps=100"], 100),
+        (["--warmup_ratio", "1.0"], 6),
+        (["optim.lr_scheduler_type=onecycle", "optim.pct_start=0.99"], None),
+        ([], None),
+    ],
+)
+def test_a_warmup_as_long_as_the_run_is_a_warning(ask, words, warmup):
+    _, report = ask("trainer.total_training_steps=6", *words)
+    names = [check["name"] for check in report["checks"]]
+    assert ("warm-up" in names) == (warmup is not None)
+    if warmup:
+        text = f"{warmup} steps of 6: the learning rate only rises"
+        assert (found(report, "warm-up")["status"], found(report, "warm-up")["message"]) == ("warning", text)
+
+
 def test_settings_that_another_machine_refuses_are_an_error(ask):
     code, report = ask("--gpus", "8", "--gpu_memory", "24GB", "trainer.device=auto", "--batch_size", "4")
     assert code == 2 and "BATCH_SIZE to 8 or more" in found(report, "settings")["message"]
