@@ -105,7 +105,7 @@ def _download(name: str, trust_remote_code: bool, needs_weights: bool) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{name} is neither a folder here nor in the hub's cache, and the hub cannot be reached ({reason}). "
-            "Name a folder with --model, or download the model where there is a network."
+            "Name another folder, or download the model where there is a network."
         ) from None
 
 
