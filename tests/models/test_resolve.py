@@ -100,7 +100,7 @@ def test_incomplete_download_is_refused(leave_out, message, hub_cache, model_dir
 
 @pytest.mark.parametrize("name", [HUB_NAME, "gpt2"])
 def test_unreachable_hub_model_error_says_what_to_do(name, hub_cache, cache_dir):
-    message = f"^{name} is neither a folder here nor in the hub's cache, and the hub cannot be reached.*Name another folder"
+    message = f"^{name} is neither a folder here nor in the hub's cache, and the hub cannot be reached.*Name another"
     with pytest.raises(ModelError, match=message) as caught:
         find(name, cache_dir)
     assert "\n" not in str(caught.value)
