@@ -221,5 +221,5 @@ def test_a_missing_model_is_named_before_a_missing_package(monkeypatch, capsys):
 def test_missing_package_is_one_message(model, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "is_installed", lambda name: name != "lm_eval")
     assert main([str(model), "--tasks", "arc_easy"]) == 2
-    command = pip_install("'.[eval]'")
+    command = pip_install("-e '.[eval]'")
     assert capsys.readouterr().err == f"error: lm-evaluation-harness is not installed: {command}\n"
