@@ -279,7 +279,8 @@ def test_a_stopped_check_ends_the_run_that_it_measures(monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as caught:
         measured_by(monkeypatch, tmp_path, "", "cpu")
     assert caught.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
-    assert not [process for process in psutil.process_iter() if str(tmp_path / "python") in process.cmdline()]
+    command_lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in command_lines if str(tmp_path / "python") in words]
 
 
 @pytest.mark.slow
