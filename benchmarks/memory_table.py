@@ -168,10 +168,9 @@ def _predicted_case(words: list[str], ranks: int, tokens: int, count: int) -> in
     )  # fmt: skip
     config = for_machine(config, Machine(per_node, 80 * GIB))
     stats = StatsOf(resolve_model(config.model, config.cache_dir(), needs_weights=False), "cuda")(config)
-    estimate = replace(
-        estimate_run(config, stats, Workload(tokens, tokens), "cuda", 80 * GIB), loading=0
-    )  # what is rehearsed is a step
-    return estimate.needed(config.model.enable_gradient_checkpointing is True)
+    estimate = estimate_run(config, stats, Workload(tokens, tokens), "cuda", 80 * GIB)
+    step = replace(estimate, loading=0)  # only steps are rehearsed
+    return step.needed(config.model.enable_gradient_checkpointing is True)
 
 
 def _row(texts: list[str], estimate: int, peak: int, decimals: int) -> tuple[list[str], float]:

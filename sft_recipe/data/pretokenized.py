@@ -77,7 +77,8 @@ def check_no_padding(record: TokenizedRecord, pad_id: int | None, eos_id: int | 
     ids, supervised = record.input_ids, record.loss_mask
     begin = supervised.count(0) if has_targets else 0  # of the labels
     may_end = pad_id == eos_id or (not has_targets and bool(supervised[-1]))
-    for name, text in (("input_ids", ids[:begin]), ("labels", ids[begin:])) if has_targets else (("input_ids", ids),):
+    texts = {"input_ids": ids[:begin], "labels": ids[begin:]} if has_targets else {"input_ids": ids}
+    for name, text in texts.items():
         before, after = _repeated(text, pad_id), _repeated(text[::-1], pad_id)
         if before > 1 or after > may_end:
             place, count = ("begins", before) if before > 1 else ("ends", after)

@@ -59,9 +59,9 @@ class EarlyStopping:
         if config.patience is not None and progress.waited >= config.patience:
             by = f" by {config.min_delta:g}" if config.min_delta else ""
             evaluations = plural(progress.waited, "evaluation")
-            best = "never a number, now" if progress.best is None else f"best {progress.best:.4g}, now"
-            shown = "now" if progress.best == progress.last else best
-            return f"{config.metric} has not improved{by} in {evaluations} ({shown} {progress.last:.4g})"
+            best = "never a number, " if progress.best is None else f"best {progress.best:.4g}, "
+            best = "" if progress.best == progress.last else best
+            return f"{config.metric} has not improved{by} in {evaluations} ({best}now {progress.last:.4g})"
         return None
 
     def _is_better(self, value: float, other: float | None, by: float = 0.0) -> bool:
