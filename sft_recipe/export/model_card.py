@@ -97,6 +97,8 @@ def _verification(verification: Verification, dtype: str) -> str:
         f"bound for {dtype}": f"{100 * verification.bound:.2g}%",
         "same greedy tokens": f"{verification.same_choices} of {verification.tokens}",
     }
+    if verification.is_rounding:
+        rows["above the bound"] = f"rounding alone: the checkpoint with weights in {dtype} computes the same"
     text = (
         f"The export was loaded back and compared with the trained checkpoint on the greedy answers to {len(PROMPTS)} "
         "prompts, both computed in fp32."

@@ -51,6 +51,7 @@ class Verification:
     """A Verification compares an export with the trained model, on `tokens` greedy tokens of `prompts` answers.
 
     `relative_difference` of the logits and its `bound` are root mean squares, relative to that of the logits.
+    `is_rounding`: it is above the bound, and the trained model with rounded weights computes what the export computes.
     """
 
     prompts: int
@@ -59,12 +60,14 @@ class Verification:
     relative_difference: float
     bound: float
     same_choices: int
+    is_rounding: bool
 
     def __str__(self) -> str:
+        cause = ", which is all rounding: training changed many weights by less than it" if self.is_rounding else ""
         return (
             f"over {self.prompts} prompts logits differ by {100 * self.relative_difference:.2g}% (bound "
-            f"{100 * self.bound:.2g}%), one by {self.largest_difference:.3g}, and {self.same_choices} of {self.tokens} "
-            "greedy tokens are the same"
+            f"{100 * self.bound:.2g}%{cause}), one by {self.largest_difference:.3g}, and {self.same_choices} of "
+            f"{self.tokens} greedy tokens are the same"
         )
 
 
@@ -103,24 +106,25 @@ def verify_export(model: Any, reference: Reference, kind: str, trained: Any = No
             f"the export has a vocabulary of {logits.shape[-1]}, the trained model one of {reference.logits.shape[-1]}"
         )
     same, difference = logits.argmax(-1) == reference.logits.argmax(-1), logits - reference.logits
-    relative, size, rounding = _root_mean_square(difference), _root_mean_square(reference.logits), 0.0
+    size, rounding, is_rounding = _root_mean_square(reference.logits), 0.0, False
     if kind != "float32":
         with computed_in_fp32(model, kind):
-            rounding = ROUNDINGS * _root_mean_square(_answer_logits(model, reference.inputs) - logits)
-    if relative > max(FP32 * size, rounding) and trained is not None and kind in FLOATS:
+            rounding = _root_mean_square(_answer_logits(model, reference.inputs) - logits)
+    relative, bound = _root_mean_square(difference) / size, max(FP32, ROUNDINGS * rounding / size)
+    if relative > bound and trained is not None and kind in FLOATS:
         with computed_in_fp32(trained, kind, is_stored=True):
             expected = _answer_logits(trained, reference.inputs)
-        if _root_mean_square(logits - expected) <= FP32 * size:
-            rounding = relative
+        is_rounding = _root_mean_square(logits - expected) <= FP32 * size
     result = Verification(
         prompts=len(reference.prompts),
         tokens=same.numel(),
         largest_difference=float(difference.abs().max()),
-        relative_difference=relative / size,
-        bound=max(FP32, rounding / size),
+        relative_difference=relative,
+        bound=bound,
         same_choices=int(same.sum()),
+        is_rounding=is_rounding,
     )
-    if not result.relative_difference <= result.bound:
+    if not (relative <= bound or is_rounding):
         advice = f". If this is the rounding to {kind}, {FINER[kind]} passes" if kind in FINER else ""
         raise ModelError(f"the export is not the trained model, and was removed: {result}{advice}")
     return result
