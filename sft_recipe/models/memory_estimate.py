@@ -22,7 +22,7 @@ from sft_recipe.models.dims import FP32, LOGITS_CHUNK, ModelDims
 from sft_recipe.models.fitting import changed, fitting_options
 from sft_recipe.models.quantization import CONSTANTS, PACKED
 from sft_recipe.models.stats import ModelStats
-from sft_recipe.models.workload import Workload
+from sft_recipe.models.workload import Workload, data_ranks
 
 USABLE = 0.9  # fraction of a device's memory: the runtime, buffers of collectives and fragmentation take the rest
 GIB = 2**30
@@ -121,7 +121,7 @@ def estimate_memory(
     tokens = math.ceil(_micro_batch_tokens(config, workload) / fsdp.ulysses_sequence_parallel_size)
     is_fsdp1 = not on_cpu and fsdp.strategy == "fsdp"
     resharded = _gathered(dims, total, not config.lora.enabled, is_fsdp1)
-    has_several = data.train_batch_size * workload.mean > _data_ranks(config) * data.token_budget
+    has_several = data.train_batch_size * workload.mean > data_ranks(config) * data.token_budget
     accumulates = has_several and fsdp.use_no_sync_for_gradient_accumulation
     is_unsharded = on_cpu and config.trainer.world_size == 1
     frozen = master  # bytes of a weight that is not trained
@@ -157,13 +157,9 @@ def estimate_memory(
     )
 
 
-def _data_ranks(config: Config) -> int:
-    return config.trainer.world_size // config.fsdp.ulysses_sequence_parallel_size
-
-
 def _micro_batch_tokens(config: Config, workload: Workload) -> int:
     data = config.data
-    return workload.micro_batch(data.train_batch_size, _data_ranks(config), data.token_budget)
+    return workload.micro_batch(data.train_batch_size, data_ranks(config), data.token_budget)
 
 
 def _gathered(dims: ModelDims, total: int, is_trained: bool, is_fsdp1: bool) -> int:

@@ -3,6 +3,13 @@
 import math
 from dataclasses import dataclass, replace
 
+from sft_recipe.config.schema import Config
+
+
+def data_ranks(config: Config) -> int:
+    """Return among how many ranks a batch is divided; those that share sequences count as one."""
+    return config.trainer.world_size // config.fsdp.ulysses_sequence_parallel_size
+
 
 @dataclass(frozen=True)
 class Workload:

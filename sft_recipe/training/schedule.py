@@ -6,7 +6,7 @@ from sft_recipe.config.schema import Config
 from sft_recipe.config.values import AFTER_EACH_EPOCH, StepInterval
 from sft_recipe.data.batching import largest_batch, steps_per_epoch
 from sft_recipe.data.token_store import Examples
-from sft_recipe.models.workload import Workload
+from sft_recipe.models.workload import Workload, data_ranks
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ def workload_of(config: Config, train: Examples) -> Workload:
     """Return what the memory of a run on these examples depends on; with padding each counts as the longest one."""
     data, trainer = config.data, config.trainer
     schedule, longest = Schedule.from_config(config, len(train)), int(train.lengths.max())
-    ranks = trainer.world_size // config.fsdp.ulysses_sequence_parallel_size
-    enough = ranks * data.token_budget + 1  # larger batches need several micro-batches, and no more memory
+    enough = data_ranks(config) * data.token_budget + 1  # larger batches need several micro-batches, and no more memory
     steps, size = schedule.total_steps, data.train_batch_size
     most = largest_batch(train.lengths, size, steps, trainer.seed, data.order, enough)
     may_save_best = trainer.save_best and bool(data.val_files or data.val_ratio)
