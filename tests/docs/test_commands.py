@@ -25,7 +25,7 @@ COMMANDS = list(
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory) -> Path:
+def tracked_files(tmp_path_factory) -> Path:
     """A copy of all files that git tracks, or would track."""
     folder = tmp_path_factory.mktemp("copy")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -35,6 +35,13 @@ def copy(tmp_path_factory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     return folder
+
+
+@pytest.fixture
+def copy(tracked_files) -> Path:
+    """The copy without the run of an earlier command, which a second run and its check refuse."""
+    shutil.rmtree(tracked_files / "outputs", ignore_errors=True)
+    return tracked_files
 
 
 def runnable(command: str) -> str:
