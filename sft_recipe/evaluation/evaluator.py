@@ -1,7 +1,7 @@
 """The evaluation of a run: everything that is computed of the model beside its training, and what it is called."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,13 +70,13 @@ class Evaluator:
             )
             done += len(examples)
         metrics = validation_metrics(results) if results else {}
-        generated = self.answers.run() if self.answers else GenerationResult([], None)
+        generated = self.answers.run() if self.answers else GenerationResult()
         return Evaluation(metrics | generated.metrics(), generated)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: metrics by name, and the answers that some of them come from."""
+    """What an evaluation found, if one took place: metrics by name, and the answers that some of them come from."""
 
-    metrics: dict[str, float]
-    generated: GenerationResult
+    metrics: dict[str, float] = field(default_factory=dict)
+    generated: GenerationResult = field(default_factory=GenerationResult)

@@ -1,7 +1,7 @@
 """Answers of the model to prompts of the validation data and to fixed ones, with their scores."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,8 @@ class Sample:
 class GenerationResult:
     """All answers, and the scores of those with a reference; None where there is none."""
 
-    samples: list[Sample]
-    scores: Scores | None
+    samples: list[Sample] = field(default_factory=list)
+    scores: Scores | None = None
 
     def metrics(self) -> dict[str, float]:
         """Return eval/bleu4 and the others; eval/truncated and eval/empty count answers with a reference."""

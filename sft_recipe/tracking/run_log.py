@@ -114,7 +114,7 @@ class RunLog:
 
     def samples(self, step: int, result: GenerationResult) -> None:
         """Print some answers and how they were scored; write all to samples.jsonl and the tables of the loggers."""
-        if not self.enabled or not self.answers:
+        if not self.enabled or not self.answers or not result.samples:
             return
         self.answers.add({"step": step, "samples": [asdict(sample) for sample in result.samples]})
         self._log_elsewhere(lambda loggers: log_answers(loggers.logger, step, result.samples))

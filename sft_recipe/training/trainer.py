@@ -22,8 +22,8 @@ from sft_recipe.data.run_inputs import RunInputs, render_options
 from sft_recipe.distributed.signals import EXIT_PREEMPTED, SignalHandler
 from sft_recipe.distributed.watchdog import COLLECTIVE_TIMEOUT, Watchdog
 from sft_recipe.errors import CheckpointError, ConfigError, TrainingError
-from sft_recipe.evaluation.evaluator import Evaluator
-from sft_recipe.evaluation.generation import TOOL_MATCH, AnswerGenerator
+from sft_recipe.evaluation.evaluator import Evaluation, Evaluator
+from sft_recipe.evaluation.generation import TOOL_MATCH, AnswerGenerator, GenerationResult
 from sft_recipe.export.huggingface import MODEL, ModelSaver
 from sft_recipe.language import plural
 from sft_recipe.models.stats import ModelStats
@@ -104,15 +104,14 @@ class SFTTrainer:
             for step in steps:
                 row = self._unvalidated_row() or self.train_step(step)
                 found = self._evaluation(step)
-                row |= found
-                self._log_step(step, row)
-                row, is_best = None, bool(found) and self.stopping.update(found)
+                self._log_step(step, row | found.metrics, found.generated)
+                row, is_best = None, bool(found.metrics) and self.stopping.update(found.metrics)
                 reason = self.stopping.reason()
                 is_over = self.schedule.is_last(step) or reason is not None
                 requests = self._gather_requests(step)
                 is_wanted = requests.stop or requests.save or (is_best and self.config.trainer.save_best)
                 if is_wanted or is_over or self._is_save_due(step):
-                    self._save(step, self._metadata(step, found), is_last=is_over or requests.stop)
+                    self._save(step, self._metadata(step, found.metrics), is_last=is_over or requests.stop)
                 if is_over:
                     self._finish(step, started, reason)
                     break
@@ -234,7 +233,7 @@ class SFTTrainer:
             self._finish_again(self.resume, steps.start - 1)
         self.log.start()
 
-    def _log_step(self, step: int, row: dict[str, Any]) -> None:
+    def _log_step(self, step: int, row: dict[str, Any], generated: GenerationResult) -> None:
         """Raises TrainingError after too many steps in a row without finite gradients, or where no step had any."""
         is_finite = math.isfinite(row["train/grad_norm"])
         self.nonfinite_steps = 0 if is_finite else self.nonfinite_steps + 1
@@ -242,6 +241,7 @@ class SFTTrainer:
             self.log.say(f"step {step}: the gradient is not finite; this step changed nothing")
         self.saver.poll(step)
         self.log.step(row | self.saver.timings_since(self.logged_saves))
+        self.log.samples(step, generated)
         self.logged_saves = len(self.saver.timings)
         if step == self.first_step and timing.ENABLED:
             timing.mark("first step")
@@ -254,7 +254,7 @@ class SFTTrainer:
         if has_failed:
             raise TrainingError(_nonfinite_advice(step, self.nonfinite_steps, self.config))
 
-    def _evaluation(self, step: int) -> dict[str, Any]:
+    def _evaluation(self, step: int) -> Evaluation:
         """Evaluate where that is due. Raises _StopRequested, on all ranks, as soon as one of them must stop."""
 
         def progress(done: int, total: int) -> None:
@@ -264,17 +264,18 @@ class SFTTrainer:
                 raise _StopRequested
 
         if not self.schedule.is_evaluation_due(self.config.trainer.test_freq, step):
-            return {}
+            return Evaluation()
         evaluation = self.evaluator.run(progress)
         self.worker.free_cache()
-        self.log.samples(step, evaluation.generated)
-        return evaluation.metrics
+        return evaluation
 
     def _evaluate_before_training(self) -> None:
         """Raises _StopRequested like `_evaluation`."""
-        if self.resume is None and (found := self._evaluation(0)):
-            self.log.step({"step": 0, "epoch": 0.0} | found)
+        found = self._evaluation(0) if self.resume is None else Evaluation()
+        if found.metrics:
+            self.log.step({"step": 0, "epoch": 0.0} | found.metrics)
             self.report.update()
+        self.log.samples(0, found.generated)
 
     def _is_save_due(self, step: int) -> bool:
         return self.schedule.is_due(self.config.trainer.save_freq, step) or step == self.saver.retry_at
@@ -357,8 +358,7 @@ class SFTTrainer:
 
     def _gather_requests(self, step: int) -> "_Requests":
         """Ranks notice requests at different moments and must act on them after the same step."""
-        signals = self.signals
-        stop, save, failed = self._any_rank(signals.wants_stop, signals.wants_save, self.saver.has_failed())
+        stop, save, failed = self._any_rank(self.signals.wants_stop, self.signals.wants_save, self.saver.has_failed())
         if failed:
             self.saver.wait(step)
         return _Requests(stop, save)
