@@ -99,7 +99,7 @@ def test_scores_are_in_the_row_and_in_the_terminal(run):
     assert row["eval/samples"] == 7
     said = " ".join(text.split())
     assert f"BLEU-4 {expected.bleu4:.2f}" in said and "tok:13a" in said and "answer" in said
-    assert said.index("25/25") < said.index("BLEU-4 "), "the scores stand below the line of their step"
+    assert said.index("25/25") < said.index("BLEU-4 "), "the scores come after the line of their step"
 
 
 def test_fixed_prompts_are_rendered_with_the_variables_of_the_run():
