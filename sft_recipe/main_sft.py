@@ -77,7 +77,6 @@ def _run(config: Config, watchdog: Watchdog, cleanup: ExitStack) -> int:
         from sft_recipe.config import preflight
         from sft_recipe.config.gpus import mps_notice
         from sft_recipe.data.run_inputs import prepare
-        from sft_recipe.data.statistics import FILE as DATA
         from sft_recipe.distributed.device_errors import explained
         from sft_recipe.models.families import fit
         from sft_recipe.models.hf_config import load_hf_config
@@ -105,9 +104,6 @@ def _run(config: Config, watchdog: Watchdog, cleanup: ExitStack) -> int:
     inputs = prepare(config, local_rank, say=notice)
     config = fit(config, load_hf_config(config.model, inputs.model))
     timing.mark("model and data")
-    if is_first:
-        preflight.write(output_dir / "config.yaml", to_yaml(config))
-        preflight.write(output_dir / DATA, inputs.statistics(config.data.truncation).to_json())
 
     with timing.paused_gc():
         from sft_recipe.engine.platform import select_platform
@@ -125,6 +121,8 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     import torch
 
     from sft_recipe.checkpoint.resume import check_identity
+    from sft_recipe.config import preflight
+    from sft_recipe.data.statistics import FILE as DATA
     from sft_recipe.distributed.consistency import check_consistency, share_checkpoint
     from sft_recipe.export.generation import read_generation_config
     from sft_recipe.models.memory_estimate import resolve_activation_checkpointing
@@ -152,13 +150,15 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     longest_sequence = inputs.train.longest_sequence(config.data.has_targets)
     if stats.positions and (text := stats.positions.notice(inputs.model.name, limit, longest_sequence)):
         say(text)
+    settings = to_yaml(config)
     config, memory = resolve_activation_checkpointing(config, stats_of, workload_of(config, inputs.train), device, say)
-    if is_first:
-        write_facts(output_dir, starting_facts(config, inputs.model.name, device, stats, memory))
     timing.mark("model statistics")
     trainer = SFTTrainer(config, inputs, device, stats, resume, watchdog)
     timing.mark("model and optimizer")
-    if is_first:
+    if is_first:  # a run that is refused before leaves the files of an earlier one as they were
+        preflight.write(output_dir / "config.yaml", settings)
+        preflight.write(output_dir / DATA, inputs.statistics(config.data.truncation).to_json())
+        write_facts(output_dir, starting_facts(config, inputs.model.name, device, stats, memory))
         if text := trainer.batches.notice():
             say(text)
         schedule = trainer.schedule

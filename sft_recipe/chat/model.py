@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from sft_recipe.chat.loading import load_module, load_settings
@@ -91,7 +98,7 @@ class ChatModel:
         """Return the answer to a prompt that leaves room for one.
 
         `emit` receives its pieces while they are generated; `cancel` ends it after the next token. Raises ModelError
-        where the device has too little memory.
+        where the device has too little memory, and where logits are NaN.
         """
         room = self.room(prompt)
         length = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room)
@@ -106,6 +113,7 @@ class ChatModel:
                     attention_mask=torch.ones_like(ids),
                     generation_config=self._generation_config(sampling, length),
                     streamer=stream,
+                    logits_processor=LogitsProcessorList([_RefusesNaN(self.name)]),
                     stopping_criteria=StoppingCriteriaList([stream.criterion]),
                 )
         except torch.OutOfMemoryError:
@@ -185,6 +193,20 @@ class _Stream(BaseStreamer):
         if self._stops.found or (self._tokens and self._tokens[-1] in self._stop_tokens):
             return "stop"
         return "canceled" if self._cancel.is_set() else "length"
+
+
+class _RefusesNaN(LogitsProcessor):
+    """Raises ModelError where a logit is NaN: greedy decoding would take a token of no meaning."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.isnan().any():
+            raise ModelError(
+                f"{self._name} computes logits that are NaN: its weights are damaged, or training diverged"
+            )
+        return scores
 
 
 class _StopsWhen(StoppingCriteria):

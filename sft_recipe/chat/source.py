@@ -9,7 +9,14 @@ from sft_recipe.config.schema import ModelConfig
 from sft_recipe.data.rendering.options import RenderOptions
 from sft_recipe.errors import ModelError
 from sft_recipe.export.layout import MODEL
-from sft_recipe.export.source import ADAPTER_CONFIG, locate_checkpoint, named_base, resolve_named, run_config
+from sft_recipe.export.source import (
+    ADAPTER_CONFIG,
+    check_files,
+    locate_checkpoint,
+    named_base,
+    resolve_named,
+    run_config,
+)
 from sft_recipe.files import user_path
 from sft_recipe.models.resolve import ResolvedModel
 
@@ -37,8 +44,9 @@ class ModelSource:
 def find_source(name: str, trust_remote_code: bool = False) -> ModelSource:
     """Return the model that `name` means; a run means its checkpoint `best`, or its newest one.
 
-    Raises CheckpointError for a run without a checkpoint, ModelError for a checkpoint without a model, an adapter
-    without its base model, and for what `resolve_model` refuses. Only a hub id contacts a network.
+    Raises CheckpointError for a run without a checkpoint and for weights that are not as they were saved, ModelError
+    for a checkpoint without a model, an adapter without its base model, and for what `resolve_model` refuses. Only a
+    hub id contacts a network.
     """
     path = user_path(name)
     if not path.is_dir():
@@ -51,6 +59,7 @@ def find_source(name: str, trust_remote_code: bool = False) -> ModelSource:
         raise ModelError(
             f"{checkpoint} has no exported model ({MODEL}/); --resume_from auto continues its run and exports it"
         )
+    check_files(checkpoint, suffix=".safetensors")  # users may change the other files
     source = _source_of_model(name, folder, trust_remote_code)
     base_name = _model_of_run(checkpoint) or source.trained_from
     trained_from = source.trained_from or base_name

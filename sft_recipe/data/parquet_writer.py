@@ -28,6 +28,7 @@ from sft_recipe.progress import progress_bar
 
 ROW_GROUP = 10_000  # rows
 REJECTED, DROPPED = "rejected.jsonl", "dropped.jsonl"
+WRITTEN = ("train.parquet", "validation.parquet", "train_small.parquet", REJECTED, DROPPED)
 JSON_KEYS = ("tools", "chat_template_kwargs")  # as JSON text: Arrow would give all records the same keys
 TURN_KEYS = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id", "train")
 
@@ -83,8 +84,12 @@ def write_parquet(
     """Write train.parquet, validation.parquet and, with `options.small`, train_small.parquet to a folder.
 
     Either all files are written or none. Bad records are written to rejected.jsonl. Returns the scan and the number of
-    examples in each file. Raises DataError for data that cannot be used, and if the folder cannot be written to.
+    examples in each file. Raises DataError for data that cannot be used, and if the folder cannot be written to or a
+    file to read is one that would be written.
     """
+    outputs = {(folder / name).resolve() for name in WRITTEN}
+    if own := [file for file in files if file.resolve() in outputs]:
+        raise DataError(f"{own[0]} would be replaced by a part of itself; name another folder to write to with --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scan = _scan(files, options, columns)

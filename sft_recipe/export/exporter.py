@@ -19,7 +19,13 @@ from sft_recipe.export.options import ExportOptions
 from sft_recipe.export.pth_folder import write_pth_folder
 from sft_recipe.export.source import Source
 from sft_recipe.export.trained import load_trained, trained_config
-from sft_recipe.export.verification import Verification, make_reference, verify_export, verify_tokens
+from sft_recipe.export.verification import (
+    Verification,
+    make_reference,
+    rounding_remark,
+    verify_export,
+    verify_tokens,
+)
 from sft_recipe.files import sync
 from sft_recipe.progress import progress_bar
 
@@ -28,7 +34,7 @@ WRITERS = {"hf": write_hf_folder, "gguf": write_gguf_folder, "pth": write_pth_fo
 
 @dataclass(frozen=True)
 class Export:
-    """An Export describes what was written into `folder`; `remarks` say what could not be written, and why."""
+    """An Export describes what was written into `folder`; `remarks` say what it lacks, and why."""
 
     folder: Path
     kind: str
@@ -62,6 +68,8 @@ def export_model(source: Source, options: ExportOptions, out: Path, show_progres
             verification = verify_export(
                 written.load(), reference, written.bound, None if source.adapter else trained.model
             )
+        if verification.is_rounding:
+            written.remarks.append(rounding_remark(written.dtype, written.bound))
         (folder / "README.md").write_text(model_card(source, written, verification, out.name), encoding="utf-8")
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Export(out, written.kind, written.dtype, files, verification, written.remarks)

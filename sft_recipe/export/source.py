@@ -63,7 +63,7 @@ def find_source(run: str | None, step: int | None, adapter: str | None, base: st
         raise ConfigError(f"--step {step} needs a run folder; {folder} is none")
     settings = _settings(checkpoint)
     if checkpoint:
-        _check_files(checkpoint)
+        check_files(checkpoint)
         model, adapters = checkpoint / MODEL, checkpoint / ADAPTER
         found = adapters if adapters.is_dir() else model if _is_adapter(model) else None
         return _with_base(str(folder), found, model, base, checkpoint, settings)
@@ -151,8 +151,8 @@ def locate_checkpoint(folder: Path, step: int | None = None) -> Path | None:
     return found[-1] if found else None
 
 
-def _check_files(checkpoint: Path) -> None:
-    """Raise CheckpointError where the checkpoint's model is missing, or differs from the manifest."""
+def check_files(checkpoint: Path, suffix: str = "") -> None:
+    """Raise CheckpointError where the checkpoint's model is missing, or a file with this suffix is not as saved."""
     try:
         files = read_manifest(checkpoint)["files"]
     except ValueError as error:
@@ -162,13 +162,14 @@ def _check_files(checkpoint: Path) -> None:
             f"{checkpoint} has no model: it could not be exported when the run saved it. ./train.sh with the run's "
             "settings and --resume_from auto exports it once the run is at its last step; or name another --step"
         )
-    own = {name: found for name, found in files.items() if name.split("/")[0] in (MODEL, ADAPTER)}
+    parts = {name: found for name, found in files.items() if name.split("/")[0] in (MODEL, ADAPTER)}
+    own = {name: found for name, found in parts.items() if name.endswith(suffix)}
     try:
         problem = compare(checkpoint, own)
     except OSError as error:
         raise CheckpointError(f"{checkpoint}: {error.filename} cannot be read: {error.strerror}") from None
     if problem:
-        raise CheckpointError(f"{checkpoint} is damaged: {problem}; name another --step")
+        raise CheckpointError(f"{checkpoint} is damaged: {problem}; name another checkpoint")
 
 
 def _settings(checkpoint: Path | None) -> ModelConfig:

@@ -130,6 +130,14 @@ def verify_export(model: Any, reference: Reference, kind: str, trained: Any = No
     return result
 
 
+def rounding_remark(dtype: str, kind: str) -> str:
+    """Return what users should know of an export whose difference is rounding, more of it than its weights explain."""
+    return (
+        f"Much of what training changed is less than a step of {dtype}, and is lost in this export; "
+        f"{FINER.get(kind, '--format hf --dtype float32')} keeps it."
+    )
+
+
 def _root_mean_square(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt().clamp(min=1e-12))
 

@@ -1,17 +1,19 @@
 """Answers equal those of transformers, end where they should, and become the history of the conversation."""
 
 import json
+import math
 import shutil
 import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_recipe.chat.sampling import Sampling
 from sft_recipe.chat.session import Session
 from sft_recipe.data.formats import to_conversation
-from sft_recipe.errors import ConfigError, DataError
+from sft_recipe.errors import ConfigError, DataError, ModelError
 from tests.chat.conftest import ANSWER, load
 from tests.chat.scripted import build_scripted_model
 from tests.support import tiny
@@ -85,6 +87,16 @@ def test_sampling_defaults_are_those_of_the_generation_config(scripted, tmp_path
     assert load(folder).sampling == Sampling(0.6, 0.95, 50, 1.05)  # 50: of transformers, where none is set
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9}))
     assert load(folder).sampling.temperature == 0  # transformers decodes greedily without do_sample
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_computes_nan_does_not_answer(scripted, tmp_path, temperature):
+    folder = shutil.copytree(scripted, tmp_path / "damaged")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="logits that are NaN"):
+        Session(load(folder), Sampling(temperature=temperature)).ask(QUESTION)
 
 
 def test_stop_strings_end_the_answer(model):

@@ -11,7 +11,7 @@ from sft_recipe.chat.compare import load_models
 from sft_recipe.chat.sampling import Sampling
 from sft_recipe.chat.session import Session
 from sft_recipe.chat.source import find_source
-from sft_recipe.checkpoint.manifest import write_manifest
+from sft_recipe.checkpoint.manifest import fingerprints, write_manifest
 from sft_recipe.data.render import RenderOptions
 from sft_recipe.errors import CheckpointError, ConfigError, ModelError
 from tests.chat.conftest import ADAPTED, ANSWER, load
@@ -57,6 +57,19 @@ def test_checkpoints_and_model_folders(run, tmp_path):
     copied = shutil.copytree(run / "checkpoints/step_2/huggingface", tmp_path / "copied")
     source = find_source(str(copied))
     assert source.model.folder == copied and source.trained_from is None
+
+
+def test_damaged_weights_of_a_checkpoint_are_refused(run):
+    folder = run / "checkpoints/step_10"
+    files = fingerprints(folder, ["huggingface/model.safetensors", "huggingface/config.json"])
+    write_manifest(folder, {"step": 10, "identity": {"model": "owner/base (1a2b)"}}, files)
+    (folder / "huggingface/config.json").open("a").write("\n")  # by its owner
+    assert find_source(str(run)).checkpoint == folder
+    with (folder / "huggingface/model.safetensors").open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\x7f")
+    with pytest.raises(CheckpointError, match=r"step_10 is damaged: .*model.safetensors does not have its checksum"):
+        find_source(str(run / "checkpoints/step_10"))
 
 
 def test_adapter_is_loaded_over_its_base(adapter, scripted):

@@ -117,8 +117,11 @@ def test_resume_with_other_settings_names_the_differences(work, change, named, t
     capfd.readouterr()
     stopped = tmp_path / "stopped"
     cut_back(whole, stopped, 3)
+    before = {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
+    assert {path.name for path in before} >= {"config.yaml", "data.json", "run.json", "metrics.jsonl"}
     assert run_here(*arguments(work, stopped, *change, f"trainer.resume_from={stopped}/checkpoints/step_3")) == 2
     assert named in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()} == before
 
 
 @pytest.fixture(scope="module")

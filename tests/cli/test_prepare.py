@@ -192,3 +192,15 @@ def test_the_command_that_trains_names_what_was_written(tmp_path, capsys):
     source, out = write(tmp_path / "a.json", pairs(4)), tmp_path / "two words"
     assert prepare_data.main(["--in", source, "--out", str(out), "--val_ratio", "0", "--small", "2"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"train on it: ./train.sh --train_data '{out}/train.parquet'"
+
+
+def test_a_file_that_is_read_is_not_replaced(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert prepare_data.main(["--in", write(tmp_path / "a.json", pairs(20)), "--out", str(out)]) == 0
+    before = (out / "train.parquet").read_bytes()
+    (tmp_path / "link.parquet").symlink_to(out / "train.parquet")
+    capsys.readouterr()
+    for given in (out / "train.parquet", tmp_path / "link.parquet"):
+        assert prepare_data.main(["--in", str(given), "--out", str(out)]) == 2
+        assert "would be replaced by a part of itself; name another folder" in capsys.readouterr().err
+    assert (out / "train.parquet").read_bytes() == before and len(list(out.iterdir())) == 2

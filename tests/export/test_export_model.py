@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -67,6 +68,22 @@ def plain(folder: Path) -> torch.Tensor:
 
 def adapted(base: Path, adapter: Path) -> torch.Tensor:
     return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_export_says_that_rounding_undoes_training(base, tmp_path, capsys, dtype):
+    """Each weight was trained from a number of bfloat16 by 0.49 of the step to the next one."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).float()
+    for weight in model.parameters():
+        weight.data += 2.0 ** (torch.frexp(weight.data).exponent - 8) * 0.49
+    trained = shutil.copytree(base, tmp_path / "trained")
+    model.save_pretrained(trained)
+    assert export(trained, "--out", tmp_path / "out", "--dtype", dtype, "--json") == 0
+    remarks = json.loads(capsys.readouterr().out)["remarks"]
+    assert len(remarks) == (dtype == "bfloat16")
+    for remark in remarks:
+        assert "is lost in this export; --dtype float32 keeps it" in remark
+        assert remark in (tmp_path / "out/README.md").read_text()
 
 
 def test_full_model_is_the_checkpoint(full, tmp_path, capsys):
