@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from sft_recipe.errors import ModelError
+from sft_recipe.errors import ModelError, first_line
 from sft_recipe.models.families import SEQ2SEQ, decoder_start_token_id, family_of
 
 NEW_TOKENS = 16  # greedy tokens of each answer
@@ -159,11 +159,18 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Return a prompt as the model gets it for an answer; the prompt alone without a chat template."""
+    """Return a prompt as the model gets it for an answer; the prompt alone without a chat template.
+
+    Raises ModelError where the template cannot render it.
+    """
     if not tokenizer.chat_template:
         return prompt
     messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # of Jinja, or of what the template does
+        name = tokenizer.name_or_path
+        raise ModelError(f"the chat template of {name} cannot render a question: {first_line(error)}") from None
 
 
 @contextmanager

@@ -24,7 +24,7 @@ CURVES = (
     ("train/lr", False, "Learning rate"),
     ("train/grad_norm", True, "Gradient norm, running mean"),
     ("perf/tokens_per_s", True, "Tokens per second, running mean"),
-    ("perf/memory_gb", False, "Memory, GB"),
+    ("perf/memory_gb", False, "Memory, GiB"),
 )
 
 
@@ -67,7 +67,7 @@ def results(runs: list[Run], language: str = "en") -> list[Row]:
         rows.append(_row(metric_name(key, translate), values, min if is_lower_better else max, text))
     rows += _benchmark_rows(runs)
     rows.append(_row(translate("Tokens per second"), [fact["tokens_per_s"] for fact in facts], max, number))
-    rows.append(_row(translate("Memory, GB"), [fact["memory_gb"] for fact in facts], min, number))
+    rows.append(_row(translate("Memory, GiB"), [fact["memory_gb"] for fact in facts], min, number))
     seconds = [fact["seconds"] for fact in facts]
     rows.append(Row(translate("Time"), [duration(value, translate) if value else "" for value in seconds]))
     return [row for row in rows if any(row.texts)]

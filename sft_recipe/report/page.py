@@ -118,7 +118,7 @@ def _charts(run: Run, facts: dict[str, Any], found: list[Score], translate: Call
         chart("Learning rate", "train/lr"),
         chart("Gradient norm", "train/grad_norm", True, ("GRAD_CLIP", float(limit)) if limit else None),
         chart("Tokens per second", "perf/tokens_per_s", True),
-        chart("Memory, GB", "perf/memory_gb", level=(translate("predicted"), predicted) if predicted else None),
+        chart("Memory, GiB", "perf/memory_gb", level=(translate("predicted"), predicted) if predicted else None),
         *(chart(NAMES[score.key], score.key) for score in metrics),
     ]
 
@@ -143,8 +143,8 @@ def _tiles(facts: dict[str, Any], found: list[Score], t: Callable[[str], str]) -
         yield {"name": t("Tokens per second"), "value": number(facts["tokens_per_s"]), "note": note, "kind": ""}
     if facts["memory_gb"]:
         predicted = facts["predicted_memory_gb"]
-        note = t("predicted {size} GB").format(size=number(predicted)) if predicted else ""
-        yield {"name": t("Memory, GB"), "value": number(facts["memory_gb"]), "note": note, "kind": ""}
+        note = t("predicted {size} GiB").format(size=number(predicted)) if predicted else ""
+        yield {"name": t("Memory, GiB"), "value": number(facts["memory_gb"]), "note": note, "kind": ""}
 
 
 def _data_rows(data: dict[str, Any], t: Callable[[str], str]) -> list[tuple[str, str]]:

@@ -229,4 +229,4 @@ def _state(row: dict[str, Any]) -> str:
     ]
     if row.get("perf/mfu"):
         parts.append(f"MFU {100 * row['perf/mfu']:.0f}%")
-    return "  ".join([*parts, f"{row['perf/memory_gb']:.1f} GB"])
+    return "  ".join([*parts, f"{row['perf/memory_gb']:.1f} GiB"])

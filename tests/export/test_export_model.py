@@ -86,6 +86,17 @@ def test_export_says_that_rounding_undoes_training(base, tmp_path, capsys, dtype
         assert remark in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"), [("{{", "unexpected 'end of template'"), ("{{ raise_exception('no system') }}", "no system")]
+)
+def test_template_that_cannot_be_used_is_one_message(base, tmp_path, capsys, template, reason):
+    model = shutil.copytree(base, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(template)
+    assert export(model, "--out", tmp_path / "out") == 2
+    assert f"cannot render a question: {reason}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_full_model_is_the_checkpoint(full, tmp_path, capsys):
     out = tmp_path / "deep/er/out"
     assert export(full, "--out", out, "--json") == 0

@@ -72,8 +72,8 @@ def test_memory_is_shown_beside_its_prediction(tmp_path):
     write_facts(run.folder, {"model": "tiny", "predicted_memory_gb": 1.25, "device": "CPU", "stopped_early": "enough"})
     text = text_of(run_page(run))
     add_facts(run.folder, {"peak_memory_gb": 1.75})  # of the complete run
-    assert "Memory, GB 1.75 predicted 1.25 GB" in text_of(run_page(run))
-    assert "Memory, GB 1.5 predicted 1.25 GB" in text and "Stopped early: enough" in text and "Device CPU" in text
+    assert "Memory, GiB 1.75 predicted 1.25 GiB" in text_of(run_page(run))
+    assert "Memory, GiB 1.5 predicted 1.25 GiB" in text and "Stopped early: enough" in text and "Device CPU" in text
 
 
 def test_data_statistics_are_shown_where_the_run_has_them(tmp_path):
