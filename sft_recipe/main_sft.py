@@ -122,6 +122,7 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
 
     from sft_recipe.checkpoint.resume import check_identity
     from sft_recipe.config import preflight
+    from sft_recipe.config.run_config import changed_settings
     from sft_recipe.data.statistics import FILE as DATA
     from sft_recipe.distributed.consistency import check_consistency, share_checkpoint
     from sft_recipe.export.generation import read_generation_config
@@ -151,6 +152,8 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     if stats.positions and (text := stats.positions.notice(inputs.model.name, limit, longest_sequence)):
         say(text)
     settings = to_yaml(config)
+    if resume and (changed := changed_settings(resume.parents[1], config)):
+        say("Settings that differ from those of the run so far: " + ", ".join(changed))
     config, memory = resolve_activation_checkpointing(config, stats_of, workload_of(config, inputs.train), device, say)
     timing.mark("model statistics")
     trainer = SFTTrainer(config, inputs, device, stats, resume, watchdog)

@@ -1,13 +1,16 @@
-"""Reads the configuration that a run has written into its folder."""
+"""Reads the configuration that a run has written into its folder, and compares another one with it."""
 
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sft_recipe.config.schema import Config
 from sft_recipe.errors import CheckpointError
 
 FILE = "config.yaml"
+COMPARED = ("model", "optim", "fsdp", "lora")  # of the data, checkpoints hold what must be equal
+PATHS = ("path", "tokenizer_path", "fallback", "chat_template")
 
 
 def read_run_config(run: Path) -> dict[str, Any]:
@@ -22,3 +25,24 @@ def read_run_config(run: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not the configuration of a run: it has no groups such as optim")
     return config
+
+
+def changed_settings(run: Path, config: Config) -> list[str]:
+    """Return what `config` changes of the run's model, optimizer and sharding: ["optim.lr=0.001 (before: 2e-05)"].
+
+    The list is empty where the configuration in the run folder cannot be read.
+    """
+    try:
+        before = read_run_config(run)
+    except CheckpointError:
+        return []
+    now = config.public()
+    return [
+        f"{group}.{key}={value} (before: {before[group][key]})"
+        for group in COMPARED
+        for key, value in now[group].items()
+        if isinstance(before.get(group), dict)
+        and key not in PATHS
+        and key in before[group]
+        and before[group][key] != value
+    ]

@@ -124,6 +124,17 @@ def test_resume_with_other_settings_names_the_differences(work, change, named, t
     assert {path: path.read_bytes() for path in stopped.iterdir() if path.is_file()} == before
 
 
+def test_resumed_run_says_what_of_the_optimizer_has_changed(work, saved, tmp_path, capfd):
+    shutil.copytree(saved, tmp_path / "out")
+    again = resume(work, tmp_path / "out", "optim.weight_decay=0.3", "optim.lr=1e-3", "trainer.resume_from=auto")
+    capfd.readouterr()
+    assert run_here(*again) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "so far: optim.lr=0.001 (before: 0.01), optim.weight_decay=0.3 (before: 0.01)" in said
+    assert run_here(*resume(work, tmp_path / "out", *again[-3:], total=4)) == 0
+    assert "so far" not in capfd.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def saved(work):
     """A run with one checkpoint, after step 2; copy it before changing it."""

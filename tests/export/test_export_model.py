@@ -87,7 +87,8 @@ def test_export_says_that_rounding_undoes_training(base, tmp_path, capsys, dtype
 
 
 @pytest.mark.parametrize(
-    ("template", "reason"), [("{{", "unexpected 'end of template'"), ("{{ raise_exception('no system') }}", "no system")]
+    ("template", "reason"),
+    [("{{", "unexpected 'end of template'"), ("{{ raise_exception('no system') }}", "no system")],
 )
 def test_template_that_cannot_be_used_is_one_message(base, tmp_path, capsys, template, reason):
     model = shutil.copytree(base, tmp_path / "model")
