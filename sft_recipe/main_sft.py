@@ -72,11 +72,12 @@ def _run(config: Config, watchdog: Watchdog, cleanup: ExitStack) -> int:
             check_run_folder_is_free,
             find_checkpoint,
             restore_best_link,
+            resumed_identity,
         )
         from sft_recipe.checkpoint.run_lock import FolderLock
         from sft_recipe.config import preflight
         from sft_recipe.config.gpus import mps_notice
-        from sft_recipe.data.run_inputs import prepare
+        from sft_recipe.data.run_inputs import DATE, prepare
         from sft_recipe.distributed.device_errors import explained
         from sft_recipe.models.families import fit
         from sft_recipe.models.hf_config import load_hf_config
@@ -91,17 +92,17 @@ def _run(config: Config, watchdog: Watchdog, cleanup: ExitStack) -> int:
     check_loggers(config)
     check_resume_path(config.trainer.resume_from)  # before the run folder is created
     output_dir = preflight.writable_folder(config.trainer.run_folder)
-    checkpoints, resume = output_dir / "checkpoints", None
+    checkpoints, resume, is_restart = output_dir / "checkpoints", None, attempt() > 0
     if is_first:  # all ranks share the folder, so that one of them looks for a checkpoint and broadcasts it below
         cleanup.callback(FolderLock(output_dir).release)
-        is_restart = attempt() > 0
         restore_best_link(checkpoints)
         resume = find_checkpoint(config.trainer.resume_from, checkpoints, is_restart, notice)
         check_run_folder_is_free(checkpoints, resume)
     timing.mark("checks")
 
     watchdog.set_phase("preparing model and data", limited=False)
-    inputs = prepare(config, local_rank, say=notice)
+    date = resumed_identity(config.trainer.resume_from, checkpoints, is_restart).get(DATE)
+    inputs = prepare(config, local_rank, say=notice, date=date)
     config = fit(config, load_hf_config(config.model, inputs.model))
     timing.mark("model and data")
 

@@ -43,6 +43,20 @@ def _find(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str],
     return _named(user_path(spec)) if spec else None
 
 
+def resumed_identity(spec: str | None, folder: Path, is_restart: bool) -> dict[str, Any]:
+    """Return the identity of the run that `trainer.resume_from` means (see `find_checkpoint`); empty if there is none.
+
+    It reads no weights, and says nothing of damage: all checkpoints of a run have the same identity.
+    """
+    found = list_checkpoints(folder)[-1:] if spec == AUTO or is_restart else []
+    if not found and spec not in (None, AUTO):
+        found = [user_path(spec)]
+    try:
+        return dict(read_manifest(found[0])["identity"]) if found else {}
+    except (OSError, ValueError, KeyError, CheckpointError):
+        return {}
+
+
 def restore_best_link(folder: Path) -> None:
     """Make `best` a link again where a copy of the run folder has a folder instead; nothing is lost.
 

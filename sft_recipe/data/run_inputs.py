@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from sft_recipe.models.weight_files import weight_files
 
 VALIDATION = "validation "  # in front of the name of a validation set, in the names of stores
 READY_FILE = "prepared.json"
+DATE = "data.date"  # in the identity of a run
 SAMPLES, SAMPLE_BYTES = 32, 4096  # of a weight file, in the digest of a model
 
 
@@ -46,6 +48,7 @@ class RunInputs:
     train: Examples
     validation: dict[str, Examples]  # by the name of the set; one without a name has an empty one
     source_counts: list[SourceCounts]
+    date: str | None = None  # that the chat template writes (see RenderOptions), None where it writes none
 
     def stop_token_ids(self, sample: int = 1000) -> list[int]:
         """Return the special tokens that end the supervised turns of the first `sample` examples, sorted.
@@ -92,6 +95,7 @@ class RunInputs:
             "model.override_config": without_secrets(config.model.override_config),
             "optim.optimizer": config.optim.optimizer,
             "data": self.train.fingerprint,
+            DATE: self.date,
             "examples": len(self.train),
             "data.train_batch_size": config.data.train_batch_size,
             "data.shuffle": config.data.order == "shuffle",
@@ -105,15 +109,16 @@ class RunInputs:
         return {"model": f"{self.model.name} ({_model_digest(folder)})", "model.weights": _weights_digest(folder)}
 
 
-def prepare(config: Config, local_rank: int, say: Callable[[str], None]) -> RunInputs:
+def prepare(config: Config, local_rank: int, say: Callable[[str], None], date: str | None = None) -> RunInputs:
     """Return the inputs of a run. Local rank 0 finds the model and builds the token stores; the other ranks of the
-    machine wait for it and open them. `say` receives notices for the user.
+    machine wait for it and open them. `say` receives notices for the user. `date` is that of the run that is resumed,
+    for chat templates that write it; None is today.
 
     Raises ModelError and DataError.
     """
     has_others = os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
     if local_rank == 0:
-        tokenizer, paths = _prepare_machine(config, say)
+        tokenizer, paths = _prepare_machine(config, say, date)
         if has_others:
             write_text(rendezvous_dir() / READY_FILE, json.dumps(paths))
     else:
@@ -122,8 +127,8 @@ def prepare(config: Config, local_rank: int, say: Callable[[str], None]) -> RunI
     return _open_inputs(config, paths, tokenizer)
 
 
-def render_options(config: Config) -> RenderOptions:
-    """Return the rendering options that the configuration asks for."""
+def render_options(config: Config, date: str | None = None) -> RenderOptions:
+    """Return the rendering options that the configuration asks for, for a template that writes a date."""
     data = config.data
     draws = data.thinking_mix is not None or data.random_system_prompt or data.drop_empty_thoughts
     return RenderOptions(
@@ -138,10 +143,11 @@ def render_options(config: Config) -> RenderOptions:
         data.random_system_prompt,
         data.drop_empty_thoughts,
         seed=config.trainer.seed if draws else 0,  # no other store depends on it
+        date=date,
     )
 
 
-def store_options(config: Config, hf_config: PretrainedConfig | None = None) -> StoreOptions:
+def store_options(config: Config, hf_config: PretrainedConfig | None = None, date: str | None = None) -> StoreOptions:
     """Return the options of a store that the configuration asks for, for a model with the configuration `hf_config`."""
     data = config.data
     return StoreOptions(
@@ -154,12 +160,14 @@ def store_options(config: Config, hf_config: PretrainedConfig | None = None) -> 
         data.columns,
         data.roles,
         data.on_bad_record,
-        render_options(config),
+        render_options(config, date),
         data.split_turns is True,
     )
 
 
-def _prepare_machine(config: Config, say: Callable[[str], None]) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+def _prepare_machine(
+    config: Config, say: Callable[[str], None], date: str | None
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """Return the tokenizer, and the paths of everything as JSON for the other ranks."""
     data, cache_dir = config.data, config.cache_dir()
     sources = {"train": resolve_files(data.train_files, cache_dir)}
@@ -172,9 +180,10 @@ def _prepare_machine(config: Config, say: Callable[[str], None]) -> tuple[PreTra
     tokenizer_folder = resolve_tokenizer(config.model, model, cache_dir)
     hf_config = load_hf_config(config.model, model)
     config = fit(config, hf_config)
-    data, options = config.data, store_options(config, hf_config)
     tokenizer = load_tokenizer(config.model, tokenizer_folder, family_of(hf_config), say)
     check_vocabulary(tokenizer, model)
+    date = (date or datetime.now().date().isoformat()) if "strftime_now" in str(tokenizer.chat_template) else None
+    data, options = config.data, store_options(config, hf_config, date)
     rejected = config.trainer.run_folder / REJECTED
     is_rank_0 = os.environ.get("RANK", "0") == "0"  # machines share the run folder
     if is_rank_0:
@@ -191,7 +200,12 @@ def _prepare_machine(config: Config, say: Callable[[str], None]) -> tuple[PreTra
             say(notice)
         stores[part] = str(store.folder)
         source_counts[part] = [asdict(counts) for counts in _count_examples(part_sources, store)]
-    paths = {"model": [str(model.folder), model.name], "tokenizer": str(tokenizer_folder), "stores": stores}
+    paths = {
+        "model": [str(model.folder), model.name],
+        "tokenizer": str(tokenizer_folder),
+        "stores": stores,
+        "date": date,
+    }
     return tokenizer, paths | {"source_counts": source_counts}
 
 
@@ -250,7 +264,7 @@ def _open_inputs(config: Config, paths: dict[str, Any], tokenizer: PreTrainedTok
         train = _first(config.data.limit, train)
     limit = config.eval.limit
     validation = {name: _first(limit, examples) if limit else examples for name, examples in validation.items()}
-    return RunInputs(model, family, tokenizer, train, validation, source_counts["train"])
+    return RunInputs(model, family, tokenizer, train, validation, source_counts["train"], paths["date"])
 
 
 def _validation_files(data: DataConfig) -> dict[str, str | list[str]]:

@@ -165,7 +165,7 @@ class SFTTrainer:
         answers = None
         if evaluation.generate or evaluation.prompts:
             ends, tokenizer = self.inputs.stop_token_ids(), self.inputs.tokenizer
-            family, options = self.inputs.family, render_options(self.config)
+            family, options = self.inputs.family, render_options(self.config, self.inputs.date)
             answers = AnswerGenerator(
                 evaluation, sets, tokenizer, ends, self.worker.generate, data.token_budget, family, options
             )

@@ -3,10 +3,14 @@
 import json
 import shutil
 import signal
+from datetime import datetime
 
 import pytest
+from transformers import AutoTokenizer
 
 from sft_recipe.checkpoint.manifest import read_manifest, write_manifest
+from sft_recipe.data import run_inputs
+from sft_recipe.data.token_store import TokenStore
 from tests.support import tiny
 from tests.support.chaos import differences
 from tests.support.runs import metrics, run_here
@@ -155,6 +159,40 @@ def test_model_at_another_place_is_the_same_model(work, saved, place, tmp_path, 
     again = resume(work, tmp_path / "out", f"model.path={path}", "trainer.resume_from=auto")
     assert run_here(*again) == 0
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3]
+
+
+class Clock(datetime):
+    """A clock that is at `day`."""
+
+    day = datetime(2026, 2, 28, 23, 59)
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls.day
+
+
+def test_template_that_writes_the_date_keeps_that_of_the_run(work, tmp_path, monkeypatch):
+    """The token store may be gone a day later: on another machine, or since the disk was full."""
+    monkeypatch.setattr(run_inputs, "datetime", Clock)
+    dated = tmp_path / "dated.jinja"
+    dated.write_text("Today is {{ strftime_now('%d %b %Y') }}\n" + tiny.CHATML)
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+
+    def train(name, day, *extra):
+        Clock.day = day
+        cache = tmp_path / f"cache-{day.day}"
+        shared = [f"model.chat_template={dated}", f"data.cache_dir={cache}"]
+        assert run_here(*resume(work, tmp_path / name, *shared, *extra)) == 0
+        newest = max(cache.glob("tokens/*"), key=lambda path: path.stat().st_mtime_ns)
+        text = tokenizer.decode(TokenStore.open(newest)[0][0])
+        return text.partition("\n")[0], read_manifest(tmp_path / f"{name}/checkpoints/step_3")["identity"]["data.date"]
+
+    saturday, sunday = ("Today is 28 Feb 2026", "2026-02-28"), ("Today is 01 Mar 2026", "2026-03-01")
+    assert train("whole", datetime(2026, 2, 28), "trainer.save_freq=1") == saturday
+    cut_back(tmp_path / "whole", tmp_path / "stopped", 2)
+    assert train("stopped", datetime(2026, 3, 1), "trainer.resume_from=auto") == saturday
+    assert not differences(tmp_path / "whole", tmp_path / "stopped")
+    assert train("new", datetime(2026, 3, 1)) == sunday
 
 
 def test_model_with_other_weights_is_another_model(work, saved, tmp_path, capfd):

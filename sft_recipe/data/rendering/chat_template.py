@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from datetime import datetime
 from typing import Any, cast
 
 import jinja2
@@ -69,6 +70,8 @@ class ChatTemplate:
         self.thinking_switches = set(THINKING_SWITCH.findall(self.source))
         self.variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._thinking(options.enable_thinking)}
         self.variables |= self._of_run(options.chat_template_kwargs)
+        if options.date:
+            self.variables["strftime_now"] = datetime.fromisoformat(options.date).strftime
         self.folds_system, self.appends_stop_token = options.fold_system, options.append_stop_token
         named = re.findall(rf"(?:\.|\[?['\"])({'|'.join(REASONING_KEYS)})(?!\w)", self.source)
         self.reasoning_key = next((key for key in REASONING_KEYS if key in named), REASONING_KEYS[0])

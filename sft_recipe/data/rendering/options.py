@@ -17,7 +17,8 @@ class RenderOptions:
     `thinking_mix`: the fraction of the conversations with reasoning that keep it; None keeps all as they are.
     `random_system_prompt`: the fraction of the conversations without a system turn that get one. `drop_empty_thoughts`:
     the fraction of the conversations that are trained without the empty thoughts of the template. `seed` chooses them.
-    `parse_special_tokens`: True encodes data that spells a special token as that token.
+    `parse_special_tokens`: True encodes data that spells a special token as that token. `date`: the day, "2026-11-29",
+    that a template writes which asks for the time (`strftime_now`); None is now.
     """
 
     train_on: Literal["all", "last"] = "all"
@@ -31,3 +32,4 @@ class RenderOptions:
     random_system_prompt: float = 0.0
     drop_empty_thoughts: float = 0.0
     seed: int = 0
+    date: str | None = None
