@@ -14,6 +14,7 @@ from sft_recipe.errors import CheckpointError
 
 LOCK = ".lock"
 HEARTBEAT_INTERVAL_S = 5.0  # between updates of the lock file
+SIZE = 256  # bytes of the lock file
 
 
 class FolderLock:
@@ -21,7 +22,7 @@ class FolderLock:
 
     The file names host and process. The operating system locks it; where a shared file system does not carry such
     locks between machines, the file's heartbeats count: a number that its holder increases every few seconds. Clocks
-    are not compared.
+    are not compared. Content that names no holder may be that of another machine too.
     """
 
     def __init__(self, folder: Path):
@@ -36,14 +37,14 @@ class FolderLock:
         try:
             # A process's lock, not an open file's: children that outlive this process do not inherit it.
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_held = _is_elsewhere(holder) and self._is_refreshed(holder)
+            is_held = bool(holder) and _host(holder) != socket.gethostname() and self._is_refreshed(holder)
         except (BlockingIOError, PermissionError):
             is_held = True
         except OSError:  # this file system has no locks
             is_held = bool(holder) and self._is_refreshed(holder)
         if is_held:
             os.close(self.file)
-            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+            who = f"process {_owner(holder)['pid']} on {_host(holder)}" if _host(holder) else "another process"
             raise CheckpointError(
                 f"another run is writing to {folder}: {who}. Wait until it ends, or stop it, or write elsewhere with "
                 "--output_dir FOLDER."
@@ -51,6 +52,7 @@ class FolderLock:
         self._heartbeats = 0
         self._released = threading.Event()
         self._write()
+        os.ftruncate(self.file, SIZE)  # what else was in the file
         self._thread = threading.Thread(target=self._refresh, name="folder lock", daemon=True)
         self._thread.start()
 
@@ -72,19 +74,25 @@ class FolderLock:
 
     def _write(self) -> None:
         text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "beats": self._heartbeats})
-        os.pwrite(self.file, text.ljust(256).encode(), 0)
+        os.pwrite(self.file, text.ljust(SIZE).encode(), 0)
         os.fsync(self.file)
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            return json.loads(os.pread(self.file, 4096, 0) or b"{}")
-        except ValueError:
-            return {}
+    def _read(self) -> bytes:
+        return os.pread(self.file, 4096, 0).strip()
 
-    def _is_refreshed(self, holder: dict[str, Any]) -> bool:
+    def _is_refreshed(self, holder: bytes) -> bool:
         time.sleep(3 * HEARTBEAT_INTERVAL_S)
         return self._read() != holder
 
 
-def _is_elsewhere(holder: dict[str, Any]) -> bool:
-    return bool(holder) and holder["host"] != socket.gethostname()
+def _owner(holder: bytes) -> dict[str, Any]:
+    """Return what the holder wrote; empty for content of something else, whose owner is unknown."""
+    try:
+        owner = json.loads(holder)
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) and {"host", "pid"} <= owner.keys() else {}
+
+
+def _host(holder: bytes) -> str | None:
+    return _owner(holder).get("host")

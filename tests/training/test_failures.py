@@ -238,6 +238,20 @@ def test_run_on_another_machine_is_recognized_by_its_heartbeats(tmp_path, monkey
     FolderLock(tmp_path).release()
 
 
+@pytest.mark.parametrize("content", ['{"pid": 1}', "[1]", "7", "not JSON \u00e9", "x" * 5000])
+def test_lock_without_an_owner_is_held_only_while_it_changes(tmp_path, monkeypatch, content):
+    (tmp_path / ".lock").write_text(content)
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=lambda _: (tmp_path / ".lock").write_text("{")))
+    with pytest.raises(CheckpointError, match="another run is writing to .*: another process"):
+        FolderLock(tmp_path)
+    (tmp_path / ".lock").write_text(content)
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=lambda _: None))
+    held = FolderLock(tmp_path)
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "beats": 0}
+    assert json.loads((tmp_path / ".lock").read_text()) == owner
+    held.release()
+
+
 def test_runs_may_check_a_folder_at_the_same_time(tmp_path):
     """Their process ids may be equal, as in two containers."""
     with ThreadPoolExecutor(8) as threads:
