@@ -14,15 +14,18 @@ from sft_recipe.files import user_path
 AUTO = "auto"
 
 
-def find_checkpoint(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None]) -> Path | None:
+def find_checkpoint(
+    spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None], renames: bool = True
+) -> Path | None:
     """Return the checkpoint that `trainer.resume_from` means; None for a run that starts from the beginning.
 
     Every byte of it has been read and compared with its checksums. `auto` is the newest of `folder`; so is the first
-    choice of a run that was restarted after a failure. Raises CheckpointError: no such folder, not a checkpoint, a
-    damaged one, one of a newer version of this program, one that cannot be read now.
+    choice of a run that was restarted after a failure. Damaged ones that are newer get another name if `renames`, since
+    a folder called step_N is complete; otherwise they are only named. Raises CheckpointError: no such folder, not a
+    checkpoint, a damaged one, one of a newer version of this program, one that cannot be read now.
     """
     try:
-        return _find(spec, folder, is_restart, say)
+        return _find(spec, folder, is_restart, say, renames)
     except OSError as error:
         where = error.filename or folder
         raise CheckpointError(f"{where} cannot be read or renamed: {error.strerror or error}") from None
@@ -34,8 +37,8 @@ def check_resume_path(spec: str | None) -> None:
         _located(user_path(spec))
 
 
-def _find(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None]) -> Path | None:
-    if (spec == AUTO or is_restart) and (newest := _newest_valid(folder, say)):
+def _find(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None], renames: bool) -> Path | None:
+    if (spec == AUTO or is_restart) and (newest := _newest_valid(folder, say, renames)):
         return newest
     if spec == AUTO:
         say(f"--resume_from auto found no checkpoint in {folder}: training starts from the beginning.")
@@ -57,24 +60,25 @@ def resumed_identity(spec: str | None, folder: Path, is_restart: bool) -> dict[s
         return {}
 
 
-def restore_best_link(folder: Path) -> None:
+def restore_best_link(folder: Path, changes: bool = True) -> None:
     """Make `best` a link again where a copy of the run folder has a folder instead; nothing is lost.
 
     The folder gets the name of its step, or is removed where the same checkpoint is there under that name. Raises
-    CheckpointError where another one is.
+    CheckpointError where another one is; without `changes` this is all that it does.
     """
     best = folder / BEST
     if best.is_symlink() or not best.is_dir():
         return
     try:
         step = folder / f"step_{read_manifest(best)['step']}"
-        if not step.exists():
-            best.rename(step)
-        elif read_manifest(step) == read_manifest(best) and not verify(step):
-            shutil.rmtree(best)
-        else:
+        if step.exists() and (read_manifest(step) != read_manifest(best) or verify(step)):
             raise ValueError(f"it differs from {step.name}")
-        best.symlink_to(step.name)
+        if changes:
+            if step.exists():
+                shutil.rmtree(best)
+            else:
+                best.rename(step)
+            best.symlink_to(step.name)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{best} should be a link to a checkpoint, but is a folder: {error}. Give it another name."
@@ -115,6 +119,12 @@ def check_run_folder_is_free(folder: Path, resume: Path | None) -> None:
         return
     step = read_manifest(resume)["step"]  # its folder may have any name
     newer = [path.name for path in existing if _step(path) > step]
+    if resume.name in newer:
+        other = folder / f"step_{step}"
+        remedy = "Remove it" if other.exists() else f"Rename it to {other.name}, or remove it"
+        raise CheckpointError(
+            f"{resume} does not have the name of its step: its manifest says step {step}. {remedy}, and start again."
+        )
     if newer:
         raise CheckpointError(
             f"{folder} holds {', '.join(newer)}, newer than {resume.name}. Continue the newest with --resume_from "
@@ -122,12 +132,12 @@ def check_run_folder_is_free(folder: Path, resume: Path | None) -> None:
         )
 
 
-def _newest_valid(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Newer ones that are damaged get another name, since a folder called step_N is complete."""
+def _newest_valid(folder: Path, say: Callable[[str], None], renames: bool) -> Path | None:
     for path in reversed(list_checkpoints(folder)):
         if not (problem := verify(path)):
             return path
-        say(f"{path} is damaged: {problem}. It is renamed to {quarantine(path).name}.")
+        what = f"It is renamed to {quarantine(path).name}" if renames else "A start renames it"
+        say(f"{path} is damaged: {problem}. {what}.")
     return None
 
 

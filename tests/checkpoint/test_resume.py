@@ -246,6 +246,21 @@ def test_damaged_checkpoints_are_not_resumed_from(work, tmp_path, capfd):
     assert shard.name in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("spec", ["auto", "{folder}/step_9"])
+@pytest.mark.parametrize(
+    ("change", "remedy"), [("copytree", "Remove it, and"), ("move", "Rename it to step_2, or remove it, and")]
+)
+def test_checkpoint_under_the_name_of_a_later_step_is_refused(work, saved, spec, change, remedy, tmp_path, capfd):
+    shutil.copytree(saved, tmp_path / "out")
+    folder = tmp_path / "out/checkpoints"
+    getattr(shutil, change)(folder / "step_2", folder / "step_9")
+    capfd.readouterr()
+    assert run_here(*resume(work, tmp_path / "out", f"trainer.resume_from={spec.format(folder=folder)}")) == 2
+    error = capfd.readouterr().err
+    assert f"step_9 does not have the name of its step: its manifest says step 2. {remedy} start again." in error
+    assert (folder / "step_9").is_dir()
+
+
 @pytest.mark.parametrize("there", ["nothing", "an empty folder", "a folder of checkpoints"])
 def test_resume_path_without_a_checkpoint_is_refused(work, there, tmp_path, capfd):
     path = tmp_path / "step_7"
