@@ -1,7 +1,7 @@
 """Finds the checkpoint that a run resumes from, verifies it, and checks that the run may continue it."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,17 @@ AUTO = "auto"
 
 
 def find_checkpoint(
-    spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None], renames: bool = True
+    spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None], damaged: list[Path] | None = None
 ) -> Path | None:
     """Return the checkpoint that `trainer.resume_from` means; None for a run that starts from the beginning.
 
     Every byte of it has been read and compared with its checksums. `auto` is the newest of `folder`; so is the first
-    choice of a run that was restarted after a failure. Damaged ones that are newer get another name if `renames`, since
-    a folder called step_N is complete; otherwise they are only named. Raises CheckpointError: no such folder, not a
-    checkpoint, a damaged one, one of a newer version of this program, one that cannot be read now.
+    choice of a run that was restarted after a failure. Newer ones that are damaged get another name, since a folder
+    called step_N is complete; where `damaged` is given, they are added to it instead. Raises CheckpointError: no such
+    folder, not a checkpoint, a damaged one, one of a newer version of this program, one that cannot be read now.
     """
     try:
-        return _find(spec, folder, is_restart, say, renames)
+        return _find(spec, folder, is_restart, say, damaged)
     except OSError as error:
         where = error.filename or folder
         raise CheckpointError(f"{where} cannot be read or renamed: {error.strerror or error}") from None
@@ -37,8 +37,10 @@ def check_resume_path(spec: str | None) -> None:
         _located(user_path(spec))
 
 
-def _find(spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None], renames: bool) -> Path | None:
-    if (spec == AUTO or is_restart) and (newest := _newest_valid(folder, say, renames)):
+def _find(
+    spec: str | None, folder: Path, is_restart: bool, say: Callable[[str], None], damaged: list[Path] | None
+) -> Path | None:
+    if (spec == AUTO or is_restart) and (newest := _newest_valid(folder, say, damaged)):
         return newest
     if spec == AUTO:
         say(f"--resume_from auto found no checkpoint in {folder}: training starts from the beginning.")
@@ -103,9 +105,11 @@ def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def check_run_folder_is_free(folder: Path, resume: Path | None) -> None:
-    """Check that saving into `folder` overwrites no checkpoint. Raises CheckpointError that says what to do."""
-    existing = list_checkpoints(folder)
+def check_run_folder_is_free(folder: Path, resume: Path | None, damaged: Sequence[Path] = ()) -> None:
+    """Check that saving into `folder` overwrites no checkpoint but the `damaged` ones. Raises CheckpointError that
+    says what to do.
+    """
+    existing = [path for path in list_checkpoints(folder) if path not in damaged]
     if resume is None and existing:
         raise CheckpointError(
             f"{folder} holds {existing[-1].name} of an earlier run. Continue it with --resume_from auto, "
@@ -132,11 +136,15 @@ def check_run_folder_is_free(folder: Path, resume: Path | None) -> None:
         )
 
 
-def _newest_valid(folder: Path, say: Callable[[str], None], renames: bool) -> Path | None:
+def _newest_valid(folder: Path, say: Callable[[str], None], damaged: list[Path] | None) -> Path | None:
     for path in reversed(list_checkpoints(folder)):
         if not (problem := verify(path)):
             return path
-        what = f"It is renamed to {quarantine(path).name}" if renames else "A start renames it"
+        if damaged is None:
+            what = f"It is renamed to {quarantine(path).name}"
+        else:
+            damaged.append(path)
+            what = "A start renames it"
         say(f"{path} is damaged: {problem}. {what}.")
     return None
 

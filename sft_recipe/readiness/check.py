@@ -1,8 +1,11 @@
 """Runs all checks of a configuration, in the order in which a run would meet them."""
 
 import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sft_recipe.config.auto import PACKED_ATTENTION
@@ -21,6 +24,7 @@ from sft_recipe.readiness.findings import Check, failed
 from sft_recipe.readiness.machine import machine_checks
 from sft_recipe.readiness.model import model_checks, tokenizer_checks
 from sft_recipe.readiness.plan import disk_checks, measured, memory_checks, plan_checks
+from sft_recipe.readiness.run_folder import identity_checks, run_folder_checks
 from sft_recipe.training.schedule import Schedule, workload_of
 
 
@@ -47,6 +51,7 @@ def for_machine(config: Config, machine: Machine) -> Config:
 
 def check_readiness(config: Config, machine: Machine | None, measures: bool) -> Iterator[Check]:
     """Yield the checks; with `machine` those of this one are left out, with `measures` a few steps are trained."""
+    resume = None
     if machine:
         config = for_machine(config, machine)
         device, memory = "cuda", machine.memory
@@ -57,6 +62,8 @@ def check_readiness(config: Config, machine: Machine | None, measures: bool) -> 
     else:
         found = list(machine_checks(config))
         yield from found
+        problems, resume = run_folder_checks(config)
+        yield from problems
         is_usable = found[0].status != "error"
         device = _device() if is_usable and config.trainer.device != "cpu" else "cpu"
         os.environ["LOCAL_WORLD_SIZE"] = str(config.trainer.n_gpus_per_node)
@@ -87,7 +94,7 @@ def check_readiness(config: Config, machine: Machine | None, measures: bool) -> 
         yield failed("model", "{error}", "", error=error)
         return
     if is_readable:
-        yield from _run_checks(config, stats_of, device, memory, measures)
+        yield from _run_checks(config, stats_of, device, memory, measures, resume)
 
 
 def _device() -> str:
@@ -96,13 +103,17 @@ def _device() -> str:
     return "cuda" if torch.cuda.device_count() else "cpu"
 
 
-def _run_checks(config: Config, stats_of: StatsOf, device: str, memory: int, measures: bool) -> Iterator[Check]:
+def _run_checks(
+    config: Config, stats_of: StatsOf, device: str, memory: int, measures: bool, resume: Path | None
+) -> Iterator[Check]:
     """Yield the checks that need tokenized data."""
     try:
         inputs, notices = _inputs(config)
     except RecipeError as error:
         yield failed("data", "{error}", "scripts/preview_data.py shows the data", error=error)
         return
+    if resume:
+        yield from identity_checks(config, inputs, resume)
     known = stats_of.model.notice  # the checks of the model have it
     yield from example_checks(config, inputs, [notice for notice in notices if notice != known])
     examples, tokens = len(inputs.train), int(inputs.train.lengths.sum())
@@ -115,11 +126,14 @@ def _run_checks(config: Config, stats_of: StatsOf, device: str, memory: int, mea
 
 def _inputs(config: Config) -> tuple[RunInputs, list[str]]:
     """Prepare the data as the run would, which then finds it prepared; bad records are listed in the cache."""
-    folder = config.cache_dir() / "check"
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = config.trainer.model_copy(update={"output_dir": str(folder)})
     notices: list[str] = []
-    return prepare(config.model_copy(update={"trainer": trainer}), 0, notices.append), notices
+    with tempfile.TemporaryDirectory(prefix="sft_recipe-") as temporary:
+        folder = config.cache_dir() / "check"
+        with suppress(OSError):  # `prepare` finds what is wrong with the cache, if it has to write there
+            folder.mkdir(parents=True, exist_ok=True)
+        chosen = str(folder) if os.access(folder, os.W_OK) else temporary
+        trainer = config.trainer.model_copy(update={"output_dir": chosen})
+        return prepare(config.model_copy(update={"trainer": trainer}), 0, notices.append), notices
 
 
 def effective_settings(config: Config) -> dict[str, Any]:

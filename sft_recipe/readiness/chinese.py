@@ -14,6 +14,7 @@ NAMES = {
     "length of texts": "文本长度",
     "license": "许可证",
     "limits": "系统限制",
+    "loggers": "日志记录",
     "measured": "实测",
     "memory": "内存",
     "model": "模型",

@@ -1,4 +1,4 @@
-"""Checks of this machine: GPUs and their driver, shared memory, limits, disk, network interfaces, packages."""
+"""Checks of this machine: GPUs and their driver, shared memory, limits, disk, network, packages, loggers."""
 
 import os
 import resource
@@ -13,14 +13,14 @@ from uuid import uuid4
 import psutil
 import torch
 
-from sft_recipe.checkpoint.resume import check_resume_path, check_run_folder_is_free
-from sft_recipe.checkpoint.run_lock import LOCK, FolderLock
 from sft_recipe.config import gpus, preflight
 from sft_recipe.config.schema import Config
 from sft_recipe.distributed.host_memory import total_memory
-from sft_recipe.errors import CheckpointError, RecipeError
+from sft_recipe.errors import CheckpointError, PreflightError, RecipeError
 from sft_recipe.models.memory_estimate import GIB
 from sft_recipe.readiness.findings import Check, failed, passed, warned
+from sft_recipe.readiness.run_folder import check_writable, existing
+from sft_recipe.tracking.loggers import check_loggers
 
 SHARED_MEMORY = Path("/dev/shm")
 ENOUGH_SHARED_MEMORY = GIB  # per machine with several ranks, for NCCL and the tokenizers' processes
@@ -37,9 +37,9 @@ def machine_checks(config: Config) -> Iterator[Check]:
     yield _shared_memory(config)
     yield _open_files()
     yield _disk_speed(config)
-    yield from _run_folder(config)
     yield from _interfaces(config)
     yield _packages()
+    yield from _loggers(config)
 
 
 def _device(config: Config) -> Check:
@@ -110,7 +110,12 @@ def _open_files() -> Check:
 
 
 def _disk_speed(config: Config) -> Check:
-    folder = _existing(config.trainer.run_folder.absolute())
+    remedy = "--output_dir ANOTHER_FOLDER"
+    try:
+        check_writable(config.trainer.run_folder)
+    except CheckpointError as error:
+        return failed("output folder", "{error}", remedy, error=error)
+    folder = existing(config.trainer.run_folder)
     path = folder / f".sft_recipe-{uuid4().hex[:12]}"
     try:
         began = time.perf_counter()
@@ -120,7 +125,7 @@ def _disk_speed(config: Config) -> Check:
         speed = WRITTEN / (time.perf_counter() - began)
     except OSError as error:
         return failed(
-            "output folder", "{folder} cannot be written: {error}", "--output_dir ANOTHER_FOLDER",
+            "output folder", "{folder} cannot be written: {error}", remedy,
             folder=folder, error=error.strerror or error,
         )  # fmt: skip
     finally:
@@ -130,23 +135,6 @@ def _disk_speed(config: Config) -> Check:
     if speed < SLOW_DISK:
         return warned("output folder", text, "save less often (trainer.save_freq), or use a local disk", **found)
     return passed("output folder", text, **found)
-
-
-def _run_folder(config: Config) -> Iterator[Check]:
-    """Yield what would stop a start: checkpoints of another run, a run that writes, no checkpoint to resume from."""
-    folder, resumed = config.trainer.run_folder, config.trainer.resume_from
-    try:
-        check_resume_path(resumed)
-        if resumed is None:
-            check_run_folder_is_free(folder / "checkpoints", None)
-        if (folder / LOCK).is_file():
-            FolderLock(folder).release()
-    except CheckpointError as error:
-        yield failed("run folder", "{error}", "", error=error)
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def _interfaces(config: Config) -> Iterator[Check]:
@@ -176,3 +164,10 @@ def _packages() -> Check:
         except PackageNotFoundError:
             continue
     return passed("packages", "{names}", names=", ".join(found))
+
+
+def _loggers(config: Config) -> Iterator[Check]:
+    try:
+        check_loggers(config)
+    except PreflightError as error:
+        yield failed("loggers", "{error}", "", error=error)

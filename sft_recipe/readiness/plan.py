@@ -25,6 +25,7 @@ from sft_recipe.models.memory_estimate import GIB, estimate_run, options_that_fi
 from sft_recipe.models.stats import ModelStats
 from sft_recipe.models.workload import Workload
 from sft_recipe.readiness.findings import Check, failed, passed, warned
+from sft_recipe.readiness.run_folder import existing
 from sft_recipe.training.schedule import Schedule
 
 WARM_UP_STEPS = 2  # they start kernels and allocate, and are not counted
@@ -90,9 +91,7 @@ def disk_checks(config: Config, stats: ModelStats, schedule: Schedule) -> Iterat
     saves = math.ceil(schedule.total_steps / frequency) if frequency > 0 else 1
     kept = min(saves, (config.trainer.max_ckpt_to_keep or saves) + 2)  # and the best one, and the one being written
     needed = kept * (state + model)
-    folder = config.trainer.run_folder.absolute()
-    folder = next(path for path in (folder, *folder.parents) if path.is_dir())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing(config.trainer.run_folder)).free
     text = "{kept:# checkpoint} at a time of {each} need {needed}, and {free} are free"
     values = dict(kept=kept, each=byte_size(state + model), needed=byte_size(needed), free=byte_size(free))
     if needed <= free:

@@ -1,0 +1,118 @@
+"""check_sft_ready.py and a start say the same of a run folder and of the checkpoint that a run resumes from."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sft_recipe.cli import check
+from sft_recipe.readiness import machine
+from tests.support import tiny
+from tests.support.runs import run_here
+from tests.support.small_run import arguments
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a model, another one, and a run in `out` with the checkpoints of the steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("run_folder")
+    tiny.build_model(folder / "model")
+    tiny.build_model(folder / "other", seed=1)
+    run = arguments(folder / "model", folder, "trainer.total_training_steps=4", "trainer.max_ckpt_to_keep=null")
+    assert run_here(*run) == 0
+    return folder
+
+
+@pytest.fixture
+def both(work, tmp_path, capfd, monkeypatch):
+    """Return a function: the errors of the check, its report, and the error of a start, with a copy of the run."""
+    monkeypatch.setattr(machine, "SLOW_DISK", 0)
+    shutil.copytree(work / "out", tmp_path / "out", symlinks=True)
+
+    def run(*words):
+        usual = arguments(work / "model", work, f"trainer.output_dir={tmp_path}/out", "trainer.total_training_steps=4")
+        before = everything(tmp_path)
+        code = check.main(["--json", *usual, *words])
+        report = json.loads(capfd.readouterr().out)["checks"]
+        assert everything(tmp_path) == before  # the check changes nothing
+        errors = [item["message"] for item in report if item["status"] == "error"]
+        assert code == (2 if errors else 0)
+        start = run_here(*usual, *words)
+        message = capfd.readouterr().err.partition("error: ")[2].strip()
+        assert start == (2 if message else 0)
+        return errors, report, message
+
+    return run
+
+
+def everything(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def flip(path: Path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["trainer.resume_from=auto", "trainer.seed=1"], "belongs to another run"),
+        (["trainer.resume_from=auto", "data.train_batch_size=3"], "data.train_batch_size: 4 in the checkpoint, 3 now"),
+        (["trainer.resume_from=auto", "data.train_files={work}/val.json"], "examples: 18 in the checkpoint, 4 now"),
+        (["trainer.resume_from=auto", "model.path={work}/other"], "model.weights: "),
+        (["trainer.resume_from=auto", "lora.enabled=true"], "lora: off in the checkpoint, rank 8"),
+        (["trainer.resume_from={out}/checkpoints/step_2"], "holds step_4, newer than step_2"),
+        (["trainer.resume_from={work}/out/checkpoints/step_2"], "holds step_4 of another run"),
+        (["trainer.resume_from={out}"], "is a folder of checkpoints"),
+        ([], "holds step_4 of an earlier run"),
+        (["trainer.output_dir={work}/train.json"], "train.json cannot be written: Not a directory"),
+        (["trainer.output_dir={work}/train.json/a/b"], "b cannot be written: Not a directory"),
+        (["trainer.output_dir={out}/new", "data.cache_dir={work}/val.json"], "token store cannot be written to"),
+        (["trainer.output_dir={out}/new", "data.cache_dir=/proc/a"], "token store cannot be written to /proc/a"),
+        (["trainer.output_dir={out}/new", "trainer.logger=[wandb]"], "trainer.logger names wandb"),
+        (["trainer.output_dir={out}/new", "trainer.logger=[swanlab]"], "trainer.logger names swanlab"),
+    ],
+)
+def test_check_refuses_what_a_start_refuses(both, work, tmp_path, monkeypatch, words, text):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nowhere")
+    errors, _, message = both(*(word.format(work=work, out=tmp_path / "out") for word in words))
+    assert text in message and errors == [message]
+
+
+@pytest.mark.parametrize("name", ["best", "step_4", "step_9"])
+def test_check_reads_the_checkpoint_that_a_start_reads(both, tmp_path, name):
+    folder = tmp_path / "out/checkpoints"
+    spec = "auto"
+    if name == "best":
+        (folder / "best").unlink(missing_ok=True)
+        shutil.copytree(folder / "step_2", folder / "best")
+        flip(folder / "best/manifest.json")
+    elif name == "step_4":
+        spec = folder / "step_4"
+        flip(next((folder / "step_4/state").glob("*.safetensors")))
+    else:
+        shutil.copytree(folder / "step_4", folder / "step_9")
+    errors, _, message = both(f"trainer.resume_from={spec}")
+    assert f"{folder}/{name}" in message and errors == [message]
+
+
+def test_a_damaged_checkpoint_that_a_start_leaves_out_is_a_warning(both, tmp_path):
+    newest = tmp_path / "out/checkpoints/step_4"
+    flip(next((newest / "state").glob("*.safetensors")))
+    errors, report, message = both("trainer.resume_from=auto")
+    [warning] = [item for item in report if item["name"] == "run folder"]
+    assert not errors and not message and warning["status"] == "warning"
+    assert warning["message"].startswith(f"{newest} is damaged: ") and warning["message"].endswith(
+        "A start renames it."
+    )
+    assert newest.with_name("damaged_step_4").is_dir()
+
+
+def test_a_run_that_can_be_resumed_is_ready(both):
+    errors, report, message = both("trainer.resume_from=auto")
+    assert not errors and not message and "run folder" not in [item["name"] for item in report]
