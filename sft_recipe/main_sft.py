@@ -148,9 +148,7 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     stats_of = StatsOf(inputs.model, device)
     stats = stats_of(config)
     say = notice if is_first else lambda text: None
-    limit = max(config.data.max_length, config.data.max_target_length or 0)
-    longest_sequence = inputs.train.longest_sequence(config.data.has_targets)
-    if stats.positions and (text := stats.positions.notice(inputs.model.name, limit, longest_sequence)):
+    if text := inputs.positions_notice(config, stats.positions):
         say(text)
     settings = to_yaml(config)
     if resume and (changed := changed_settings(resume.parents[1], config)):

@@ -1,5 +1,6 @@
 """Finds the checkpoint that a run resumes from, verifies it, and checks that the run may continue it."""
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -158,8 +159,8 @@ def _named(path: Path) -> Path:
 
 def _located(path: Path) -> Path:
     """A link, such as `latest`, is what it points to."""
-    path = path.resolve() if path.is_symlink() else path
-    if not path.is_dir():
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else path
+    if not os.path.isdir(path):  # also for links in a circle, and for names that are too long
         siblings = ", ".join(sibling.name for sibling in list_checkpoints(path.parent)) if path.parent.is_dir() else ""
         raise CheckpointError(f"there is no checkpoint {path}" + (f"; its folder holds {siblings}" if siblings else ""))
     inner = list_checkpoints(path) or list_checkpoints(path / "checkpoints")

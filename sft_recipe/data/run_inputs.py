@@ -29,6 +29,7 @@ from sft_recipe.files import digest, write_text
 from sft_recipe.models.families import Family, decoder_start_token_id, family_of, fit
 from sft_recipe.models.hf_config import load_hf_config
 from sft_recipe.models.resolve import ResolvedModel, resolve_model, resolve_tokenizer
+from sft_recipe.models.stats import Positions
 from sft_recipe.models.tokenizer import check_vocabulary, load_tokenizer
 from sft_recipe.models.weight_files import weight_files
 
@@ -76,6 +77,17 @@ class RunInputs:
     def _special_ids(self) -> set[int]:
         special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return special | {self.tokenizer.eos_token_id}
+
+    def positions_notice(self, config: Config, positions: Positions | None) -> str | None:
+        """Return what to say where examples may have more positions than the model. Raises ConfigError."""
+        if positions is None:
+            return None
+        data = config.data
+        limit, longest = (
+            max(data.max_length, data.max_target_length or 0),
+            self.train.longest_sequence(data.has_targets),
+        )
+        return positions.notice(self.model.name, limit, longest)
 
     def identity(self, config: Config) -> dict[str, Any]:
         """Return what must be equal for a run to be resumed: model, adapters, data, order of batches.

@@ -20,7 +20,7 @@ from sft_recipe.models.resolve import resolve_model, resolve_tokenizer
 from sft_recipe.models.stats import StatsOf
 from sft_recipe.models.tokenizer import load_tokenizer
 from sft_recipe.readiness.data import example_checks, record_checks
-from sft_recipe.readiness.findings import Check, failed
+from sft_recipe.readiness.findings import Check, failed, warned
 from sft_recipe.readiness.machine import machine_checks
 from sft_recipe.readiness.model import model_checks, tokenizer_checks
 from sft_recipe.readiness.plan import disk_checks, measured, memory_checks, plan_checks
@@ -62,9 +62,11 @@ def check_readiness(config: Config, machine: Machine | None, measures: bool) -> 
     else:
         found = list(machine_checks(config))
         yield from found
-        problems, resume = run_folder_checks(config)
-        yield from problems
-        is_usable = found[0].status != "error"
+        refused = {check.name for check in found if check.status == "error"}
+        is_usable = "device" not in refused
+        if "output folder" not in refused:
+            problems, resume = run_folder_checks(config)
+            yield from problems
         device = _device() if is_usable and config.trainer.device != "cpu" else "cpu"
         os.environ["LOCAL_WORLD_SIZE"] = str(config.trainer.n_gpus_per_node)
         memory = device_memory(device)
@@ -117,11 +119,20 @@ def _run_checks(
     known = stats_of.model.notice  # the checks of the model have it
     yield from example_checks(config, inputs, [notice for notice in notices if notice != known])
     examples, tokens = len(inputs.train), int(inputs.train.lengths.sum())
+    yield from _position_checks(config, stats_of, inputs)
     yield from plan_checks(config, examples, tokens)
     yield from memory_checks(config, stats_of, workload_of(config, inputs.train), device, memory)
     yield from disk_checks(config, stats_of(config), Schedule.from_config(config, examples))
     if measures:
         yield from measured(config, examples, tokens, device)
+
+
+def _position_checks(config: Config, stats_of: StatsOf, inputs: RunInputs) -> Iterator[Check]:
+    try:
+        if text := inputs.positions_notice(config, stats_of(config).positions):
+            yield warned("length of examples", "{notice}", "", notice=text)
+    except RecipeError as error:
+        yield failed("length of examples", "{error}", "", error=error)
 
 
 def _inputs(config: Config) -> tuple[RunInputs, list[str]]:

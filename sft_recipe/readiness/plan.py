@@ -23,7 +23,7 @@ from sft_recipe.engine.lr_schedule import warmup_steps
 from sft_recipe.launch.local import HEAP_SETTINGS
 from sft_recipe.models.memory_estimate import GIB, estimate_run, options_that_fit
 from sft_recipe.models.stats import ModelStats
-from sft_recipe.models.workload import Workload
+from sft_recipe.models.workload import Workload, data_ranks
 from sft_recipe.readiness.findings import Check, failed, passed, warned
 from sft_recipe.readiness.run_folder import existing
 from sft_recipe.training.schedule import Schedule
@@ -61,6 +61,8 @@ def memory_checks(
     memory: int,
 ) -> Iterator[Check]:
     """Yield the check of a rank's memory on `device` with `memory` bytes."""
+    if not data_ranks(config):
+        return  # the parallel sizes are an error already
     if stats_of(config).dims is None or config.fsdp.strategy == "megatron":
         yield passed("memory", "no estimate: the model's dimensions are unknown, or Megatron shards it")
         return

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sft_recipe.cli import check
 from sft_recipe.readiness import machine
@@ -19,6 +20,10 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run_folder")
     tiny.build_model(folder / "model")
     tiny.build_model(folder / "other", seed=1)
+    (folder / "circle").symlink_to("circle")
+    tiny.build_tokenizer().save_pretrained(folder / "learned")
+    sizes = dict(n_positions=16, n_embd=16, n_layer=1, n_head=2, vocab_size=len(tiny.build_tokenizer()))
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder / "learned")
     run = arguments(folder / "model", folder, "trainer.total_training_steps=4", "trainer.max_ckpt_to_keep=null")
     assert run_here(*run) == 0
     return folder
@@ -67,6 +72,11 @@ def flip(path: Path):
         (["trainer.resume_from={out}/checkpoints/step_2"], "holds step_4, newer than step_2"),
         (["trainer.resume_from={work}/out/checkpoints/step_2"], "holds step_4 of another run"),
         (["trainer.resume_from={out}"], "is a folder of checkpoints"),
+        (["trainer.resume_from={work}/circle"], "there is no checkpoint"),
+        (["trainer.resume_from={work}/" + 300 * "x"], "there is no checkpoint"),
+        (["trainer.output_dir={work}/" + 300 * "x"], "cannot be written: File name too long"),
+        (["trainer.output_dir={out}/new", "fsdp.ulysses_sequence_parallel_size=2"], "1 rank cannot be grouped by 2"),
+        (["trainer.output_dir={out}/new", "model.path={work}/learned"], "has embeddings for 16 positions only"),
         ([], "holds step_4 of an earlier run"),
         (["trainer.output_dir={work}/train.json"], "train.json cannot be written: Not a directory"),
         (["trainer.output_dir={work}/train.json/a/b"], "b cannot be written: Not a directory"),
