@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 
-from sft_recipe.data.messages import Message
-from sft_recipe.data.turns import Turn, convert_calls
-from sft_recipe.errors import DataError
+from sft_recipe.data.messages import Message, data_error
+from sft_recipe.data.turns import Record, Turn, convert_calls, parse_json
 
-CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+# What the tags enclose begins as JSON does: other models write calls in other forms, as <function=add> and add(a=2).
+CALL = re.compile(r"<tool_call>\s*(\{(?:(?!<tool_call>).)*?)\s*</tool_call>(?=\s*(?:<tool_call>|\Z))", re.DOTALL)
 CALLS_AT_END = re.compile(rf"(.*?)((?:\s*{CALL.pattern})+)\s*", re.DOTALL)
 RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 RESULTS = re.compile(rf"\s*(?:{RESULT.pattern}\s*)+", re.DOTALL)
@@ -21,7 +21,7 @@ def with_hermes_calls(turns: list[Turn], source: str) -> list[Turn]:
     assistant   I add.\\n<tool_call>\\n{"name": "add", "arguments": {"a": 2}}\\n</tool_call>   ->   I add. and a call
     tool        <tool_response>\\n4\\n</tool_response>                                        ->   4
 
-    A turn with a call that is not valid JSON stays text.
+    Tags in the middle of a text stay text. Raises DataError where they end it, but what they enclose is no call.
     """
     return [converted for turn in turns for converted in _converted(turn, source)]
 
@@ -40,11 +40,17 @@ def _converted(turn: Turn, source: str) -> Iterator[Turn]:
 
 
 def _with_calls(message: Message, text: str, calls: list[str], field: str, source: str) -> Message:
-    try:
-        converted = tuple(call for item in calls for call in convert_calls(item, field, source))
-    except DataError:
-        return message
-    return replace(message, content=text, tool_calls=converted)
+    converted: list[Record] = []
+    for item in calls:
+        call = parse_json(item, f"{field}, <tool_call>", source)
+        if isinstance(call, str):
+            problem = (
+                f"{field} has a <tool_call> that is not JSON, which has double quotes, true, false and null: "
+                f'{item[:80]!r}; expected {{"name": "add", "arguments": {{"a": 2}}}}'
+            )
+            raise data_error(source, problem, "tools")
+        converted += convert_calls(call, f"{field}, <tool_call>", source)
+    return replace(message, content=text, tool_calls=tuple(converted))
 
 
 def in_order_of_calls(turns: list[Turn]) -> list[Turn]:

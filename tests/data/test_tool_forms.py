@@ -106,11 +106,46 @@ def test_anthropic_thinking_and_system_parts():
 
 @pytest.mark.parametrize(
     "content",
-    ["Write <tool_call> like this.", "<tool_call>\n{'name': 'add'}\n</tool_call>", '<tool_call>{"a": 1}</tool_call>'],
+    [
+        "Write <tool_call> like this.",
+        "Write {} between <tool_call> and </tool_call>",
+        "<tool_call>\n<function=add>\n</function>\n</tool_call>",
+        "With <tool_call>{'name': 'add'}</tool_call> I add.",
+    ],
 )
 def test_a_text_that_is_no_call_stays_text(content):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
     assert to_conversation({"messages": turns, "tools": TOOLS}, "").messages[1] == Message("assistant", content)
+
+
+GOOD = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("inside", "expected"),
+    [
+        ('{"name": "add", "arguments": {bad}}', "has a <tool_call> that is not JSON"),
+        ('{"name": "add", "arguments": {"a": 1}', "has a <tool_call> that is not JSON"),
+        ("{'name': 'add', 'arguments': {}}", "not JSON, which has double quotes, true, false and null: \"{'name'"),
+        ('{"a": 1}', "is not a tool call; expected an object with name and arguments"),
+        ('{"name": "add", "arguments": 3}', "arguments is a number; expected an object"),
+    ],
+)
+@pytest.mark.parametrize("before", ["", "I add.\n", GOOD, f"{GOOD}\nAnd "])
+def test_a_call_in_tags_that_cannot_be_used_is_an_error(before, inside, expected):
+    content = f"{before}<tool_call>\n{inside}\n</tool_call>\n"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    with pytest.raises(DataError) as caught:
+        to_conversation({"messages": turns, "tools": TOOLS}, "a.json, record 1")
+    assert str(caught.value).startswith("a.json, record 1: messages[1].content") and expected in str(caught.value)
+
+
+def test_a_text_between_two_calls_is_kept_and_an_argument_may_spell_the_end():
+    call = {"name": "add", "arguments": {"a": "}</tool_call> b"}}
+    content = f"{GOOD} and <tool_call>\n{json.dumps(call)}\n</tool_call>"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    message = to_conversation({"messages": turns, "tools": TOOLS}, "").messages[1]
+    assert message == Message("assistant", f"{GOOD} and", tool_calls=({"type": "function", "function": call},))
 
 
 def test_calls_in_a_text_stay_text_without_tools():
