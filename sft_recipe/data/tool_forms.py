@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 
-from sft_recipe.data.messages import Message, data_error
+from sft_recipe.data.messages import Conversation, Message, data_error
 from sft_recipe.data.turns import Record, Turn, convert_calls, parse_json
 
 # What the tags enclose begins as JSON does: other models write calls in other forms, as <function=add> and add(a=2).
@@ -32,11 +32,23 @@ def _converted(turn: Turn, source: str) -> Iterator[Turn]:
         yield turn
     elif message.role == "assistant" and not message.tool_calls and (match := CALLS_AT_END.fullmatch(message.content)):
         yield turn._replace(message=_with_calls(message, match[1].rstrip(), CALL.findall(match[2]), turn.field, source))
-    elif message.role == "tool" and RESULTS.fullmatch(message.content):
-        for result in RESULT.findall(message.content):
-            yield turn._replace(message=replace(message, content=result))
     else:
-        yield turn
+        yield from (turn._replace(message=result) for result in _without_tags(message))
+
+
+def without_result_tags(conversation: Conversation) -> Conversation:
+    """Return the conversation with the results of tools as `with_hermes_calls` returns them, for templates that write
+    the tags themselves.
+    """
+    messages = tuple(part for message in conversation.messages for part in _without_tags(message))
+    return conversation if messages == conversation.messages else replace(conversation, messages=messages)
+
+
+def _without_tags(message: Message) -> list[Message]:
+    """The results in a tool turn that consists of them, each a turn; else the message as it is."""
+    if message.role != "tool" or not RESULTS.fullmatch(message.content):
+        return [message]
+    return [replace(message, content=result) for result in RESULT.findall(message.content)]
 
 
 def _with_calls(message: Message, text: str, calls: list[str], field: str, source: str) -> Message:

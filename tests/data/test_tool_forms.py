@@ -10,6 +10,7 @@ from sft_recipe.data.rendering.renderer import Renderer
 from sft_recipe.errors import DataError
 from tests.data.rendering.oracles import TOKENIZERS
 from tests.data.stores import build, examples, write
+from tests.support import tiny
 
 TOKENIZER = TOKENIZERS["qwen3", "bytes"]
 PARAMETERS = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}}}
@@ -155,6 +156,30 @@ def test_calls_in_a_text_stay_text_without_tools():
     ]
     conversation = to_conversation({"messages": turns}, "")
     assert conversation.messages[1].content == turns[1]["content"] and not conversation.messages[1].tool_calls
+
+
+def test_results_without_tools_are_wrapped_once():
+    record = {key: value for key, value in hermes().items() if key != "tools"}
+    turns = [("user", QUESTION), ("assistant", record["conversations"][1]["value"]), ("tool", "3"), ("tool", "4")]
+    turns = [{"role": role, "content": text} for role, text in [*turns, ("assistant", ANSWER)]]
+    encoded = Renderer(TOKENIZER).encode(to_conversation(record, ""))
+    assert encoded.input_ids == TOKENIZER.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert TOKENIZER.decode(encoded.input_ids).count("<tool_response>") == 2
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "content"),
+    [
+        (tiny.build_tokenizer(tiny.CHATML), "<tool_response>\n3\n</tool_response>"),
+        (TOKENIZER, "It says <tool_response>\n3\n</tool_response>"),
+    ],
+    ids=["the template writes no tags", "the tags are a part of the text"],
+)
+def test_tags_of_results_stay(tokenizer, content):
+    turns = [{"role": role, "content": text} for role, text in (("user", "3?"), ("tool", content), ("assistant", "3"))]
+    encoded = Renderer(tokenizer).encode(to_conversation({"messages": turns}, ""))
+    assert encoded.input_ids == tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert content in tokenizer.decode(encoded.input_ids)
 
 
 def test_results_that_name_no_call_keep_their_order():

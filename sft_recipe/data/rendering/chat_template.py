@@ -76,6 +76,7 @@ class ChatTemplate:
         named = re.findall(rf"(?:\.|\[?['\"])({'|'.join(REASONING_KEYS)})(?!\w)", self.source)
         self.reasoning_key = next((key for key in REASONING_KEYS if key in named), REASONING_KEYS[0])
         self.reads_reasoning = bool(named)
+        self.wraps_results = "<tool_response>" in self.without_tools  # with tools, no result has the tags any more
         self.needs_json_arguments = False  # some templates need the arguments of calls as JSON text, not as objects
         self.special_tokens = special_tokens(tokenizer)
         self.special_pattern = pattern_of(self.special_tokens)

@@ -17,6 +17,7 @@ from sft_recipe.data.rendering.escaping import ESCAPE, SpecialTokenEscaper
 from sft_recipe.data.rendering.options import RenderOptions
 from sft_recipe.data.rendering.text_tokens import TextTokenizer, Tokens
 from sft_recipe.data.rendering.thinking_mix import mix_thinking
+from sft_recipe.data.tool_forms import without_result_tags
 from sft_recipe.errors import DataError, ModelError
 
 # Characters that tokenizers add or cannot decode: sentencepiece's space, the replacement character, the escape.
@@ -149,6 +150,8 @@ class Renderer:
             conversation = with_system_prompt(conversation, options.random_system_prompt, options.seed)
         if (share := options.thinking_mix) is not None:
             conversation = mix_thinking(conversation, share, options.seed, self.template.thinking_switches)
+        if self.template.wraps_results:
+            conversation = without_result_tags(conversation)
         variables = conversation.chat_template_kwargs
         key = json.dumps(variables, ensure_ascii=False, sort_keys=True)
         if key not in self.annotators:
