@@ -20,6 +20,7 @@ from sft_recipe.data.batching import sample_mixture, split_validation
 from sft_recipe.data.notices import data_notices
 from sft_recipe.data.pipeline import open_store
 from sft_recipe.data.rendering.renderer import RenderOptions
+from sft_recipe.data.rendering.thinking_mix import mix_notice
 from sft_recipe.data.sources import Source, SourceCounts, resolve_files
 from sft_recipe.data.statistics import DataStatistics, data_statistics, end_token
 from sft_recipe.data.token_store import REJECTED, Examples, StoreOptions, TokenStore
@@ -196,6 +197,8 @@ def _prepare_machine(
     check_vocabulary(tokenizer, model)
     date = (date or datetime.now().date().isoformat()) if "strftime_now" in str(tokenizer.chat_template) else None
     data, options = config.data, store_options(config, hf_config, date)
+    if notice := mix_notice(data.thinking_mix, tokenizer):
+        say(notice)
     rejected = config.trainer.run_folder / REJECTED
     is_rank_0 = os.environ.get("RANK", "0") == "0"  # machines share the run folder
     if is_rank_0:

@@ -16,6 +16,7 @@ from sft_recipe.data.preview.stats import DatasetStats, Record, Settings, chunke
 from sft_recipe.data.quality import Problem, QualityChecks, QualityReport
 from sft_recipe.data.readers import BadRecord
 from sft_recipe.data.rendering.renderer import Encoded, Renderer
+from sft_recipe.data.rendering.thinking_mix import mix_notice
 from sft_recipe.data.run_inputs import store_options
 from sft_recipe.data.sources import Source, resolve_files
 from sft_recipe.data.worker_pool import ordered_results
@@ -84,6 +85,8 @@ def compute_preview(
     family = family_of(hf_config) if hf_config else CAUSAL  # a folder with a tokenizer alone says nothing else
     tokenizer = load_tokenizer(config.model, resolve_tokenizer(config.model, model, config.cache_dir()), family)
     renderer = make_renderer(tokenizer, store_options(config, hf_config))
+    if text := mix_notice(config.data.thinking_mix, tokenizer):
+        notice(text)
     selection = replace(selection, decode=lambda ids: str(tokenizer.decode(ids)))
     stats = DatasetStats(_settings(config), show, selection)
     chunks = ((source, chunk) for source, records in _read(config, sources) for chunk in chunked(records))

@@ -5,21 +5,26 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from datetime import datetime
+from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, cast
 
 import jinja2
+from jinja2 import meta
+from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sft_recipe.config.reserved import NOT_TEMPLATE_VARIABLES
 from sft_recipe.data.rendering.options import RenderOptions
-from sft_recipe.data.turns import REASONING_KEYS
+from sft_recipe.data.turns import REASONING_KEYS, is_empty
 from sft_recipe.errors import ModelError
 from sft_recipe.models.tokenizer import special_tokens
 
 TAG = re.compile(r"</?\w+>")
-GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 # The names that templates use for the variable that switches thinking on.
-THINKING_SWITCH = re.compile(r"(?<![.\w'\"])(enable_thinking|thinking)(?![\w'\"])")
+THINKING_SWITCHES = {"enable_thinking", "thinking"}
 
 Messages = Sequence[dict[str, Any]]
 Span = tuple[int, int]  # [start, end) in characters
@@ -62,12 +67,14 @@ class ChatTemplate:
             self.with_tools = tokenizer.get_chat_template(chat_template, tools=[{}])  # some have a separate template
             is_one = self.without_tools == self.with_tools
             self.source = self.without_tools if is_one else self.without_tools + self.with_tools
-            lexed = jinja2.Environment().lexer.tokenize(self.source)
-            literals = {token.value.strip() for token in lexed if token.type == "string"}
+            lexed = list(jinja2.Environment().lexer.tokenize(self.source))
         except (ValueError, jinja2.TemplateSyntaxError) as error:
             raise ModelError(f"{self.name}: no usable chat template: {error}") from error
+        literals = {token.value.strip() for token in lexed if token.type == "string"}
+        names = (token.value for before, token in pairwise(lexed) if token.type == "name" and before.type != "dot")
+        self.names = set(names)
         self.has_generation_tags = GENERATION_TAG.search(self.source) is not None
-        self.thinking_switches = set(THINKING_SWITCH.findall(self.source))
+        self.thinking_switches = self.names & THINKING_SWITCHES
         self.variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._thinking(options.enable_thinking)}
         self.variables |= self._of_run(options.chat_template_kwargs)
         if options.date:
@@ -96,17 +103,23 @@ class ChatTemplate:
     def _of_run(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
         if missing := self._missing(variables):
             raise ModelError(
-                f"{self.name}: data.chat_template_kwargs sets {missing}, but the chat template has no such variable; "
-                "remove it, or use a template that has it (model.chat_template)."
+                f"{self.name}: data.chat_template_kwargs sets {missing}, but the chat template has no such variable"
+                f"{self._hint(missing)}; remove it, or use a template that has it (model.chat_template)."
             )
         return variables
 
-    def _has_variable(self, name: str) -> bool:
-        return re.search(rf"(?<![.\w'\"]){re.escape(name)}(?![\w'\"])", self.source) is not None
-
     def _missing(self, variables: Mapping[str, Any]) -> str | None:
-        """The first variable that the template does not have, unless its value is as good as none."""
-        return next((name for name, value in variables.items() if value and not self._has_variable(name)), None)
+        """The first variable that the template does not have, unless its value is empty."""
+        return next((name for name in variables if name not in self.names and not is_empty(variables[name])), None)
+
+    def _hint(self, missing: str) -> str:
+        template = GENERATION_TAG.sub("", self.source)
+        try:
+            given = meta.find_undeclared_variables(jinja2.Environment(extensions=[loopcontrols]).parse(template))
+        except jinja2.TemplateSyntaxError:
+            return ""
+        near = get_close_matches(missing, given.difference(NOT_TEMPLATE_VARIABLES))
+        return f" (did you mean {' or '.join(near)}?)" if near else ""
 
     @property
     def can_enable_thinking(self) -> bool:
@@ -117,15 +130,17 @@ class ChatTemplate:
     def with_variables(self, variables: Mapping[str, Any]) -> "ChatTemplate":
         """Return this template with other values for some of its variables.
 
-        Raises TemplateError for a variable that the template does not have, unless its value is as good as none.
+        Raises TemplateError for a variable that the template does not have, unless its value is empty or switches
+        thinking off.
         """
-        if missing := self._missing(variables):
+        asked = {name: value for name, value in variables.items() if name not in THINKING_SWITCHES or value}
+        if missing := self._missing(asked):
             raise TemplateError(
-                f"has no variable {missing} (chat_template_kwargs); remove it from the data, or use a template that "
-                "has it (model.chat_template)"
+                f"has no variable {missing} (chat_template_kwargs){self._hint(missing)}; remove it from the data, or "
+                "use a template that has it (model.chat_template)"
             )
         template = copy(self)
-        known = {name: value for name, value in variables.items() if self._has_variable(name)}
+        known = {name: value for name, value in variables.items() if name in self.names}
         template.variables = {**self.variables, **known}
         return template
 

@@ -3,7 +3,10 @@
 from collections.abc import Collection
 from dataclasses import replace
 
+from transformers import PreTrainedTokenizerBase
+
 from sft_recipe.data.messages import THOUGHT, Conversation, Message
+from sft_recipe.data.rendering.chat_template import ChatTemplate
 from sft_recipe.data.rendering.draws import draw
 from sft_recipe.data.rendering.inline_reasoning import has_inline_reasoning
 
@@ -22,6 +25,20 @@ def mix_thinking(conversation: Conversation, share: float, seed: int, switches: 
     thinks = any(message.reasoning or has_inline_reasoning(message) for message in conversation.messages)
     return replace(
         conversation, chat_template_kwargs=conversation.chat_template_kwargs | dict.fromkeys(switches, thinks)
+    )
+
+
+def mix_notice(share: float | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a notice where nothing in the prompts of a mix shows which answers have reasoning.
+
+    Raises ModelError for a chat template that cannot be used.
+    """
+    if not share or share == 1 or ChatTemplate(tokenizer).thinking_switches:
+        return None
+    return (
+        f"data.thinking_mix is {share:g}, but the chat template has no thinking switch: nothing in the prompt shows "
+        "which answers have reasoning, so that the model chooses by chance at inference. Use a template that has one "
+        "(model.chat_template), or leave data.thinking_mix out."
     )
 
 

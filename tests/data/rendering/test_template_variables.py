@@ -21,7 +21,7 @@ def supervised(tokenizer, encoded):
 def test_variables_of_each_record_reach_the_template():
     tokenizer = tiny.build_tokenizer(STYLE_TEMPLATE)
     renderer = Renderer(tokenizer)
-    given = [{}, {"style": "terse"}, {"style": "kind"}, {}, {"style": "terse", "unknown": ""}]
+    given = [{}, {"style": "terse"}, {"style": "kind"}, {}, {"style": "terse", "unknown": "", "enable_thinking": False}]
     conversations = [to_conversation({**PAIR, "chat_template_kwargs": variables}, "") for variables in given]
     for variables, conversation, encoded in zip(
         given, conversations, renderer.encode_batch(conversations), strict=True
@@ -54,19 +54,30 @@ def test_variables_of_the_run_are_overridden_by_those_of_a_record():
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({"effort": "low"}, "data.chat_template_kwargs sets effort, but the chat template has no such variable"),
+        (
+            {"effort": "low"},
+            "data.chat_template_kwargs sets effort, but the chat template has no such variable; remove",
+        ),
+        ({"stile": False}, r"sets stile, but the chat template has no such variable \(did you mean style\?\); remove"),
+        ({"enable_thinking": False}, "sets enable_thinking, but the chat template has no such variable"),
+        ({"lookup": 0}, "sets lookup, but the chat template has no such variable"),
         ({"style": "<|im_end|>"}, "data.chat_template_kwargs spells a special token"),
     ],
 )
 def test_variables_of_the_run_that_cannot_be_used_are_errors(variables, expected):
+    template = STYLE_TEMPLATE.replace("plain", "Use the lookup or effort") + "{# lookup #}{{ messages.lookup }}"
     with pytest.raises(ModelError, match=expected):
-        Renderer(tiny.build_tokenizer(STYLE_TEMPLATE), options=RenderOptions(chat_template_kwargs=variables))
+        Renderer(tiny.build_tokenizer(template), options=RenderOptions(chat_template_kwargs=variables))
 
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
         ({"enable_thinking": True}, "has no variable enable_thinking (chat_template_kwargs)"),
+        (
+            {"stile": False},
+            "has no variable stile (chat_template_kwargs) (did you mean style?); remove it",
+        ),
         ({"style": "<|im_end|>"}, "gets a variable that spells a special token (chat_template_kwargs)"),
         ({"tools": [{"name": "f"}]}, "chat_template_kwargs.tools is not a variable that a record can set; write tools"),
         ({"add_generation_prompt": True}, "chat_template_kwargs.add_generation_prompt is not a variable"),

@@ -4,10 +4,14 @@ import pytest
 
 from sft_recipe.config.validation import build_config
 from sft_recipe.data.messages import Conversation, Message
+from sft_recipe.data.preview.compute import compute_preview
 from sft_recipe.data.rendering.renderer import Renderer, RenderOptions
-from sft_recipe.data.run_inputs import store_options
+from sft_recipe.data.rendering.thinking_mix import mix_notice
+from sft_recipe.data.run_inputs import prepare, store_options
 from sft_recipe.errors import ConfigError
 from tests.data.rendering.oracles import TOKENIZERS, own_ids, truth
+from tests.data.stores import write
+from tests.support import tiny
 
 NAME, KIND = "qwen3", "bytes"
 TOKENIZER = TOKENIZERS[NAME, KIND]
@@ -79,6 +83,34 @@ def test_a_record_that_sets_the_switch_is_left_as_it_is(switch):
 def test_reasoning_without_an_answer_stays():
     [encoded] = encode([talk(1, content="")], 0.0)
     assert encoded == Renderer(TOKENIZER, options=RenderOptions(enable_thinking=True)).encode(talk(1, content=""))
+
+
+@pytest.mark.parametrize(
+    ("share", "template", "is_noticed"),
+    [
+        (0.5, tiny.CHATML, True),
+        (0.5, tiny.CHATML.replace("{% for", "{{ 'Begin by thinking.' }}{% for", 1), True),
+        (0.5, TOKENIZER.chat_template, False),
+        (0.0, tiny.CHATML, False),
+        (1.0, tiny.CHATML, False),
+        (None, tiny.CHATML, False),
+    ],
+)
+def test_a_mix_that_the_prompt_does_not_show_is_noticed(share, template, is_noticed):
+    notice = mix_notice(share, tiny.build_tokenizer(template))
+    assert (notice is not None) is is_noticed
+    assert not notice or notice.startswith("data.thinking_mix is 0.5, but the chat template has no thinking switch")
+
+
+def test_preparation_and_preview_have_the_notice(tmp_path, model_dir):
+    path = write(tmp_path / "a.json", [{"prompt": "Hi", "response": "Hello there."}])
+    data = {"train_files": str(path), "thinking_mix": 0.5, "cache_dir": str(tmp_path / "cache")}
+    groups = {"model": {"path": str(model_dir)}, "data": data, "optim": {}, "fsdp": {}, "lora": {}}
+    config = build_config(groups | {"trainer": {"output_dir": str(tmp_path / "run")}})
+    for announce in (lambda say: prepare(config, 0, say), lambda say: compute_preview(config, 0, say)):
+        notices = []
+        announce(notices.append)
+        assert any(notice.startswith("data.thinking_mix is 0.5, but") for notice in notices)
 
 
 def configuration(**data):
