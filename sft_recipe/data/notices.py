@@ -74,5 +74,12 @@ def data_notices(report: StoreReport, part: str, data: DataConfig, rejected: Pat
             "template drops once a user turn follows; data.split_turns=true makes an example of each answer, with the "
             "reasoning, as at inference."
         )
+    if report.joined_starts:
+        answers = plural(report.joined_starts, "answer")
+        notices.append(
+            f"{part}: {answers} whose first token also has the end of the prompt in it, such as a space, so it is not "
+            "trained on, and at inference the prompt is tokenized differently; set model.chat_template to a template "
+            "whose generation prompt does not end in a space."
+        )
     notices += [f"{part}: {sentence}." for sentence in report.remarks.sentences()]
     return notices

@@ -73,6 +73,7 @@ class StoreReport:
     special_text: int = 0
     dropped_reasoning: int = 0
     earlier_without_reasoning: int = 0
+    joined_starts: int = 0
     tokens: int = 0
     supervised: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class StoreReport:
             "tokens",
             "supervised",
         )
-        for name in (*counts, "dropped_reasoning", "earlier_without_reasoning"):
+        for name in (*counts, "dropped_reasoning", "earlier_without_reasoning", "joined_starts"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         self.longest_target = max(self.longest_target, other.longest_target)

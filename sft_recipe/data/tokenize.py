@@ -162,6 +162,7 @@ def _admit(source: str, example: Encoded, options: StoreOptions, report: StoreRe
     report.special_text += example.has_special_text
     report.dropped_reasoning += example.drops_reasoning
     report.earlier_without_reasoning += example.earlier_without_reasoning
+    report.joined_starts += example.joined_starts
     is_target_too_long = target > (options.max_target_length or 0)
     if length > options.max_length or is_target_too_long:
         report.too_long += 1

@@ -61,6 +61,12 @@ CHINESE = {
     "{records} with reasoning in the last turn that the chat template drops: it is not trained on.": (
         "{records}的最后一轮有推理内容，但被对话模板去掉：不参与训练。"
     ),
+    "{answers} whose first token also has the end of the prompt in it, such as a space: it is not trained on, and at "
+    "inference the prompt is tokenized differently. Use a chat template whose generation prompt does not end in a "
+    "space.": (
+        "{answers}的第一个 token 同时含有提示的结尾（例如空格）：它不参与训练，而且推理时提示的分词不同。"
+        "请使用生成提示不以空格结尾的对话模板。"
+    ),
     "{records} with text that spells a special token; it stays text.": (
         "{records}含有与特殊 token 同形的文本；仍按文本处理。"
     ),
@@ -87,6 +93,7 @@ CHINESE = {
 }
 COUNTED = {
     "record": "{count} 条记录",
+    "answer": "{count} 个回答",
     "token": "{count} 个 token",
     "more token": "还有 {count} 个 token",
     "step": "{count} 步",

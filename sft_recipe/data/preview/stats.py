@@ -151,7 +151,7 @@ class DatasetStats:
         self.found = 0  # records that the selection finds
         self.continued = self.repeated_tokens = 0  # of examples from the same record as the one before: split_turns
         self._last_source = ""
-        self.special_text = self.dropped_reasoning = self.earlier_without_reasoning = 0
+        self.special_text = self.dropped_reasoning = self.earlier_without_reasoning = self.joined_starts = 0
         self.remarks = Remarks()
         self.quality = QualityReport()
         self.error_kinds: Counter[str] = Counter()
@@ -196,6 +196,7 @@ class DatasetStats:
         self.special_text += encoded.has_special_text
         self.dropped_reasoning += encoded.drops_reasoning
         self.earlier_without_reasoning += encoded.earlier_without_reasoning
+        self.joined_starts += encoded.joined_starts
         self.remarks.add(record, encoded.omits_names)
         self.patterns[roles_of(record)] += 1
         # A random key per record: the sample is uniform and seeded, and that of -n 10 contains that of -n 5.
@@ -269,11 +270,8 @@ class DatasetStats:
     def truncation(self) -> Truncation:
         """Apply `max_length` as training does: drop leaves out long examples, right cuts their end, error stops."""
         lengths, supervised, limit = self.lengths, self.supervised, self.settings.max_length
-        cut, within, sources = (
-            np.minimum(lengths, limit),
-            np.array(self._within, dtype=np.int64),
-            np.zeros_like(lengths),
-        )
+        cut, sources = np.minimum(lengths, limit), np.zeros_like(lengths)
+        within = np.array(self._within, dtype=np.int64)
         if self.settings.max_target_length is not None:
             whole = np.array(self._source_lengths, dtype=np.int64)
             sources = np.minimum(whole, limit)

@@ -217,6 +217,13 @@ def _warnings(stats: DatasetStats) -> Iterator[str]:
             f"{answers} before the last user turn without the reasoning, which the chat template drops there; "
             "data.split_turns=true makes an example of each answer, with its reasoning"
         )
+    if stats.joined_starts:
+        answers = plural(stats.joined_starts, "answer")
+        yield (
+            f"{answers} whose first token also has the end of the prompt in it, such as a space: it is not trained on, "
+            "and at inference the prompt is tokenized differently; use a chat template whose generation prompt does "
+            "not end in a space"
+        )
     yield from map(printable, stats.remarks.sentences())
     yield from map(printable, stats.quality.sentences())
     if stats.rejected:

@@ -37,6 +37,8 @@ class Encoded:
     `has_special_text`: the data spells a special token, which was encoded as ordinary text. `drops_reasoning`: the
     template leaves out reasoning in the last assistant turn. `earlier_without_reasoning`: the number of earlier
     supervised assistant turns whose reasoning it leaves out. `omits_names`: it leaves out the names of turns.
+    `joined_starts`: the number of supervised turns whose first visible text is in a token with the end of the prompt,
+    " Paris" after "ASSISTANT: ", so that this token has no loss.
     """
 
     input_ids: list[int]
@@ -45,6 +47,7 @@ class Encoded:
     drops_reasoning: bool = False
     earlier_without_reasoning: int = 0
     omits_names: bool = False
+    joined_starts: int = 0
 
     @property
     def source_length(self) -> int:
@@ -200,7 +203,7 @@ class Renderer:
                     "gets data that spells a special token, which this tokenizer cannot encode as ordinary text; "
                     "remove it from the data, or set data.parse_special_tokens=true"
                 )
-        mask = [0] * len(ids)
+        mask, joined_starts = [0] * len(ids), 0
         for start, end in annotated.spans:
             if self.template.has_generation_tags:  # as in transformers: every token that overlaps the tagged text
                 first, last = tokens.token_at(start), tokens.token_at(end - 1) + 1
@@ -211,10 +214,11 @@ class Renderer:
                     ending = annotated.text[:end][-20:]
                     raise TemplateError(f"ends a turn with {ending!r}, which is not encoded as one special token")
                 self._check_decoded(ids[first:last], tokens.source_text(first, last))
+                joined_starts += bool(tokens.text_before(first, start).strip())
             mask[first:last] = [1] * (last - first)
         mask[0] = 0
         omitted = annotated.drops_reasoning, annotated.earlier_without_reasoning, annotated.omits_names
-        return Encoded(ids, mask, annotated.is_escaped, *omitted)
+        return Encoded(ids, mask, annotated.is_escaped, *omitted, joined_starts)
 
     def _check_decoded(self, ids: list[int], text: str | None) -> None:
         """Raise TemplateError if ids do not decode to their text; None stands for a text that they surely decode to."""

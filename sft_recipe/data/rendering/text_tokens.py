@@ -34,6 +34,11 @@ class ByteTokens:
         """Return the index of the token that contains this character."""
         return bisect_left(self.starts, len(self.text[:char].encode()) + 1) - 1
 
+    def text_before(self, token: int, char: int) -> str:
+        """Return the text from this character to the start of a token; a character of which it has a part counts."""
+        count = self.starts[token] - len(self.text[:char].encode())
+        return self.text[char : char + count].encode()[: max(count, 0)].decode(errors="replace")
+
     def source_text(self, first: int, last: int) -> str | None:
         """Return None: tokens [first, last) are known to decode to the text that they come from."""
         return None
@@ -59,6 +64,10 @@ class OffsetTokens:
         """Return the index of the token that contains this character, or of the next token if none does."""
         tokens = (self.encoding.char_to_token(position) for position in range(char, len(self.text)))
         return next((token for token in tokens if token is not None), len(self.ids))
+
+    def text_before(self, token: int, char: int) -> str:
+        """Return the text from this character to the end of the token before."""
+        return self.text[char : self.encoding.token_to_chars(token - 1)[1]] if token else ""
 
     def source_text(self, first: int, last: int) -> str | None:
         """Return the text that tokens [first, last) come from."""
