@@ -9,7 +9,8 @@ from sft_recipe.data.rendering.chat_template import ChatTemplate, Refused, Span,
 from sft_recipe.data.rendering.skeleton import SLOT, Skeleton, split_at_slots
 from sft_recipe.errors import ModelError
 
-CLOSING_TAG = re.compile(r"\s*</\w+>\s*")
+# With the line ends after it, but not the space before an answer: " Paris" is a token, which the model produces.
+CLOSING_TAG = re.compile(r"\s*</\w+>(\s*[\r\n])?")
 # What a generation prompt may have after the header: a tag that opens reasoning, or reasoning that is closed at once:
 # <think></think>, <|START_THINKING|><|END_THINKING|>, <|channel>thought\n<channel|>.
 OPENED_REASONING = re.compile(
@@ -168,7 +169,7 @@ class TurnLocator:
         if closing:
             return after, closing.end()
         text_follows = after < len(self.slots) and self.slots[after].startswith(f"{index}.text")
-        return after, len(literal) if text_follows else 0
+        return after, len(literal.rstrip(" ")) if text_follows else 0
 
     def _end(self, index: int, last: int) -> int:
         """How many characters of the literal after the content of messages[index] belong to its turn.

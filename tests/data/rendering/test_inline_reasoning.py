@@ -98,3 +98,24 @@ def test_answers_whose_reasoning_the_template_leaves_out_are_counted(in_content)
     masked = chat(first, replace(answer, train=False), *rest)
     assert encode(READS_CONTENT, masked).earlier_without_reasoning == 1
     assert encode(CHATML.translate(MARKS), chat(USER, inline("A.", "hm"))).earlier_without_reasoning == 0
+
+
+FIELD = "{{ 'Thought: ' + m.reasoning_content + 'END' if m.reasoning_content }}{{ m.content"
+
+
+@pytest.mark.parametrize(
+    ("after", "answer"),
+    [(" ", " Paris"), ("", "Paris"), ("\n\n", "Paris"), (" \n", "Paris"), ("\n\n ", " Paris"), ("\r\n", "Paris")],
+)
+@pytest.mark.parametrize("end", [None, "</think>", " The answer:"])
+def test_the_answer_after_masked_reasoning_begins_with_its_space(after, answer, end):
+    """A byte-level vocabulary has " Paris" as one token, of which the model must produce the space as well."""
+    template = CHATML.translate(MARKS)
+    message = Message("assistant", f"<think>hm</think>{after}Paris")
+    if end:
+        template = template.replace("{{ m.content", FIELD.replace("END", end + after.replace("\n", "\\n")), 1)
+        message = Message("assistant", "Paris", "hm")
+    tokenizer = tiny.build_tokenizer(template)
+    encoded = Renderer(tokenizer, options=RenderOptions(train_on_reasoning=False)).encode(chat(USER, message))
+    assert trained(tokenizer, encoded) == [f"{answer}<|im_end|>"]
+    assert encoded.joined_starts == 0
