@@ -8,10 +8,13 @@ import numpy as np
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from sft_recipe.config.schema import Config
 from sft_recipe.config.trainer import EvalConfig
 from sft_recipe.data.rendering.options import RenderOptions
 from sft_recipe.data.rendering.source_target import prompt_encoder
+from sft_recipe.data.run_inputs import RunInputs, render_options
 from sft_recipe.data.token_store import Examples
+from sft_recipe.errors import ConfigError
 from sft_recipe.evaluation.scores import Scores, score, tool_calls
 from sft_recipe.models.families import CAUSAL, SEQ2SEQ, Family
 
@@ -145,3 +148,18 @@ def _prompt(name: str, ids: np.ndarray, mask: np.ndarray) -> Prompt:
     gaps = np.flatnonzero(np.diff(supervised) > 1)
     begin, end = int(supervised[gaps[-1] + 1 if len(gaps) else 0]), int(supervised[-1]) + 1
     return Prompt(name, ids[:begin].tolist(), ids[begin:end].tolist())
+
+
+def answer_generator(config: Config, inputs: RunInputs, generate: Generate) -> AnswerGenerator | None:
+    """Return what answers the prompts of a run; None where there are none. Raises ConfigError where the run would stop
+    early by calls of tools, and no reference has one.
+    """
+    evaluation, answers = config.eval, None
+    if evaluation.generate or evaluation.prompts:
+        ends, budget, options = inputs.stop_token_ids(), config.data.token_budget, render_options(config, inputs.date)
+        answers = AnswerGenerator(
+            evaluation, inputs.validation, inputs.tokenizer, ends, generate, budget, inputs.family, options
+        )
+    if config.trainer.early_stopping.metric == TOOL_MATCH and not (answers and answers.expects_tool_calls()):
+        raise ConfigError(f"trainer.early_stopping.metric={TOOL_MATCH}: no answer of the data calls a tool")
+    return answers

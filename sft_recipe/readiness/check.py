@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_recipe.checkpoint.manifest import read_manifest
 from sft_recipe.config.auto import PACKED_ATTENTION
 from sft_recipe.config.preflight import check_config
 from sft_recipe.config.schema import Config
-from sft_recipe.data.run_inputs import RunInputs, prepare, store_options
+from sft_recipe.data.run_inputs import DATE, RunInputs, prepare, store_options
 from sft_recipe.errors import RecipeError
+from sft_recipe.evaluation.generation import answer_generator
 from sft_recipe.models.families import family_of, fit
 from sft_recipe.models.hf_config import load_hf_config
 from sft_recipe.models.memory_estimate import device_memory
@@ -110,7 +112,7 @@ def _run_checks(
 ) -> Iterator[Check]:
     """Yield the checks that need tokenized data."""
     try:
-        inputs, notices = _inputs(config)
+        inputs, notices = _inputs(config, resume)
     except RecipeError as error:
         yield failed("data", "{error}", "scripts/preview_data.py shows the data", error=error)
         return
@@ -120,6 +122,10 @@ def _run_checks(
     yield from example_checks(config, inputs, [notice for notice in notices if notice != known])
     examples, tokens = len(inputs.train), int(inputs.train.lengths.sum())
     yield from _position_checks(config, stats_of, inputs)
+    try:
+        answer_generator(config, inputs, lambda *_: [])
+    except RecipeError as error:
+        yield failed("validation", "{error}", "", error=error)
     yield from plan_checks(config, examples, tokens)
     yield from memory_checks(config, stats_of, workload_of(config, inputs.train), device, memory)
     yield from disk_checks(config, stats_of(config), Schedule.from_config(config, examples))
@@ -135,16 +141,17 @@ def _position_checks(config: Config, stats_of: StatsOf, inputs: RunInputs) -> It
         yield failed("length of examples", "{error}", "", error=error)
 
 
-def _inputs(config: Config) -> tuple[RunInputs, list[str]]:
+def _inputs(config: Config, resume: Path | None) -> tuple[RunInputs, list[str]]:
     """Prepare the data as the run would, which then finds it prepared; bad records are listed in the cache."""
     notices: list[str] = []
+    date = read_manifest(resume)["identity"].get(DATE) if resume else None
     with tempfile.TemporaryDirectory(prefix="sft_recipe-") as temporary:
         folder = config.cache_dir() / "check"
         with suppress(OSError):  # `prepare` finds what is wrong with the cache, if it has to write there
             folder.mkdir(parents=True, exist_ok=True)
         chosen = str(folder) if os.access(folder, os.W_OK) else temporary
         trainer = config.trainer.model_copy(update={"output_dir": chosen})
-        return prepare(config.model_copy(update={"trainer": trainer}), 0, notices.append), notices
+        return prepare(config.model_copy(update={"trainer": trainer}), 0, notices.append, date), notices
 
 
 def effective_settings(config: Config) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from sft_recipe.checkpoint.manifest import fingerprint, read_manifest
 from sft_recipe.checkpoint.state import FsdpState, MegatronState
 from sft_recipe.config.auto import compute_dtype
 from sft_recipe.config.schema import Config
-from sft_recipe.data.run_inputs import RunInputs, render_options
+from sft_recipe.data.run_inputs import RunInputs
 from sft_recipe.distributed.signals import EXIT_PREEMPTED, SignalHandler
 from sft_recipe.distributed.watchdog import COLLECTIVE_TIMEOUT, Watchdog
-from sft_recipe.errors import CheckpointError, ConfigError, TrainingError
+from sft_recipe.errors import CheckpointError, TrainingError
 from sft_recipe.evaluation.evaluator import Evaluation, Evaluator
-from sft_recipe.evaluation.generation import TOOL_MATCH, AnswerGenerator, GenerationResult
+from sft_recipe.evaluation.generation import GenerationResult, answer_generator
 from sft_recipe.export.huggingface import MODEL, ModelSaver
 from sft_recipe.language import plural
 from sft_recipe.models.stats import ModelStats
@@ -161,17 +161,8 @@ class SFTTrainer:
             self.export = Export(lambda state, folder: None, 0)
 
     def _build_evaluator(self) -> Evaluator:
-        data, evaluation, sets = self.config.data, self.config.eval, self.inputs.validation
-        answers = None
-        if evaluation.generate or evaluation.prompts:
-            ends, tokenizer = self.inputs.stop_token_ids(), self.inputs.tokenizer
-            family, options = self.inputs.family, render_options(self.config, self.inputs.date)
-            answers = AnswerGenerator(
-                evaluation, sets, tokenizer, ends, self.worker.generate, data.token_budget, family, options
-            )
-        if self.config.trainer.early_stopping.metric == TOOL_MATCH and not (answers and answers.expects_tool_calls()):
-            raise ConfigError(f"trainer.early_stopping.metric={TOOL_MATCH}: no answer of the data calls a tool")
-        return Evaluator(data.token_budget, sets, self.batches, self.worker, answers)
+        answers = answer_generator(self.config, self.inputs, self.worker.generate)
+        return Evaluator(self.config.data.token_budget, self.inputs.validation, self.batches, self.worker, answers)
 
     def _verify_first_step(self) -> float | None:
         """Return the difference from the loss that plain transformers computes; None where it is not compared."""

@@ -76,6 +76,15 @@ def flip(path: Path):
         (["trainer.resume_from={work}/" + 300 * "x"], "there is no checkpoint"),
         (["trainer.output_dir={work}/" + 300 * "x"], "cannot be written: File name too long"),
         (["trainer.output_dir={out}/new", "fsdp.ulysses_sequence_parallel_size=2"], "1 rank cannot be grouped by 2"),
+        (
+            [
+                "trainer.output_dir={out}/new",
+                "trainer.early_stopping.metric=eval/tool_match",
+                "trainer.early_stopping.patience=2",
+                "eval.generate=2",
+            ],
+            "no answer of the data calls a tool",
+        ),  # fmt: skip
         (["trainer.output_dir={out}/new", "model.path={work}/learned"], "has embeddings for 16 positions only"),
         ([], "holds step_4 of an earlier run"),
         (["trainer.output_dir={work}/train.json"], "train.json cannot be written: Not a directory"),
