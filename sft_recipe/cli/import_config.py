@@ -30,11 +30,11 @@ SFT with TRL or verl, and prints the same run as a command line of train.sh. Wha
 below it, each with the reason; what the file leaves out has the default of its project.""",
     )
     parser.add_argument("file", metavar="FILE", help="the configuration of another project")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the run (default: 1)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of each machine (default: those of FILE, or 1)")
     options = parser.parse_args(args)
     if not options.file:
         raise ConfigError("FILE is empty; it must be the name of a file")
-    if options.gpus < 1:
+    if options.gpus is not None and options.gpus < 1:
         raise ConfigError(f"--gpus is {options.gpus}; it must be a number of GPUs, 1 or more")
     return options
 

@@ -28,7 +28,7 @@ FSDP = {
 }
 
 
-def read_axolotl(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
+def read_axolotl(given: Mapping[str, Any], path: Path, gpus: int | None) -> Imported:
     """Return the overrides for a configuration. Raises ConfigError where it is not supervised fine-tuning."""
     if given.get("rl"):
         raise ConfigError(f"{path}: rl is {given['rl']}; only supervised fine-tuning can be imported")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sft_recipe.config.foreign_names import BITSANDBYTES
 from sft_recipe.config.validation import all_keys, build_config
 from sft_recipe.errors import ConfigError
 
@@ -69,6 +70,17 @@ class Imported:
     def note_missing(self) -> None:
         """List first that no model or no data is named: our defaults would take their place."""
         self.unmapped[:0] = [note for key, note in MISSING.items() if not self.values.get(key)]
+
+    def replace_optimizer(self) -> None:
+        """List an optimizer of bitsandbytes that the run cannot have, and use AdamW."""
+        if self.values.get("optim.optimizer_impl") != BITSANDBYTES:
+            return
+        ranks = [self.values.get(f"trainer.{name}", 1) for name in ("n_gpus_per_node", "nnodes")]
+        if ranks == [1, 1] and self.values.get("fsdp.strategy") != "fsdp2":
+            return
+        del self.values["optim.optimizer_impl"]
+        name = self.values.pop("optim.optimizer", "AdamW")
+        self.skip("optim.optimizer", name, "those of bitsandbytes train on one GPU, without fsdp2; AdamW is used")
 
     def finish(self, ignored: Callable[[str], bool]) -> None:
         """List every other setting that asks for something, unless it is `ignored`: without effect on the model."""

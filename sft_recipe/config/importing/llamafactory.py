@@ -22,7 +22,7 @@ TAGS |= {"system_tag": "system"}
 KNOWN_TAGS = {"human", "gpt", "user", "assistant", "observation", "tool", "function_call", "function", "system"}
 
 
-def read_llamafactory(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
+def read_llamafactory(given: Mapping[str, Any], path: Path, gpus: int | None) -> Imported:
     """Return the overrides for a configuration. Raises ConfigError where it is not supervised fine-tuning, and where
     dataset_info.json is missing, broken, or lacks a data set.
     """

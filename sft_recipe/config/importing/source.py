@@ -17,7 +17,7 @@ from sft_recipe.config.importing.verl import read_verl
 from sft_recipe.config.schema import Config
 from sft_recipe.errors import ConfigError
 
-Reader = Callable[[Mapping[str, Any], Path, int], Imported]
+Reader = Callable[[Mapping[str, Any], Path, int | None], Imported]
 ASSIGNMENT = re.compile(r"\s*(?:export\s+)?(\w+)=(\"[^\"]*\"|'[^']*'|\S*)\s*")
 VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)(?::-([^}]*))?\}")
 TRL_COMMAND = re.compile(r"\btrl\s+sft\b|\bsft\w*\.py\b")
@@ -25,8 +25,9 @@ RECIPE = re.compile(r"^# @package _global_$", re.MULTILINE)
 EXPECTED = "a YAML of LLaMA-Factory, axolotl, TRL or verl, or a shell script that starts SFT with TRL or verl"
 
 
-def import_config(path: Path, gpus: int = 1) -> tuple[str, Imported]:
-    """Return the name of the project that a file is of, and its settings as overrides of ours for `gpus` GPUs.
+def import_config(path: Path, gpus: int | None = None) -> tuple[str, Imported]:
+    """Return the name of the project that a file is of, and its settings as overrides of ours for `gpus` GPUs,
+    None: those that the file names, or one.
 
     Raises ConfigError for a file that cannot be read, that is none of a known project, or not supervised fine-tuning.
     """
@@ -47,6 +48,7 @@ def import_config(path: Path, gpus: int = 1) -> tuple[str, Imported]:
     if not reader:
         raise ConfigError(f"{path}: {problem}; expected {EXPECTED}")
     imported = reader(given, path, gpus)
+    imported.replace_optimizer()
     imported.note_missing()
     return name, imported
 

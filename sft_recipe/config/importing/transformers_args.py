@@ -21,20 +21,27 @@ LOGGERS = ("wandb", "tensorboard", "mlflow", "swanlab", "trackio", "clearml")
 # Settings of logging, speed and hardware, and those that always hold here, such as packing.
 IGNORED = re.compile(
     r"logging_.*|log_level.*|do_(train|eval)|overwrite_.*|plot_loss|save_only_model|ddp_.*|dataloader_.*|bf16|fp16|tf32"
-    r"|remove_unused_columns|per_device_eval_batch_size|eval_accumulation_steps|push_to_hub|hub_.*|wandb_.*"
-    r"|(eval_)?(sample_|neat_)?packing|pad_to_sequence_len|group_by_length|flash_.*|gradient_checkpointing_kwargs|liger_.*"
+    r"|remove_unused_columns|per_device_eval_batch_size|eval_accumulation_steps|hub_.*|wandb_.*"
+    r"|(eval_)?(sample_)?packing|pad_to_sequence_len|group_by_length|flash_.*|gradient_checkpointing_kwargs|liger_.*"
     r"|torch_compile_(backend|mode)|include_num_input_tokens_seen|load_best_model_at_end|metric_for_best_model|dataset_num_proc"
     r"|disable_tqdm|save_safetensors|strict|model_type|tokenizer_type|dataset_prepared_path|predict_with_generate"
 )
 
 
+PACKED = "there a batch counts packed sequences, here examples; to train as many tokens a step, raise the batch size"
+UPLOAD = "scripts/export_model.py --push_to_hub uploads the model, after the run"
+NOTED = {"packing": PACKED, "sample_packing": PACKED, "neat_packing": PACKED}
+NOTED |= {"push_to_hub": UPLOAD, "hub_model_id": UPLOAD}
+
+
 def read_training(
-    imported: Imported, gpus: int, batch: str = "per_device_train_batch_size", optimizer_key: str = "optim"
+    imported: Imported, gpus: int | None, batch: str = "per_device_train_batch_size", optimizer_key: str = "optim"
 ) -> None:
     """Set what all of them have: rates, batch sizes, epochs, schedule, precision, when to save and to evaluate.
 
-    `gpus` is the number of GPUs of the run: their batch sizes are those of one GPU.
+    `gpus` is the number of GPUs of the run, None for one: their batch sizes are those of one GPU.
     """
+    gpus = gpus or 1
     imported.map(TRAINING_ARGUMENTS)
     if imported.values.get("model.use_liger") and imported.values.pop("fsdp.use_torch_compile", False):
         imported.skip("torch_compile", True, "model.use_liger fuses the same operations")
@@ -45,6 +52,9 @@ def read_training(
     else:
         imported.skip(batch, f"{per_device}, gradient_accumulation_steps: {accumulation}", "set data.train_batch_size")
     imported.set("trainer.n_gpus_per_node", gpus, "--gpus")
+    for name, reason in NOTED.items():
+        if value := imported.get(name):
+            imported.skip(name, value, reason)
     warmup = imported.get("warmup_steps", 0)
     if warmup:
         is_ratio = isinstance(warmup, float) and warmup < 1

@@ -15,7 +15,7 @@ DEFAULTS = TRAINING_DEFAULTS | {
 }
 
 
-def read_trl(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
+def read_trl(given: Mapping[str, Any], path: Path, gpus: int | None) -> Imported:
     """Return the overrides for a configuration."""
     imported = Imported({**DEFAULTS, **given})
     is_older = given.get("max_seq_length") is not None and "max_length" not in given

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "trainer.save_freq": -1,
     "trainer.test_freq": -1,
 }
+GPUS = "trainer.n_gpus_per_node"
 RENAMED = {
     "model.partial_pretrain": "model.path",
     "data.micro_batch_size": "data.micro_batch_size_per_gpu",
@@ -36,7 +37,8 @@ RENAMED = {
     "model.lora_alpha": "lora.alpha",
     "model.target_modules": "lora.target_modules",
     "model.fsdp_config.model_dtype": "fsdp.model_dtype",
-    "--nproc_per_node": "trainer.n_gpus_per_node",
+    "trainer.experiment_name": "trainer.run_name",
+    "--nproc_per_node": GPUS,
     "--nnodes": "trainer.nnodes",
 }
 # What always holds here, or has no effect on the model: verl compiles the computation of an entropy, which is not used.
@@ -49,8 +51,8 @@ IGNORED: tuple[str, ...] = (
 IGNORED += ("data.pad_mode", "engine.use_torch_compile", "model.fsdp_config.offload_params", "trainer.default_hdfs_dir")
 
 
-def read_verl(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
-    """Return the overrides for dotted keys {name: value}."""
+def read_verl(given: Mapping[str, Any], path: Path, gpus: int | None) -> Imported:
+    """Return the overrides for dotted keys {name: value}; `gpus`, unless None, replaces their number of GPUs."""
     imported = Imported({name.lstrip("+"): value for name, value in given.items()})
     imported.values |= DEFAULTS
     columns: dict[str, str] = {}
@@ -62,6 +64,9 @@ def read_verl(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
             columns[name.removeprefix("data.").removesuffix("_key")] = value
         elif key.startswith("data.columns."):
             columns[key.removeprefix("data.columns.")] = value
+        elif key == GPUS and gpus:
+            if value != gpus:
+                imported.skip(name, value, f"--gpus {gpus} replaces it")
         elif name.endswith("_dict_keys"):
             imported.skip(name, value, "columns inside another column cannot be named; write prompt and response")
         elif name == "model.lora_rank":
@@ -74,6 +79,8 @@ def read_verl(given: Mapping[str, Any], path: Path, gpus: int) -> Imported:
             imported.set(key, [value] if key == "trainer.logger" and isinstance(value, str) else value, name)
         else:
             imported.skip(name, value, "no counterpart")
+    if gpus:
+        imported.set(GPUS, gpus, "--gpus")
     if any(name.endswith("_dict_keys") and value for name, value in imported.given.items()):
         columns = {}
     columns = {ours: theirs for ours, theirs in columns.items() if ours != theirs}

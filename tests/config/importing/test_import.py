@@ -109,7 +109,7 @@ def write(tmp_path, content, name="run.yaml"):
     return path
 
 
-def imported(tmp_path, content, gpus=1, name="run.yaml"):
+def imported(tmp_path, content, gpus=None, name="run.yaml"):
     project, result = import_config(write(tmp_path, content, name), gpus)
     return project, result.values, [line.partition(":")[0] for line in result.unmapped]
 
@@ -176,15 +176,13 @@ def test_axolotl(tmp_path):
         "optim.weight_decay": 0.0,
         "optim.clip_grad": 1.0,
         "optim.betas": [0.9, 0.95],
-        "optim.optimizer": "AdamW8bit",
-        "optim.optimizer_impl": "bitsandbytes.optim",
         "fsdp.strategy": "fsdp2",
         "fsdp.offload_policy": True,
         "trainer.n_gpus_per_node": 1,
         "trainer.total_epochs": 4,
         "trainer.save_freq": "after_each_epoch",
     }
-    assert unmapped == ["evals_per_epoch", "chat_template"]
+    assert unmapped == ["evals_per_epoch", "chat_template", "optim.optimizer"]
 
 
 def test_trl_command_in_a_script(tmp_path, monkeypatch):
@@ -197,7 +195,7 @@ def test_trl_command_in_a_script(tmp_path, monkeypatch):
     assert values["lora.target_modules"] == ["q_proj", "v_proj"]
     assert (values["optim.lr"], values["data.train_batch_size"], values["data.max_length"]) == (2e-4, 16, 1024)
     assert (values["trainer.total_training_steps"], values["trainer.test_freq"]) == (100, 50)
-    assert unmapped == []
+    assert unmapped == ["packing"]
 
 
 def test_verl_command_in_a_script(tmp_path):
@@ -289,9 +287,58 @@ def test_a_setting_without_counterpart_is_listed(tmp_path, settings, name):
     assert name in imported(tmp_path, {**LLAMA_FACTORY, **settings})[2]
 
 
-def test_fp16_is_mapped_and_packing_is_passed_over(tmp_path):
-    _, values, unmapped = imported(tmp_path, {**LLAMA_FACTORY, "fp16": True, "neat_packing": True})
-    assert values["fsdp.mixed_precision.param_dtype"] == "fp16" and "neat_packing" not in unmapped
+def test_fp16_is_mapped(tmp_path):
+    assert imported(tmp_path, {**LLAMA_FACTORY, "fp16": True})[1]["fsdp.mixed_precision.param_dtype"] == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "setting", "expected"),
+    [
+        (AXOLOTL, "a.yaml", {"sample_packing": True}, "a batch counts packed sequences, here examples"),
+        (TRL.replace("--packing", "--packing true"), "a.sh", {"packing": True}, "a batch counts packed sequences"),
+        (LLAMA_FACTORY, "a.yaml", {"neat_packing": True}, "a batch counts packed sequences, here examples"),
+        (LLAMA_FACTORY, "a.yaml", {"push_to_hub": True}, "scripts/export_model.py --push_to_hub uploads the model"),
+        (AXOLOTL, "a.yaml", {"hub_model_id": "a/b"}, "scripts/export_model.py --push_to_hub uploads the model"),
+    ],
+)
+def test_what_to_know_of_a_setting_is_listed(tmp_path, content, name, setting, expected):
+    content = content if isinstance(content, str) else {**content, **setting}
+    [(key, value)] = setting.items()
+    [line] = [line for line in import_config(write(tmp_path, content, name))[1].unmapped if line.startswith(key)]
+    assert line.startswith(f"{key}: {value} (") and expected in line
+    off = {**LLAMA_FACTORY, **dict.fromkeys(setting, False)}
+    assert key not in imported(tmp_path, off)[2]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "expected"),
+    [
+        (1, {}, "AdamW8bit"),
+        (2, {}, None),
+        (1, {"fsdp_version": 2}, None),
+        (2, {"optimizer": "adamw_8bit"}, None),
+        (2, {"optimizer": "sgd"}, "SGD"),
+    ],
+)
+def test_an_optimizer_that_the_run_refuses_is_replaced(tmp_path, gpus, settings, expected):
+    content = {**AXOLOTL, "fsdp_version": None, "fsdp_config": None, **settings}
+    _, values, unmapped = imported(tmp_path, content, gpus)
+    assert values.get("optim.optimizer") == expected and ("optim.optimizer" in unmapped) is (expected is None)
+    assert ("optim.optimizer_impl" in values) is (expected == "AdamW8bit")
+
+
+VERL_YAML = {
+    "data": {"train_files": "a.parquet"},
+    "model": {"partial_pretrain": "acme/base"},
+    "trainer": {"n_gpus_per_node": 8, "experiment_name": "first"},
+}
+
+
+@pytest.mark.parametrize(("gpus", "expected", "listed"), [(None, 8, []), (8, 8, []), (2, 2, ["--gpus 2 replaces it"])])
+def test_the_flag_replaces_the_gpus_of_verl(tmp_path, gpus, expected, listed):
+    _, result = import_config(write(tmp_path, VERL_YAML), gpus)
+    assert result.values["trainer.n_gpus_per_node"] == expected and result.values["trainer.run_name"] == "first"
+    assert result.unmapped == [f"trainer.n_gpus_per_node: 8 ({reason})" for reason in listed]
 
 
 @pytest.mark.parametrize(
