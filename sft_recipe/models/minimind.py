@@ -75,9 +75,11 @@ def from_state_dict(weights: Weights, source: str) -> tuple[PretrainedConfig, We
 
 def require_same_model(weights: Weights, config: PretrainedConfig, source: str) -> None:
     """Raise ModelError where MiniMind would read `weights` as another model than the one that `config` describes."""
-    if EMBEDDINGS not in weights or QUERIES not in weights:
-        raise ModelError(f"{source} is no model of MiniMind, but a {config.model_type}; --format hf")
-    expected, _ = from_state_dict(weights, source)
+    try:
+        expected, _ = from_state_dict(weights, source)
+    except ModelError:
+        problem = f"{source} is no model of MiniMind, but a {config.model_type}"
+        raise ModelError(f"{problem}: --format pth is for MiniMind's architecture, --format hf for all") from None
     for key in ("model_type", *COMPARED):
         found, wanted = getattr(config, key, None), getattr(expected, key, None)
         if found != wanted:

@@ -130,7 +130,8 @@ def test_adapter_that_minimind_lacks_is_refused(tmp_path, capsys, settings, prob
 
 def test_model_that_minimind_lacks_is_refused(tmp_path, model_dir, capsys):
     assert main([str(model_dir), "--format", "pth", "--out", str(tmp_path / "out")]) == 2
-    assert "the number of attention heads cannot be read" in capsys.readouterr().err
+    expected = "is no model of MiniMind, but a llama: --format pth is for MiniMind's architecture, --format hf for all"
+    assert expected in capsys.readouterr().err
     model = build(tmp_path, f"{SIZES},num_attention_heads=4")
     config = json.loads((model / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 10000.0
@@ -139,7 +140,7 @@ def test_model_that_minimind_lacks_is_refused(tmp_path, model_dir, capsys):
     assert "is no model of MiniMind, where rope_parameters is" in capsys.readouterr().err
     t5 = seq2seq.build_model(tmp_path / "t5")
     assert main([str(t5), "--format", "pth", "--out", str(tmp_path / "out")]) == 2
-    assert "is no model of MiniMind, but a t5; --format hf" in capsys.readouterr().err
+    assert "is no model of MiniMind, but a t5: --format pth is for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
