@@ -51,12 +51,24 @@ def check_parser() -> Parser:
 
 def main(args: list[str]) -> int:
     """Run a command line; returns the exit code: 0 ready, 2 not ready, or an error that the message explains."""
-    return run_command(lambda: _run(parse_arguments(args)))
+    return run_command(lambda: _answer(args))
 
 
 def parse_arguments(args: list[str]) -> CommandLine:
     """Return the parsed command line. Raises ConfigError if it is invalid; --help prints the help and exits."""
     return parse(args, os.environ, check_parser())
+
+
+def _answer(args: list[str]) -> int:
+    """Run the checks; with --json an error before them is the only one."""
+    try:
+        return _run(parse_arguments(args))
+    except RecipeError as error:
+        if "--json" not in args:
+            raise
+        check = {"name": "configuration", "status": "error", "message": str(error), "remedy": ""}
+        print(json.dumps({"ok": False, "settings": {}, "checks": [check]}, ensure_ascii=False, indent=1))
+        return error.exit_code
 
 
 def _run(line: CommandLine) -> int:

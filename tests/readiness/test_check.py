@@ -180,6 +180,18 @@ def test_bad_command_lines_are_one_message(work, capsys, words, message):
     assert lines.count("error:") == 1 and message in lines
 
 
+@pytest.mark.parametrize("words", [["optim.lr=fast"], ["--epochs", "0"], ["--gpus", "8"], ["--lang", "fr"], ["word"]])
+def test_an_error_before_the_checks_is_json_too(work, capsys, words):
+    usual = [word for word in arguments(work) if not word.startswith("--lang")]
+    assert check.main([*usual, *words]) == 2
+    message = capsys.readouterr().err.removeprefix("error: ").strip()
+    assert message and check.main(["--json", *usual, *words]) == 2
+    output = capsys.readouterr()
+    [found] = (report := json.loads(output.out))["checks"]
+    assert report == {"ok": False, "settings": {}, "checks": [found]} and not output.err
+    assert found == {"name": "configuration", "status": "error", "message": message, "remedy": ""}
+
+
 def test_another_machine_is_asked_about_without_its_gpus(ask):
     code, report = ask("--gpus", "8", "--gpu_memory", "24GB", "trainer.device=auto", "--batch_size", "8")
     assert code == 0 and not [item for item in report["checks"] if item["name"] in ("device", "output folder")]
