@@ -257,14 +257,65 @@ trainer.async_save=true
 trainer.async_save=false
 trainer.device=auto
 trainer.device=cuda
-trainer.device=cpu'
+trainer.device=cpu
+--strategy=fsdp
+--strategy=fsdp2
+--strategy=megatron
+--use_lora=true
+--use_lora=false
+--use_qlora=true
+--use_qlora=false
+--merge_lora=true
+--merge_lora=false
+--launcher=local
+--launcher=ray
+--launcher=slurm
+--lang=en
+--lang=zh'
+_sft_recipe_valued='--model_path
+--model
+--tokenizer_path
+--train_data
+--val_data
+--max_length
+--max_target_length
+--batch_size
+--micro_batch_size
+--learning_rate
+--lr
+--warmup_ratio
+--weight_decay
+--grad_clip
+--strategy
+--lora_rank
+--lora_alpha
+--recipe
+--num_epochs
+--epochs
+--output_dir
+--resume_from
+--auto_restart
+--wandb_project
+--n_gpus
+--nnodes
+--node_rank
+--master_addr
+--master_port
+--config-path
+--config-name
+--launcher
+--lang'
 
 _sft_recipe() {
-  local line=${COMP_LINE:0:COMP_POINT} word words file index recipes=
+  local line=${COMP_LINE:0:COMP_POINT} word words before value file index recipes=
   word=${line##* }
+  before=${line%"$word"}
+  before=${before%"${before##*[! ]}"}
+  before=${before##* }
   for file in "$_sft_recipe_conf"/recipe/*.yaml; do file=${file##*/} && recipes+=" @${file%.yaml}"; done
   case $word in
     --recipe=* | trainer.recipe=*) words=${recipes//@/${word%%=*}=} ;;
+    -*=*) words=$_sft_recipe_values ;;
     -*) words=$_sft_recipe_flags ;;
     *=*)
       words=$_sft_recipe_values
@@ -275,7 +326,12 @@ _sft_recipe() {
     *)
       words=$_sft_recipe_keys
       for file in "$_sft_recipe_conf"/*/; do file=${file%/}; words+=" ${file##*/}="; done
-      [[ ${line%"$word"} != *" --recipe " ]] || words=${recipes//@/}
+      if [ "$before" = --recipe ]; then
+        words=${recipes//@/}
+      elif [[ $'\n'$_sft_recipe_valued$'\n' == *$'\n'"$before"$'\n'* ]]; then
+        words= # the values of this flag; where there are none, bash completes files
+        for value in $_sft_recipe_values; do [[ $value != "$before="* ]] || words+=" ${value#*=}"; done
+      fi
       ;;
   esac
   mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")

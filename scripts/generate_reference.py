@@ -48,13 +48,18 @@ _sft_recipe_conf=$(cd "$(dirname "${BASH_SOURCE[0]}")/../conf" && pwd)
 _sft_recipe_flags='<flags>'
 _sft_recipe_keys='<keys>'
 _sft_recipe_values='<values>'
+_sft_recipe_valued='<valued>'
 
 _sft_recipe() {
-  local line=${COMP_LINE:0:COMP_POINT} word words file index recipes=
+  local line=${COMP_LINE:0:COMP_POINT} word words before value file index recipes=
   word=${line##* }
+  before=${line%"$word"}
+  before=${before%"${before##*[! ]}"}
+  before=${before##* }
   for file in "$_sft_recipe_conf"/recipe/*.yaml; do file=${file##*/} && recipes+=" @${file%.yaml}"; done
   case $word in
     --recipe=* | trainer.recipe=*) words=${recipes//@/${word%%=*}=} ;;
+    -*=*) words=$_sft_recipe_values ;;
     -*) words=$_sft_recipe_flags ;;
     *=*)
       words=$_sft_recipe_values
@@ -65,7 +70,12 @@ _sft_recipe() {
     *)
       words=$_sft_recipe_keys
       for file in "$_sft_recipe_conf"/*/; do file=${file%/}; words+=" ${file##*/}="; done
-      [[ ${line%"$word"} != *" --recipe " ]] || words=${recipes//@/}
+      if [ "$before" = --recipe ]; then
+        words=${recipes//@/}
+      elif [[ $'\\n'$_sft_recipe_valued$'\\n' == *$'\\n'"$before"$'\\n'* ]]; then
+        words= # the values of this flag; where there are none, bash completes files
+        for value in $_sft_recipe_values; do [[ $value != "$before="* ]] || words+=" ${value#*=}"; done
+      fi
       ;;
   esac
   mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")
@@ -176,7 +186,14 @@ def completion() -> str:
     ]
     flags += ["--help"]
     values = [f"{key}={value}" for key, info in fields() for value in _choices(info.annotation)]
-    lists = {"flags": flags, "keys": [f"{key}=" for key, _ in fields()], "values": values}
+    values += [
+        f"--{name}={value}" for _, info in fields() for name in flag_names(info) for value in _choices(info.annotation)
+    ]
+    values += [f"--launcher={name}" for name in ("local", "ray", "slurm")] + ["--lang=en", "--lang=zh"]
+    switches = [f"--{name}" for _, info in fields() for name in flag_names(info) if info.annotation is bool]
+    switches += ["--dry_run", "--check", "--multirun", "--recipes", "--help"]
+    valued = [flag for flag in flags if flag not in switches]
+    lists = {"flags": flags, "keys": [f"{key}=" for key, _ in fields()], "values": values, "valued": valued}
     text = COMPLETION
     for name, words in lists.items():
         text = text.replace(f"<{name}>", "\n".join(words))

@@ -38,6 +38,17 @@ def complete(line, breaks=" =:"):
         ("trainer.recipe=long", ["long_context "]),
         ("--recipe small --epo", ["--epochs "]),
         ("--recipe small optim.weight", ["optim.weight_decay="]),
+        ("--strategy ", ["fsdp ", "fsdp2 ", "megatron "]),
+        ("--strategy fsdp2", ["fsdp2 "]),
+        ("--strategy=m", ["megatron "]),
+        ("--launcher s", ["slurm "]),
+        ("--lang ", ["en ", "zh "]),
+        ("--use_lora=", ["true ", "false "]),
+        ("--use_lora optim.weight", ["optim.weight_decay="]),
+        ("--dry_run optim.weight", ["optim.weight_decay="]),
+        ("--quality optim.weight", ["optim.weight_decay="]),  # of preview_data.py
+        ("--lang zh optim.weight", ["optim.weight_decay="]),
+        ("--train_data data", [""]),
         ("nothing.like.this", [""]),
     ],
 )
