@@ -13,9 +13,10 @@ from sft_recipe.errors import ModelError
 CLOSING_TAG = re.compile(r"\s*</\w+>(\s*[\r\n])?")
 # What a generation prompt may have after the header: a tag that opens reasoning, or reasoning that is closed at once:
 # <think></think>, <|START_THINKING|><|END_THINKING|>, <|channel>thought\n<channel|>.
-OPENED_REASONING = re.compile(
-    r"\s*((<\w+>|<[^<>\s]*think[^<>\s]*>|<[^<>\s]+>\s*(thought|thinking)\b)\s*(<[^<>\s]+>\s*)?)?", re.IGNORECASE
-)
+OPENING = r"<[^<>\s]*think[^<>\s]*>|<[^<>\s]+>\s*(thought|thinking)\b"
+CLOSING = r"\s*(<[^<>\s]+>\s*)?"
+OPENED_REASONING = re.compile(rf"\s*((<\w+>|{OPENING}){CLOSING})?", re.IGNORECASE)
+CLOSED_REASONING = re.compile(rf"({OPENING}){CLOSING}", re.IGNORECASE)
 # A user turn that the conversation does not have.
 USER_SLOT = "other"
 USER = {"role": "user", "content": SLOT.format(USER_SLOT)}
@@ -105,7 +106,8 @@ class TurnLocator:
         """
         before = self.skeleton.messages[:index]
         literal = self.literals[first]
-        if before and before[-1]["role"] in ("user", "tool"):
+        role_before = before[-1]["role"] if before else ""
+        if role_before in ("user", "tool"):
             try:
                 return self._start_after_prompt(index, first)
             except TemplateError as error:
@@ -115,10 +117,11 @@ class TurnLocator:
         start = self._start_after_user(index, literal)
         if start is not None:
             return start
+        has_prompt = bool(before) and self._has_prompt(before)
         header = literal.removeprefix(self._bos if index == 0 else "")
-        if not header.strip():
+        if not header.strip() and not (has_prompt and role_before == "user"):
             return len(literal)
-        if before and self._has_prompt(before):
+        if has_prompt:
             return self._start_after_prompt(index, first)
         raise problem
 
@@ -135,7 +138,8 @@ class TurnLocator:
             raise TemplateError(f"cannot render the turns before messages[{index}] alone: {error.reason}") from error
         if slots[-1:] != self.slots[:first][-1:]:
             raise TemplateError(f"does not render messages[{index}] (assistant) after its generation prompt")
-        return _shared_with_prompt(prompt[-1], self.literals[first])
+        continues = index > 0 and self.skeleton.messages[index - 1]["role"] in ("assistant", "tool")
+        return _shared_with_prompt(prompt[-1], self.literals[first], continues)
 
     def _start_after_user(self, index: int, literal: str) -> int | None:
         """The start, from the header of the same turn with a user turn inserted before it; None if it has another one.
@@ -370,22 +374,24 @@ def _slot_range(slots: list[str], index: int, repeated_names: int = 0) -> tuple[
     return first, last
 
 
-def _shared_with_prompt(prompt: str, literal: str) -> int:
+def _shared_with_prompt(prompt: str, literal: str, continues: bool = False) -> int:
     """How many characters of the literal before an assistant's content are the generation prompt, not model output.
 
     prompt                    literal                                 shared
     "<|assistant|>\\n"         "<|assistant|>\\n<think>\\n</think>\\n"    "<|assistant|>\\n"
     "<|assistant|><think>"    "<|assistant|></think>"                 "<|assistant|>"
 
-    Raises TemplateError if they differ by more than white space or a reasoning tag that the prompt opens.
+    Raises TemplateError if they differ by more than white space or a reasoning tag that the prompt opens. A message
+    that continues the assistant's turn may lack the header of the prompt.
     """
     shared = len(commonprefix([prompt, literal]))
-    if shared in (len(prompt), len(literal)):
+    if shared == len(prompt) or (continues and shared == len(literal)):
         return shared
     tag = literal.rfind("<", 0, shared)
     if tag >= 0 and ">" not in literal[tag:shared]:
         shared = tag
-    if not OPENED_REASONING.fullmatch(prompt[shared:]):
+    is_closed = shared == len(literal) and CLOSED_REASONING.fullmatch(prompt, max(literal.rfind("<"), 0))
+    if not is_closed and not OPENED_REASONING.fullmatch(prompt[shared:]):
         raise TemplateError(
             f"has the generation prompt {prompt[-80:]!r}, but begins the assistant's turn in a complete conversation "
             f"with {literal[-80:]!r}"

@@ -111,6 +111,48 @@ def test_the_prompt_may_close_reasoning_that_the_rendering_leaves_out(empty):
     assert supervised_texts(template, ASKED, ANSWER) == ["<|say|>" + HELLO[1]]
 
 
+def test_the_prompt_may_close_reasoning_that_the_turn_has():
+    template = CHATML.replace(
+        "'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<|channel>thought\n<channel|>' }}"
+    )
+    reasoning = "{{ '<|channel>thought\n' + m.reasoning_content + '<channel|>' if m.reasoning_content }}"
+    template = template.replace("{{ m.content + '<|im_end|>' }}", reasoning + "{{ m.content + '<|im_end|>' }}")
+    assert supervised_texts(template, ASKED, Message("assistant", "Paris.", "hm")) == ["hm<channel|>" + HELLO[1]]
+
+
+NO_HEADER_TWICE = CHATML.replace(
+    "{{ '<|im_start|>' + m.role", "{{ '' if loop.previtem and loop.previtem.role == m.role else '<|im_start|>' + m.role"
+)
+
+
+def test_a_message_that_continues_the_turn_may_have_no_header():
+    template = NO_HEADER_TWICE
+    assert supervised_texts(template, ASKED, GREETING, ANSWER) == ["Welcome.<|im_end|>", "Paris.<|im_end|>"]
+
+
+NO_HEADERS = (
+    "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}{{ 'Answer: ' if add_generation_prompt }}"
+)
+
+
+@pytest.mark.parametrize("turns", [[ASKED, ANSWER], [ASKED, ANSWER, ASKED, ANSWER], [ASKED, GREETING, ANSWER]])
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (
+            CHATML.replace("assistant\n' }}{% endif", "assistant\nThink hard. ' }}{% endif"),
+            r"assistant\\nThink hard\. ",
+        ),
+        (NO_HEADERS, "Answer: "),
+        (NO_HEADERS.replace("'<|im_end|>'", "('\n' if m.role == 'user' else '<|im_end|>')"), "Answer: "),
+    ],
+)
+def test_a_prompt_with_text_that_turns_do_not_contain_is_refused(template, prompt, turns):
+    """At inference the model would answer after a text that it has never seen before an answer."""
+    with pytest.raises(DataError, match=f"has the generation prompt .*{prompt}.*, but begins the assistant's turn"):
+        supervised_texts(template, *turns)
+
+
 def test_a_prompt_with_another_header_and_reasoning_is_refused():
     template = CHATML.replace("'<|im_start|>assistant\n' }}", "'<|bot|><think>\n' }}")
     with pytest.raises(DataError, match="has the generation prompt"):

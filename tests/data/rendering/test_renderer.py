@@ -134,8 +134,9 @@ def test_the_first_token_is_never_trained(tokenizer, template):
     assert encoded.loss_mask == [0] + [1] * (len(encoded.input_ids) - 1)
 
 
-def test_only_the_shared_part_of_the_generation_prompt_is_context(tokenizer):
-    template = STYLES["chatml"].plain().replace("assistant\n' }}{% endif", "assistant\n(calm)' }}{% endif")
+@pytest.mark.parametrize("more", ["\n", "<think>\n", "<think>\n\n</think>\n\n"])
+def test_only_the_shared_part_of_the_generation_prompt_is_context(tokenizer, more):
+    template = STYLES["chatml"].plain().replace("assistant\n' }}{% endif", f"assistant\n{more}' }}}}{{% endif")
     encoded = Renderer(tokenizer, chat_template=template).encode(CHAT)
     assert trained(tokenizer, encoded) == STYLES["chatml"].expected
 
