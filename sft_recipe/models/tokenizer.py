@@ -20,7 +20,7 @@ def load_tokenizer(
 
     An encoder-decoder model needs no template, and gets none that it does not have. The template is saved with the
     trained model. Raises ModelError where the folder has no tokenizer that transformers can read, or the template
-    cannot be read.
+    cannot be read or is empty.
     """
     tokenizer = read_tokenizer(folder, config.tokenizer_path or config.path, config.trust_remote_code)
     if config.chat_template:
@@ -30,6 +30,8 @@ def load_tokenizer(
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise ModelError(f"model.chat_template: {path.absolute()} cannot be read: {reason}") from None
+        if not tokenizer.chat_template.strip():
+            raise ModelError(f"model.chat_template: {path.absolute()} is empty; expected a chat template in Jinja")
     if family is CAUSAL and ensure_chat_template(tokenizer):
         say(f"{config.path} has no chat template: a plain ChatML one is used, and saved with the trained model.")
     return tokenizer
