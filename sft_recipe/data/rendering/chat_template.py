@@ -10,8 +10,6 @@ from itertools import pairwise
 from typing import Any, cast
 
 import jinja2
-from jinja2 import meta
-from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -22,7 +20,6 @@ from sft_recipe.errors import ModelError
 from sft_recipe.models.tokenizer import special_tokens
 
 TAG = re.compile(r"</?\w+>")
-GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 # The names that templates use for the variable that switches thinking on.
 THINKING_SWITCHES = {"enable_thinking", "thinking"}
 
@@ -67,22 +64,25 @@ class ChatTemplate:
             self.with_tools = tokenizer.get_chat_template(chat_template, tools=[{}])  # some have a separate template
             is_one = self.without_tools == self.with_tools
             self.source = self.without_tools if is_one else self.without_tools + self.with_tools
-            lexed = list(jinja2.Environment().lexer.tokenize(self.source))
+            # Without its comments, and each token for itself: a name in a string or in the text is no variable.
+            tokens = [(token.type, token.value) for token in jinja2.Environment().lexer.tokenize(self.source)]
         except (ValueError, jinja2.TemplateSyntaxError) as error:
             raise ModelError(f"{self.name}: no usable chat template: {error}") from error
-        literals = {token.value.strip() for token in lexed if token.type == "string"}
-        names = (token.value for before, token in pairwise(lexed) if token.type == "name" and before.type != "dot")
-        self.names = set(names)
-        self.has_generation_tags = GENERATION_TAG.search(self.source) is not None
+        pairs = list(pairwise([("", ""), *tokens]))
+        literals = {value.strip() for kind, value in tokens if kind == "string"}
+        self.names = {value for (before, _), (kind, value) in pairs if kind == "name" and before != "dot"}
+        fields = {value for (before, _), (kind, value) in pairs if kind == "name" and before == "dot"} | literals
+        self.has_generation_tags = any(
+            before == "block_begin" and tag == ("name", "generation") for (before, _), tag in pairs
+        )
         self.thinking_switches = self.names & THINKING_SWITCHES
         self.variables: dict[str, Any] = {**tokenizer.special_tokens_map, **self._thinking(options.enable_thinking)}
         self.variables |= self._of_run(options.chat_template_kwargs)
         if options.date:
             self.variables["strftime_now"] = datetime.fromisoformat(options.date).strftime
         self.folds_system, self.appends_stop_token = options.fold_system, options.append_stop_token
-        named = re.findall(rf"(?:\.|\[?['\"])({'|'.join(REASONING_KEYS)})(?!\w)", self.source)
-        self.reasoning_key = next((key for key in REASONING_KEYS if key in named), REASONING_KEYS[0])
-        self.reads_reasoning = bool(named)
+        named = [key for key in REASONING_KEYS if key in fields]
+        self.reasoning_key, self.reads_reasoning = next(iter(named), REASONING_KEYS[0]), bool(named)
         self.wraps_results = "<tool_response>" in self.without_tools  # with tools, no result has the tags any more
         self.needs_json_arguments = False  # some templates need the arguments of calls as JSON text, not as objects
         self.special_tokens = special_tokens(tokenizer)
@@ -113,12 +113,7 @@ class ChatTemplate:
         return next((name for name in variables if name not in self.names and not is_empty(variables[name])), None)
 
     def _hint(self, missing: str) -> str:
-        template = GENERATION_TAG.sub("", self.source)
-        try:
-            given = meta.find_undeclared_variables(jinja2.Environment(extensions=[loopcontrols]).parse(template))
-        except jinja2.TemplateSyntaxError:
-            return ""
-        near = get_close_matches(missing, given.difference(NOT_TEMPLATE_VARIABLES))
+        near = get_close_matches(missing, self.names.difference(NOT_TEMPLATE_VARIABLES))
         return f" (did you mean {' or '.join(near)}?)" if near else ""
 
     @property

@@ -35,7 +35,7 @@ class ByteTokens:
         return bisect_left(self.starts, len(self.text[:char].encode()) + 1) - 1
 
     def text_before(self, token: int, char: int) -> str:
-        """Return the text from this character to the start of a token; a character of which it has a part counts."""
+        """Return the text from this character to the start of a token, which may begin inside a character."""
         count = self.starts[token] - len(self.text[:char].encode())
         return self.text[char : char + count].encode()[: max(count, 0)].decode(errors="replace")
 

@@ -109,7 +109,7 @@ FIELD = "{{ 'Thought: ' + m.reasoning_content + 'END' if m.reasoning_content }}{
 )
 @pytest.mark.parametrize("end", [None, "</think>", " The answer:"])
 def test_the_answer_after_masked_reasoning_begins_with_its_space(after, answer, end):
-    """A byte-level vocabulary has " Paris" as one token, of which the model must produce the space as well."""
+    """A byte-level vocabulary has " Paris" as one token: the model must produce the space as well."""
     template = CHATML.translate(MARKS)
     message = Message("assistant", f"<think>hm</think>{after}Paris")
     if end:

@@ -43,7 +43,7 @@ def conversation_of(*answers, question="Capital of France?"):
 @pytest.mark.parametrize(
     ("header", "expected", "joined"),
     [
-        # " Paris", " fine" and " 2" are tokens; before white space the space of the prompt is a token of its own
+        # " Paris", " fine" and " 2" are tokens; before white space the space of the prompt is one token
         ("ASSISTANT: ", [".</s>", "</s>", "\nParis.</s>", " Paris.</s>", "</s>"], 3),
         ("ASSISTANT:\n", WHOLE, 0),
         ("ASSISTANT:", WHOLE, 0),
