@@ -76,8 +76,8 @@ class Conversation:
             _check_role(roles, index, turn + "role", self.source)
             _check_content(message, name, self.source)
             _check_extras(message, name, turn, self.source)
-        _check_json(self.tools, "tools", self.source)
-        _check_json(self.chat_template_kwargs, "chat_template_kwargs", self.source)
+        json_of(self.tools, "tools", self.source)
+        json_of(self.chat_template_kwargs, "chat_template_kwargs", self.source)
         if "assistant" not in roles:
             name = fields[-1].partition("[")[0] if fields else "messages"
             problem = f"{name} has no assistant turn, so there is nothing to train on; add one"
@@ -130,9 +130,13 @@ def check_text(value: object, name: str, source: str) -> str:
     return value
 
 
-def _check_json(value: object, name: str, source: str) -> None:
-    if value:
-        check_text(json.dumps(value, ensure_ascii=False), name, source)
+def json_of(value: object, name: str, source: str) -> str:
+    """Return a value as JSON. Raises DataError for numbers that JSON does not have, and for half a character."""
+    try:
+        return check_text(json.dumps(value, ensure_ascii=False, allow_nan=False), name, source)
+    except ValueError as error:
+        problem = f"{name} has a number that JSON does not have: NaN, or one too large (Infinity, 1e999)"
+        raise data_error(source, f"{problem}; write another number, or text", "type") from error
 
 
 def _check_role(roles: Sequence[str], index: int, name: str, source: str) -> None:
@@ -168,4 +172,4 @@ def _check_extras(message: Message, name: str, turn: str, source: str) -> None:
         problem = f"{name} begins with a <think> although there is {turn}reasoning_content; keep one"
         raise data_error(source, problem)
     if message.tool_calls:
-        _check_json(message.tool_calls, f"{turn}tool_calls", source)
+        json_of(message.tool_calls, f"{turn}tool_calls", source)

@@ -9,6 +9,7 @@ from sft_recipe.data.turns import Record, is_null, parse_json
 from sft_recipe.language import plural
 
 NO_LOSS = -100  # the label of a token that is context
+MASKS = ("loss_mask", "attention_mask")
 LARGEST_ID = 2**31 - 1  # the token store has ids in 32 bits
 
 
@@ -135,14 +136,14 @@ def _check_ids(ids: list[int], name: str, source: str) -> None:
 
 
 def _numbers(record: Record, name: str, source: str) -> list[int]:
-    """Return a field's whole numbers, which may be given as JSON (in a CSV cell); truth values count as 0 and 1."""
+    """Return a field's whole numbers, which may be given as JSON (in a CSV cell); true is 1 in a mask."""
     values = parse_json(record[name], name, source)
     if not isinstance(values, list):
         raise data_error(source, f"{name} is {json_type(values)}; expected a list of whole numbers", "type")
     if not values:
         raise data_error(source, f"{name} is an empty list; remove the record", "empty")
     for place, value in enumerate(values):
-        if not isinstance(value, int):
+        if not isinstance(value, int) or (isinstance(value, bool) and name not in MASKS):
             raise data_error(source, f"{name}[{place}] is {_shown(value)}; expected a whole number", "type")
     return [int(value) for value in values]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sft_recipe.data.content_parts import normalized_part
 from sft_recipe.data.json_text import JsonProblem, loads
-from sft_recipe.data.messages import Message, check_text, data_error, json_type
+from sft_recipe.data.messages import Message, check_text, data_error, json_of, json_type
 
 Record = dict[str, Any]
 
@@ -167,7 +167,7 @@ def _tool_result(part: Record, value: Any, turn: Message, name: str, source: str
         raise data_error(source, f"{name} has no result; expected text or value, found {key_names(part)}", "type")
     if value is None and "" in (part.get("text"), part.get("value")):
         value = ""  # a result without a text, as opposed to null
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json_of(value, f"{name}.text", source)
     tool, call = _value(part, "name") or turn.name, _value(part, "tool_call_id") or turn.tool_call_id
     return Message("tool", text, name=tool, tool_call_id=call)
 

@@ -1,9 +1,11 @@
 """Conversation accepts what can be trained on, as it is, and names what cannot."""
 
 import dataclasses
+import json
 
 import pytest
 
+from sft_recipe.data.formats import to_conversation
 from sft_recipe.data.messages import Conversation, Message
 from sft_recipe.errors import DataError
 
@@ -93,3 +95,44 @@ def test_errors_use_the_names_of_the_record():
     fields = ["system", "turns[0].content", "turns[1].content"]
     assert "turns[1].role is 'x'" in error_of(("system", "s"), USER, ("x", "y"), fields=fields)
     assert "turns has no assistant turn" in error_of(("system", "s"), USER, USER, fields=fields)
+
+
+NOT_JSON = ["1e999", "-1e999", "Infinity", "-Infinity", "NaN", '[1, {"y": [NaN]}]']
+ASKED = {"role": "user", "content": "Hi"}
+
+
+def record_with(place, value):
+    """A record as it is read from a file in which this value is written so."""
+    call = {"name": "f", "arguments": {"x": value}}
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"maximum": value}}}
+    calls = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    result = {"role": "user", "content": [{"type": "tool_result", "text": {"x": value}}]}
+    answer = {"role": "assistant", "content": "Yes."}
+    return {
+        "arguments": {"messages": [ASKED, calls]},
+        "arguments as text": {
+            "messages": [ASKED, {**calls, "tool_calls": [call | {"arguments": f'{{"x": {value}}}'}]}]
+        },
+        "tools": {"messages": [ASKED, answer], "tools": [schema]},
+        "result": {"messages": [ASKED, calls | {"tool_calls": [{"name": "f", "arguments": {}}]}, result, answer]},
+        "variables": {"messages": [ASKED, answer], "chat_template_kwargs": {"x": [value]}},
+    }[place]
+
+
+@pytest.mark.parametrize("number", NOT_JSON)
+@pytest.mark.parametrize(
+    ("place", "field"),
+    [
+        ("arguments", "messages[1].tool_calls"),
+        ("arguments as text", "messages[1].tool_calls"),
+        ("tools", "tools"),
+        ("result", "messages[2].content[0].text"),
+        ("variables", "chat_template_kwargs"),
+    ],
+)
+def test_a_number_that_json_does_not_have_is_refused(place, field, number):
+    value = number if place == "arguments as text" else json.loads(number)
+    with pytest.raises(DataError) as error:
+        to_conversation(record_with(place, value), "a.jsonl, line 3")
+    assert str(error.value).startswith(f"a.jsonl, line 3: {field} has a number that JSON does not have")
+    to_conversation(record_with(place, "1e308" if place == "arguments as text" else 1e308), "")

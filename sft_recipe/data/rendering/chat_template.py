@@ -113,7 +113,7 @@ class ChatTemplate:
         return next((name for name in variables if name not in self.names and not is_empty(variables[name])), None)
 
     def _hint(self, missing: str) -> str:
-        near = get_close_matches(missing, self.names.difference(NOT_TEMPLATE_VARIABLES))
+        near = get_close_matches(missing, self.names.difference(NOT_TEMPLATE_VARIABLES), cutoff=0.75)
         return f" (did you mean {' or '.join(near)}?)" if near else ""
 
     @property
