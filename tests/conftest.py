@@ -7,11 +7,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
 
 from tests.support import tiny
 from tests.support.warm import Warm
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before its import, as all commands do: silence_libraries
+
+settings.register_profile("untimed", deadline=None)  # a test that is slow beside other programs has not failed
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

@@ -19,13 +19,13 @@ def streamed(ids, tokenizer=TOKENIZER):
 
 
 @given(st.text().filter(lambda text: "<|" not in text))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_pieces_join_to_the_text(text):
     assert "".join(streamed(TOKENIZER(text, add_special_tokens=False)["input_ids"])) == text
 
 
 @given(st.lists(st.integers(3, len(TOKENIZER) - 1), max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_pieces_of_any_tokens_join_to_the_decoding_of_all(ids):
     """Tokens of a model with random weights are bytes that are no characters."""
     assert "".join(streamed(ids)) == TOKENIZER.decode(ids)

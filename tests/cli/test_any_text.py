@@ -10,7 +10,7 @@ ODD = st.sampled_from(list("'\"\\$ {}=,[]()<>|&;*?~#@%!:/._-+^`0aZ")) | st.sampl
 PATHS = st.lists(ODD | st.characters(categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=12).map("".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PATHS)
 @example("--")
 @example("C:\\new\\\\dir\\")

@@ -82,7 +82,7 @@ formats = with_some(
 records = with_some(formats, objects(extras, values, 2))
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1500, suppress_health_check=list(HealthCheck))
 @given(record=records | values)
 def test_any_record_is_a_conversation_or_a_data_error(record):
     try:

@@ -47,7 +47,7 @@ dialogues = st.lists(st.tuples(roles, text), min_size=1, max_size=5).map(lambda 
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_round_trip(suffix, data):
     with tempfile.TemporaryDirectory() as folder:

@@ -43,7 +43,7 @@ texts |= st.text("ab e\u0301\u212b\u1fef\u00e9 ", max_size=300)
 
 
 @pytest.mark.parametrize("name", KNOWN)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=texts)
 def test_a_text_has_at_least_as_many_tokens(name, text):
     tokenizer = TextTokenizer(KNOWN[name])

@@ -15,7 +15,6 @@ SEARCH = int(os.environ.get("MASK_EXAMPLES", "0"))
 def examples(count):
     return settings(
         max_examples=SEARCH or count,
-        deadline=None,
         derandomize=not SEARCH,
         database=None,
         phases=[Phase.generate, Phase.shrink],

@@ -78,7 +78,7 @@ def conversations(draw):
 
 
 @each_style
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(conversations(), min_size=1, max_size=3))
 def test_random_conversations_have_the_mask_of_the_oracle(name, batch):
     for conversation, encoded in zip(batch, RENDERERS[name].encode_batch(batch), strict=True):
@@ -94,7 +94,7 @@ chats_with_thoughts = st.lists(st.tuples(contents, st.one_of(contents, thoughts)
 
 
 @pytest.mark.parametrize("name", ["thinking", "deepseek", "chatml", "llama2"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(chats_with_thoughts)
 def test_random_reasoning_has_the_mask_of_the_oracle(name, conversation):
     encoded = RENDERERS[name].encode(conversation)
