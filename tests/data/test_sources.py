@@ -157,3 +157,20 @@ def test_unreachable_hub_data_set_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"owner/name \(split train\) is neither a file .* \(Couldn't reach the hub\)"):
         resolve_files("owner/name", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("share", ["#999999999999", "#100000001", "*100000001", f"*{'9' * 400}", f"#{'9' * 400}"])
+def test_a_share_that_cannot_be_planned_is_refused_before_the_files_are_read(folder, share):
+    message = files_error(f"a.json{share}")
+    assert message.startswith("a.json: its share asks for more than 100,000,000 examples per epoch")
+
+
+def test_a_weight_is_refused_where_it_makes_too_many_examples(folder):
+    [times_60] = resolve_files("a.json*60")
+    assert times_60.target_count(1_000_000) == 60_000_000
+    with pytest.raises(DataError, match="a.json: its share asks for more than 100,000,000 examples per epoch"):
+        times_60.target_count(2_000_000)
+    [hundred_million] = resolve_files("a.json#100000000")
+    assert hundred_million.target_count(7) == 100_000_000
+    [everything] = resolve_files("b.json")
+    assert everything.target_count(300_000_000) == 300_000_000  # the data itself may be larger
