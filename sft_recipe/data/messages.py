@@ -1,5 +1,6 @@
 """Defines Message and Conversation: every data format is converted to these validated types."""
 
+import codecs
 import json
 import re
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ THOUGHT = re.compile(r"(\s*<think>)(.*?)(</think>)", re.DOTALL)
 JSON_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
 JSON_TYPES |= {str: "text", list: "a list", dict: "an object"}
 CUT_TEXT = "text beyond max_chars"  # in `unread` of a conversation
-NOT_UTF8 = "not UTF-8; save the file as UTF-8 (`iconv -f GBK -t UTF-8` converts that of Chinese Windows)"
+# How files in other encodings of Unicode begin; UTF-32 first, since the mark of UTF-16 is the begin of its mark.
+BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,14 @@ class Conversation:
 def data_error(source: str, problem: str, kind: str = "fields") -> DataError:
     """Return a DataError whose message begins with `source`, where the bad value is, unless that is unknown."""
     return DataError(f"{source}: {problem}." if source else f"{problem}.", kind)
+
+
+def not_utf8(start: bytes) -> str:
+    """Return the problem of a text that is not UTF-8, with the remedy for the encoding that its start shows."""
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
+    if encoding:
+        return f"{encoding}, not UTF-8; save the file as UTF-8 (`iconv -f {encoding} -t UTF-8` converts it)"
+    return "not UTF-8; save the file as UTF-8 (`iconv -f GBK -t UTF-8` converts that of Chinese Windows)"
 
 
 def json_type(value: object) -> str:

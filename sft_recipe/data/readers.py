@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sft_recipe.data.json_text import JsonProblem, decode, loads, skip
-from sft_recipe.data.messages import NOT_UTF8, data_error, json_type
+from sft_recipe.data.messages import data_error, json_type, not_utf8
 from sft_recipe.errors import DataError
 from sft_recipe.language import plural
 
@@ -135,7 +135,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | BadRecord]]:
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                problem = data_error(f"{path}, line {number}", NOT_UTF8, "malformed")
+                problem = data_error(f"{path}, line {number}", not_utf8(line), "malformed")
                 problem.__cause__ = error
                 yield number, BadRecord(problem, repr(line)[2:-1])
 
@@ -266,7 +266,7 @@ def _blocks(path: Path) -> Iterator[str]:
                 yield decoder.decode(data, final=ended)
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].count(b"\n")
-                raise data_error(f"{path}, line {line}", NOT_UTF8, "malformed") from error
+                raise data_error(f"{path}, line {line}", not_utf8(error.object), "malformed") from error
             line += data.count(b"\n")
 
 

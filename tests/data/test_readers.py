@@ -313,3 +313,22 @@ def test_line_nested_too_deeply_is_a_bad_record_and_reading_continues(tmp_path):
     bad, good = read_data(tmp_path / "a.jsonl")
     assert isinstance(bad, BadRecord) and "nested too deeply" in str(bad.error)
     assert not isinstance(good, BadRecord)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".jsonl.gz"])
+@pytest.mark.parametrize(
+    ("encoding", "mark", "named"),
+    [
+        ("utf-16-le", b"\xff\xfe", "UTF-16"),
+        ("utf-16-be", b"\xfe\xff", "UTF-16"),
+        ("utf-32-le", b"\xff\xfe\0\0", "UTF-32"),
+        ("utf-32-be", b"\0\0\xfe\xff", "UTF-32"),
+        ("gbk", b"", "GBK"),
+    ],
+)
+def test_the_remedy_names_the_encoding_of_the_file(encoding, mark, named, suffix, tmp_path):
+    text = "prompt,response\n你好,很好\n" if suffix == ".csv" else '{"prompt": "你好", "response": "很好"}\n'
+    content = mark + (f"[{text}]" if suffix == ".json" else text).encode(encoding)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    assert f"not UTF-8; save the file as UTF-8 (`iconv -f {named} -t UTF-8` " in error_of(path)
