@@ -83,12 +83,8 @@ class RunInputs:
         """Return what to say where examples may have more positions than the model. Raises ConfigError."""
         if positions is None:
             return None
-        data = config.data
-        limit, longest = (
-            max(data.max_length, data.max_target_length or 0),
-            self.train.longest_sequence(data.has_targets),
-        )
-        return positions.notice(self.model.name, limit, longest)
+        limit = max(config.data.max_length, config.data.max_target_length or 0)
+        return positions.notice(self.model.name, limit, self.train.longest_sequence(config.data.has_targets))
 
     def identity(self, config: Config) -> dict[str, Any]:
         """Return what must be equal for a run to be resumed: model, adapters, data, order of batches.
