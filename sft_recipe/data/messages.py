@@ -142,9 +142,14 @@ def check_text(value: object, name: str, source: str) -> str:
 
 
 def json_of(value: object, name: str, source: str) -> str:
-    """Return a value as JSON. Raises DataError for numbers that JSON does not have, and for half a character."""
+    """Return a value as JSON. Raises DataError for what JSON does not have, such as dates, and half a character."""
+
+    def refuse(found: object) -> None:
+        problem = f"{name} has a value of type {type(found).__name__}, which JSON does not have; write it as text"
+        raise data_error(source, problem, "type")
+
     try:
-        return check_text(json.dumps(value, ensure_ascii=False, allow_nan=False), name, source)
+        return check_text(json.dumps(value, ensure_ascii=False, allow_nan=False, default=refuse), name, source)
     except ValueError as error:
         problem = f"{name} has a number that JSON does not have: NaN, or one too large (Infinity, 1e999)"
         raise data_error(source, f"{problem}; write another number, or text", "type") from error

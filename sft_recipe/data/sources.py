@@ -78,7 +78,7 @@ def _source(item: str, cache_dir: Path | None) -> Source:
     share = None if os.path.exists(user_path(item)) else SHARE.fullmatch(item)
     name = share["name"] if share else item
     weight = float(share["weight"]) if share and share["weight"] else 1.0
-    count = int(share["count"]) if share and share["count"] else None
+    count = float(share["count"]) if share and share["count"] else None  # int refuses thousands of digits
     other = re.fullmatch(r"(.+)[*#]([^*#/]*)", name)
     if other and os.path.isfile(user_path(other[1])) and not glob.glob(str(user_path(name))):
         raise DataError(f"{item}: {other[2]!r} is no share of {other[1]}; one is written *0.5, *2 or #1000.")
@@ -86,7 +86,7 @@ def _source(item: str, cache_dir: Path | None) -> Source:
         raise DataError(f"{item} asks for no examples of {name}; remove it, or give a share greater than 0.")
     if max(weight, count or 0) > MAX_EXAMPLES:  # files have at least one example
         raise _too_many(name)
-    return Source(name, tuple(_expand(name, cache_dir)), weight, count)
+    return Source(name, tuple(_expand(name, cache_dir)), weight, None if count is None else int(count))
 
 
 def _too_many(name: str) -> DataError:

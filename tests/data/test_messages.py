@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from datetime import date, datetime
+from decimal import Decimal
 
 import pytest
 
@@ -117,6 +119,14 @@ def record_with(place, value):
         "result": {"messages": [ASKED, calls | {"tool_calls": [{"name": "f", "arguments": {}}]}, result, answer]},
         "variables": {"messages": [ASKED, answer], "chat_template_kwargs": {"x": [value]}},
     }[place]
+
+
+@pytest.mark.parametrize("value", [date(2026, 1, 2), datetime(2026, 1, 2), Decimal("1.5"), b"x"])
+@pytest.mark.parametrize("place", ["arguments", "tools", "result", "variables"])
+def test_a_value_of_parquet_that_json_does_not_have_is_refused(place, value):
+    expected = f"has a value of type {type(value).__name__}, which JSON does not have; write it as text"
+    with pytest.raises(DataError, match=expected):
+        to_conversation(record_with(place, value), "a.parquet, record 1")
 
 
 @pytest.mark.parametrize("number", NOT_JSON)
