@@ -41,6 +41,7 @@ PHRASES = [
     r"\bspeaks? for\b",
     r"\blast words\b",
     r"\bgoodbye\b",
+    r"<{7}",  # of a merge that was not finished
     r"\bthereof\b|\bwherein\b|\bwhereof\b|\bwhilst\b|\bamongst\b|\bhitherto\b|\bnought\b",
 ]
 
