@@ -9,10 +9,10 @@ from sft_recipe.data.messages import Conversation, Message, data_error
 from sft_recipe.data.turns import Record, Turn, convert_calls, parse_json
 
 # What the tags enclose begins as JSON does: other models write calls in other forms, as <function=add> and add(a=2).
-CALL = re.compile(r"<tool_call>\s*(\{(?:(?!<tool_call>).)*?)\s*</tool_call>(?=\s*(?:<tool_call>|\Z))", re.DOTALL)
-CALLS_AT_END = re.compile(rf"(.*?)((?:\s*{CALL.pattern})+)\s*", re.DOTALL)
-RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
-RESULTS = re.compile(rf"\s*(?:{RESULT.pattern}\s*)+", re.DOTALL)
+# Each expression takes time in proportion to the text: a text of any length may come.
+CALL = re.compile(r"<tool_call>\s*(\{(?:(?!<tool_call>).)*?)</tool_call>(?=\s*(?:<tool_call>|\Z))", re.DOTALL)
+RESULT, RESULT_END = "<tool_response>", "</tool_response>"
+BETWEEN_RESULTS = re.compile(rf"{RESULT_END}\s*{RESULT}")
 
 
 def with_hermes_calls(turns: list[Turn], source: str) -> list[Turn]:
@@ -30,8 +30,8 @@ def _converted(turn: Turn, source: str) -> Iterator[Turn]:
     message = turn.message
     if not isinstance(message.content, str):
         yield turn
-    elif message.role == "assistant" and not message.tool_calls and (match := CALLS_AT_END.fullmatch(message.content)):
-        yield turn._replace(message=_with_calls(message, match[1].rstrip(), CALL.findall(match[2]), turn.field, source))
+    elif message.role == "assistant" and not message.tool_calls:
+        yield turn._replace(message=_with_calls(message, turn.field, source))
     else:
         yield from (turn._replace(message=result) for result in _without_tags(message))
 
@@ -46,12 +46,29 @@ def without_result_tags(conversation: Conversation) -> Conversation:
 
 def _without_tags(message: Message) -> list[Message]:
     """The results in a tool turn that consists of them, each a turn; else the message as it is."""
-    if message.role != "tool" or not RESULTS.fullmatch(message.content):
+    text = message.content.strip()
+    results = BETWEEN_RESULTS.split(text.removeprefix(RESULT).removesuffix(RESULT_END))
+    is_wrapped = text.startswith(RESULT) and text.endswith(RESULT_END)
+    if message.role != "tool" or not is_wrapped or any(RESULT in part or RESULT_END in part for part in results):
         return [message]
-    return [replace(message, content=result) for result in RESULT.findall(message.content)]
+    return [replace(message, content=result.strip()) for result in results]
 
 
-def _with_calls(message: Message, text: str, calls: list[str], field: str, source: str) -> Message:
+def _calls_at_end(text: str) -> tuple[str, list[str]]:
+    """The text before the calls that end it, and these."""
+    end, calls = len(text), list[str]()
+    for match in reversed(list(CALL.finditer(text))):
+        if text[match.end() : end].strip():
+            break
+        end = match.start()
+        calls.insert(0, match[1].rstrip())
+    return text[:end].rstrip() if calls else text, calls
+
+
+def _with_calls(message: Message, field: str, source: str) -> Message:
+    text, calls = _calls_at_end(message.content)
+    if not calls:
+        return message
     converted: list[Record] = []
     for item in calls:
         call = parse_json(item, f"{field}, <tool_call>", source)

@@ -7,6 +7,8 @@ import pytest
 from sft_recipe.data.formats import to_conversation
 from sft_recipe.data.messages import Message
 from sft_recipe.data.rendering.renderer import Renderer
+from sft_recipe.data.tool_forms import with_hermes_calls
+from sft_recipe.data.turns import Turn
 from sft_recipe.errors import DataError
 from tests.data.rendering.oracles import TOKENIZERS
 from tests.data.stores import build, examples, write
@@ -226,3 +228,18 @@ def test_a_result_may_be_empty(content):
 def test_a_renderer_shows_the_forms_alike():
     encoded = Renderer(TOKENIZER).encode_batch([to_conversation(record, "") for record in FORMS.values()])
     assert all(item == encoded[0] for item in encoded)
+
+
+@pytest.mark.parametrize(
+    ("role", "content"),
+    [
+        ("assistant", "\n" * 200_000 + "Yes"),
+        ("assistant", '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n' * 5_000 + "Yes"),
+        ("assistant", "<tool_call>{" + " " * 200_000 + "Yes"),
+        ("tool", "<tool_response>4</tool_response>" * 5_000 + "Yes"),
+        ("tool", "<tool_response>4</tool_response> and <tool_response>5</tool_response>"),
+    ],
+)
+def test_texts_that_are_no_call_and_no_result_stay_as_they_are_at_once(role, content):
+    turns = [Turn("messages[1]", Message(role, content))]
+    assert [turn.message.content for turn in with_hermes_calls(turns, "")] == [content]
