@@ -48,7 +48,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         content = json.loads(retried((checkpoint / MANIFEST).read_bytes))
         format_version = int(content.get("format_version", 1))
         checksum = content.pop("checksum")
-    except (*MISSING, ValueError, KeyError, AttributeError, TypeError):
+    except (*MISSING, ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError):
         raise ValueError(f"it has no readable {MANIFEST}") from None
     except OSError as error:
         raise _unreadable(checkpoint, error) from None

@@ -59,7 +59,7 @@ def resumed_identity(spec: str | None, folder: Path, is_restart: bool) -> dict[s
         found = [user_path(spec)]
     try:
         return dict(read_manifest(found[0])["identity"]) if found else {}
-    except (OSError, ValueError, KeyError, CheckpointError):
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return {}
 
 

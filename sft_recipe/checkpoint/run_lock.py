@@ -89,7 +89,7 @@ def _owner(holder: bytes) -> dict[str, Any]:
     """Return what the holder wrote; empty for content of something else, whose owner is unknown."""
     try:
         owner = json.loads(holder)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) and {"host", "pid"} <= owner.keys() else {}
 

@@ -8,9 +8,10 @@ from itertools import groupby
 from sft_recipe.data.messages import Conversation, Message, data_error
 from sft_recipe.data.turns import Record, Turn, convert_calls, parse_json
 
-# What the tags enclose begins as JSON does: other models write calls in other forms, as <function=add> and add(a=2).
+# A call begins as JSON does: other models write <function=add> and add(a=2). In JSON, texts may have the tags in them.
 # Each expression takes time in proportion to the text: a text of any length may come.
-CALL = re.compile(r"<tool_call>\s*(\{(?:(?!<tool_call>).)*?)</tool_call>(?=\s*(?:<tool_call>|\Z))", re.DOTALL)
+ENCLOSED = r'\{(?:"(?:[^"\\]|\\.)*+"|(?!</?tool_call>)[^"])*+|\{(?:(?!<tool_call>).)*?'
+CALL = re.compile(rf"<tool_call>\s*({ENCLOSED})</tool_call>(?=\s*(?:<tool_call>|\Z))", re.DOTALL)
 RESULT, RESULT_END = "<tool_response>", "</tool_response>"
 BETWEEN_RESULTS = re.compile(rf"{RESULT_END}\s*{RESULT}")
 

@@ -231,8 +231,21 @@ def test_a_renderer_shows_the_forms_alike():
 
 
 @pytest.mark.parametrize(
+    "text", ["use <tool_call> here", "a</tool_call><tool_call>{b", "<tool_call>{}</tool_call> here", 'a " </tool_call>']
+)
+def test_arguments_may_have_the_tags_of_a_call(text):
+    call = {"name": "write", "arguments": {"text": text}}
+    content = f"Yes.\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
+    [turn] = with_hermes_calls([Turn("messages[1]", Message("assistant", content))], "")
+    assert turn.message.content == "Yes."
+    assert [found["function"]["arguments"] for found in turn.message.tool_calls] == [{"text": text}]
+
+
+@pytest.mark.parametrize(
     ("role", "content"),
     [
+        ("assistant", '<tool_call>{"' * 10_000 + "Yes"),
+        ("assistant", "<tool_call>{" + ("</tool_call>" + " " * 1_000) * 200 + "Yes"),
         ("assistant", "\n" * 200_000 + "Yes"),
         ("assistant", '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n' * 5_000 + "Yes"),
         ("assistant", "<tool_call>{" + " " * 200_000 + "Yes"),
