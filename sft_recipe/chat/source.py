@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sft_recipe.checkpoint.manifest import read_manifest
 from sft_recipe.config.schema import ModelConfig
 from sft_recipe.data.rendering.options import RenderOptions
 from sft_recipe.errors import ModelError
@@ -13,6 +12,7 @@ from sft_recipe.export.source import (
     ADAPTER_CONFIG,
     check_files,
     locate_checkpoint,
+    model_of_run,
     named_base,
     resolve_named,
     run_config,
@@ -61,7 +61,7 @@ def find_source(name: str, trust_remote_code: bool = False) -> ModelSource:
         )
     check_files(checkpoint, suffix=".safetensors")  # users may change the other files
     source = _source_of_model(name, folder, trust_remote_code)
-    base_name = _model_of_run(checkpoint) or source.trained_from
+    base_name = model_of_run(checkpoint) or source.trained_from
     trained_from = source.trained_from or base_name
     options = _options_of_run(checkpoint.parents[1])
     return replace(source, trained_from=trained_from, base_name=base_name, options=options, checkpoint=checkpoint)
@@ -98,14 +98,6 @@ def _settings_folder(adapter: Path, base: Path) -> Path:
 
 def _resolve(name: str, trust_remote_code: bool) -> ResolvedModel:
     return resolve_named(name, model_config(name, trust_remote_code))
-
-
-def _model_of_run(checkpoint: Path) -> str | None:
-    """The name of the model that a run started from, None where the manifest does not have it."""
-    try:
-        return read_manifest(checkpoint)["identity"]["model"].rpartition(" (")[0] or None
-    except (ValueError, KeyError):
-        return None
 
 
 def _options_of_run(run: Path) -> RenderOptions:

@@ -8,7 +8,7 @@ import yaml
 
 from sft_recipe.checkpoint.manifest import read_manifest
 from sft_recipe.export.options import Written
-from sft_recipe.export.source import Source, run_config
+from sft_recipe.export.source import Source, model_of_run, run_config
 from sft_recipe.export.verification import PROMPTS, Verification
 
 SETTINGS = {
@@ -30,7 +30,8 @@ def model_card(source: Source, written: Written, verification: Verification, tit
     """Return the text of README.md."""
     kind, dtype = written.kind, written.dtype
     config = run_config(source.run) if source.run else {}
-    base = _public(_get(config, "model.path") or (source.base.name if source.adapter else ""))
+    trained_from = model_of_run(source.checkpoint) if source.checkpoint else None
+    base = _public(trained_from or (source.base.name if source.adapter else ""))
     parts = [_front_matter(kind, base), f"# {title}", _summary(kind, dtype, base)]
     if source.checkpoint:
         manifest = read_manifest(source.checkpoint)
@@ -58,7 +59,9 @@ def _summary(kind: str, dtype: str, base: str) -> str:
 
 def _data(config: dict[str, Any], manifest: dict[str, Any]) -> str:
     rows = {"training files": _public(_get(config, "data.train_files")), "examples": manifest["identity"]["examples"]}
-    rows["validation files"] = _public(_get(config, "data.val_files")) or "none"
+    ratio = _get(config, "data.val_ratio")
+    held_out = f"{ratio:g} of the examples, held out" if ratio else "none"
+    rows["validation"] = _public(_get(config, "data.val_files")) or held_out
     return "## Data\n\n" + _table(rows)
 
 

@@ -182,6 +182,14 @@ def _settings(checkpoint: Path | None) -> ModelConfig:
         return ModelConfig.model_validate({})
 
 
+def model_of_run(checkpoint: Path) -> str | None:
+    """Return the name of the model that a run started from, None where the manifest does not have it."""
+    try:
+        return read_manifest(checkpoint)["identity"]["model"].rpartition(" (")[0] or None
+    except (ValueError, KeyError):
+        return None
+
+
 def run_config(run: Path) -> dict[str, Any]:
     """Return the configuration that a run wrote, as plain values; empty where it cannot be read."""
     try:

@@ -116,6 +116,19 @@ def test_full_model_is_the_checkpoint(full, tmp_path, capsys):
     assert (out / "model.safetensors").stat().st_mode & 0o077 == (out / "README.md").stat().st_mode & 0o077
 
 
+def test_card_names_the_model_that_was_trained_and_the_held_out_examples(full, tmp_path):
+    """The default model may have been replaced by its fallback: the configuration names both."""
+    run = shutil.copytree(full, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    base = Path(config["model"]["path"]).name
+    config["model"]["path"], config["data"]["val_files"], config["data"]["val_ratio"] = "owner/default", None, 0.05
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert export(run, "--out", tmp_path / "out") == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "owner/default" not in card and f"fine-tuned from `{base}`" in card
+    assert "| validation | 0.05 of the examples, held out |" in card
+
+
 def test_card_has_data_settings_scores_and_verification(full, tmp_path):
     assert export(full, "--out", tmp_path / "out") == 0
     card = (tmp_path / "out/README.md").read_text()
