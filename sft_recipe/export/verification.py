@@ -63,7 +63,7 @@ class Verification:
     is_rounding: bool
 
     def __str__(self) -> str:
-        cause = ", which is all rounding: training changed many weights by less than it" if self.is_rounding else ""
+        cause = "; above it by rounding alone: the rounded checkpoint computes the same" if self.is_rounding else ""
         return (
             f"over {self.prompts} prompts logits differ by {100 * self.relative_difference:.2g}% (bound "
             f"{100 * self.bound:.2g}%{cause}), one by {self.largest_difference:.3g}, and {self.same_choices} of "

@@ -118,7 +118,7 @@ CHINESE = {
     ),
     "what would fit: {options}": "可行的设置：{options}",
     "no setting here fits: a smaller model, or more memory": "没有可行的设置：换更小的模型，或增加内存",
-    "{kept:# checkpoint} at a time of {each} need {needed}, and {free} are free": (
+    "{kept:# checkpoint} at a time of {each}: {needed} of {free} that are free": (
         "同时保留 {kept} 个检查点，每个 {each}，共需 {needed}，剩余 {free}"
     ),
     "--output_dir on a larger disk, or trainer.max_ckpt_to_keep=1": (

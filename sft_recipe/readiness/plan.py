@@ -94,7 +94,7 @@ def disk_checks(config: Config, stats: ModelStats, schedule: Schedule) -> Iterat
     kept = min(saves, (config.trainer.max_ckpt_to_keep or saves) + 2)  # and the best one, and the one being written
     needed = kept * (state + model)
     free = shutil.disk_usage(existing(config.trainer.run_folder)).free
-    text = "{kept:# checkpoint} at a time of {each} need {needed}, and {free} are free"
+    text = "{kept:# checkpoint} at a time of {each}: {needed} of {free} that are free"
     values = dict(kept=kept, each=byte_size(state + model), needed=byte_size(needed), free=byte_size(free))
     if needed <= free:
         yield passed("disk", text, **values)
