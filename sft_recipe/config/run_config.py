@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from sft_recipe.config.schema import Config
-from sft_recipe.errors import CheckpointError
+from sft_recipe.errors import CheckpointError, first_line
 
 FILE = "config.yaml"
 COMPARED = ("model", "optim", "fsdp", "lora")  # of the data, checkpoints hold what must be equal
@@ -20,8 +20,15 @@ def read_run_config(run: Path) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; a run writes it beside metrics.jsonl") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        LookupError,
+        AttributeError,
+        yaml.YAMLError,
+    ) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not the configuration of a run: it has no groups such as optim")
     return config
