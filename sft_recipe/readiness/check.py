@@ -67,8 +67,8 @@ def check_readiness(config: Config, machine: Machine | None, measures: bool) -> 
         refused = {check.name for check in found if check.status == "error"}
         is_usable = "device" not in refused
         if "output folder" not in refused:
-            problems, resume = run_folder_checks(config)
-            yield from problems
+            checks, resume = run_folder_checks(config)
+            yield from checks
         device = _device() if is_usable and config.trainer.device != "cpu" else "cpu"
         os.environ["LOCAL_WORLD_SIZE"] = str(config.trainer.n_gpus_per_node)
         memory = device_memory(device)
@@ -126,11 +126,12 @@ def _run_checks(
         answer_generator(config, inputs, lambda *_: [])
     except RecipeError as error:
         yield failed("validation", "{error}", "", error=error)
-    yield from plan_checks(config, examples, tokens)
+    done = read_manifest(resume)["step"] if resume else 0
+    yield from plan_checks(config, examples, tokens, done)
     yield from memory_checks(config, stats_of, workload_of(config, inputs.train), device, memory)
-    yield from disk_checks(config, stats_of(config), Schedule.from_config(config, examples))
+    yield from disk_checks(config, stats_of(config), Schedule.from_config(config, examples), done)
     if measures:
-        yield from measured(config, examples, tokens, device)
+        yield from measured(config, examples, tokens, device, done)
 
 
 def _position_checks(config: Config, stats_of: StatsOf, inputs: RunInputs) -> Iterator[Check]:

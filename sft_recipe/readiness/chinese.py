@@ -105,7 +105,12 @@ CHINESE = {
     "{steps:# step} ({per_epoch:,} an epoch) of {batch:# example}, {trained:,} tokens in all": (
         "{steps:,} 步（每轮 {per_epoch:,} 步），每步 {batch} 个样本，共 {trained:,} 个 token"
     ),
+    "{left:,} of {steps:# step} left ({per_epoch:,} an epoch) of {batch:# example}, {trained:,} tokens": (
+        "{steps:,} 步（每轮 {per_epoch:,} 步）中剩余 {left:,} 步，每步 {batch} 个样本，共 {trained:,} 个 token"
+    ),
     "more epochs (--epochs), or a smaller --batch_size": "增加轮数（--epochs），或减小 --batch_size",
+    "a larger trainer.total_training_steps": "增大 trainer.total_training_steps",
+    "the run continues {checkpoint}": "训练从 {checkpoint} 继续",
     "{warmup:# step} of {steps:,}: the learning rate only rises": "{steps:,} 步中的 {warmup:,} 步：学习率一直上升",
     "--warmup_ratio 0.1 (onecycle: optim.pct_start=0.3) without optim.lr_warmup_steps, or more epochs": (
         "--warmup_ratio 0.1（onecycle：optim.pct_start=0.3），不设 optim.lr_warmup_steps，或增加轮数"
@@ -118,8 +123,8 @@ CHINESE = {
     ),
     "what would fit: {options}": "可行的设置：{options}",
     "no setting here fits: a smaller model, or more memory": "没有可行的设置：换更小的模型，或增加内存",
-    "{kept:# checkpoint} at a time of {each}: {needed} of {free} that are free": (
-        "同时保留 {kept} 个检查点，每个 {each}，共需 {needed}，剩余 {free}"
+    "{kept:# checkpoint} more at a time, of {each}: {needed} are needed, {free} are free": (
+        "同时再保留 {kept} 个检查点，每个 {each}，共需 {needed}，剩余 {free}"
     ),
     "--output_dir on a larger disk, or trainer.max_ckpt_to_keep=1": (
         "--output_dir 换到更大的磁盘，或 trainer.max_ckpt_to_keep=1"

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sft_recipe.checkpoint.manager import list_checkpoints
 from sft_recipe.config.auto import compute_dtype, uses_gradient_checkpointing
 from sft_recipe.config.compose import to_json
 from sft_recipe.config.schema import Config
@@ -34,17 +35,23 @@ POLL_SECONDS = 0.1
 FEW_STEPS = 20
 
 
-def plan_checks(config: Config, examples: int, tokens: int) -> Iterator[Check]:
-    """Yield the checks of the number of steps, for a run on `examples` with `tokens` together."""
+def plan_checks(config: Config, examples: int, tokens: int, done: int) -> Iterator[Check]:
+    """Yield the checks of the number of steps, for a run on `examples` with `tokens` together, `done` steps of it."""
     schedule = Schedule.from_config(config, examples)
     steps, per_epoch = schedule.total_steps, schedule.steps_per_epoch
-    trained = tokens * steps / per_epoch
+    left = max(steps - done, 0)
     text = "{steps:# step} ({per_epoch:,} an epoch) of {batch:# example}, {trained:,} tokens in all"
-    found = dict(steps=steps, per_epoch=per_epoch, batch=config.data.train_batch_size, trained=int(trained))
+    remedy = "more epochs (--epochs), or a smaller --batch_size"
+    if done:
+        text = "{left:,} of {steps:# step} left ({per_epoch:,} an epoch) of {batch:# example}, {trained:,} tokens"
+    if config.trainer.total_training_steps:
+        remedy = "a larger trainer.total_training_steps"
+    found = dict(steps=steps, left=left, per_epoch=per_epoch, batch=config.data.train_batch_size)
+    trained = int(tokens * left / per_epoch)
     if steps < FEW_STEPS:
-        yield warned("steps", text, "more epochs (--epochs), or a smaller --batch_size", **found)
+        yield warned("steps", text, remedy, **found, trained=trained)
     else:
-        yield passed("steps", text, **found)
+        yield passed("steps", text, **found, trained=trained)
     warmup = warmup_steps(config.optim, steps)
     if warmup >= steps > 1:
         remedy = "--warmup_ratio 0.1 (onecycle: optim.pct_start=0.3) without optim.lr_warmup_steps, or more epochs"
@@ -84,17 +91,20 @@ def memory_checks(
     yield kind("memory", text, remedy, options="; or ".join(options), **values)
 
 
-def disk_checks(config: Config, stats: ModelStats, schedule: Schedule) -> Iterator[Check]:
-    """Yield the check of the disk that checkpoints need."""
+def disk_checks(config: Config, stats: ModelStats, schedule: Schedule, done: int) -> Iterator[Check]:
+    """Yield the check of the disk that checkpoints need, besides those that are there after `done` steps."""
     trained = stats.trainable
     state = 3 * 4 * trained  # weights, and two moments of Adam, in fp32
     model = 0 if config.lora.enabled and not config.lora.merge else 4 * stats.total
-    frequency = schedule.interval_steps(config.trainer.save_freq)
-    saves = math.ceil(schedule.total_steps / frequency) if frequency > 0 else 1
-    kept = min(saves, (config.trainer.max_ckpt_to_keep or saves) + 2)  # and the best one, and the one being written
+    frequency, last = schedule.interval_steps(config.trainer.save_freq), schedule.total_steps
+    saves = math.ceil(last / frequency) - done // frequency if frequency > 0 else 1
+    there = len(list_checkpoints(config.trainer.run_folder / "checkpoints")) if done else 0
+    # Besides: the best one, the one that the run resumed from, and the one that is being written.
+    most = (config.trainer.max_ckpt_to_keep or there + saves) + 2 + (done > 0)
+    kept = max(min(saves, most - there), 0)
     needed = kept * (state + model)
     free = shutil.disk_usage(existing(config.trainer.run_folder)).free
-    text = "{kept:# checkpoint} at a time of {each}: {needed} of {free} that are free"
+    text = "{kept:# checkpoint} more at a time, of {each}: {needed} are needed, {free} are free"
     values = dict(kept=kept, each=byte_size(state + model), needed=byte_size(needed), free=byte_size(free))
     if needed <= free:
         yield passed("disk", text, **values)
@@ -102,8 +112,11 @@ def disk_checks(config: Config, stats: ModelStats, schedule: Schedule) -> Iterat
         yield failed("disk", text, "--output_dir on a larger disk, or trainer.max_ckpt_to_keep=1", **values)
 
 
-def measured(config: Config, examples: int, tokens: int, device: str) -> Iterator[Check]:
-    """Train a few steps in a temporary folder, and yield the time of a run on `examples` with `tokens` together."""
+def measured(config: Config, examples: int, tokens: int, device: str, done: int) -> Iterator[Check]:
+    """Train a few steps in a temporary folder, and yield the time that a run takes after `done` steps.
+
+    The run is on `examples` with `tokens` together.
+    """
     schedule = Schedule.from_config(config, examples)
     with tempfile.TemporaryDirectory(prefix="sft_recipe-", ignore_cleanup_errors=True) as folder:
         rows, errors = _train(config, schedule.total_steps, Path(folder), device)
@@ -119,7 +132,7 @@ def measured(config: Config, examples: int, tokens: int, device: str) -> Iterato
         "{median:.2f} s a step, {tokens:,.0f} tokens/s: about {hours:.2f} h and a peak of {peak:.2f} GiB, both without "
         "evaluations and saves",
         median=statistics.median(seconds), tokens=per_second,
-        hours=tokens * schedule.total_steps / schedule.steps_per_epoch / per_second / 3600,
+        hours=tokens * max(schedule.total_steps - done, 0) / schedule.steps_per_epoch / per_second / 3600,
         peak=max(row["perf/memory_gb"] for row in rows),
     )  # fmt: skip
 

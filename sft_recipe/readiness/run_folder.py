@@ -16,11 +16,11 @@ from sft_recipe.config import preflight
 from sft_recipe.config.schema import Config
 from sft_recipe.data.run_inputs import RunInputs
 from sft_recipe.errors import CheckpointError
-from sft_recipe.readiness.findings import Check, Status, failed
+from sft_recipe.readiness.findings import Check, Status, failed, passed
 
 
 def run_folder_checks(config: Config) -> tuple[list[Check], Path | None]:
-    """Return what is wrong with the run folder, and the checkpoint that the run resumes from."""
+    """Return the checks of the run folder, and the checkpoint that the run resumes from."""
     folder, spec, checks = config.trainer.run_folder, config.trainer.resume_from, list[Check]()
     checkpoints, notices, damaged, resume = folder / "checkpoints", list[str](), list[Path](), None
     try:
@@ -30,6 +30,8 @@ def run_folder_checks(config: Config) -> tuple[list[Check], Path | None]:
         restore_best_link(checkpoints, changes=False)
         resume = find_checkpoint(spec, checkpoints, is_restart=False, say=notices.append, damaged=damaged)
         check_run_folder_is_free(checkpoints, resume, damaged)
+        if resume:
+            checks.append(passed("run folder", "the run continues {checkpoint}", checkpoint=resume))
     except CheckpointError as error:
         checks.append(failed("run folder", "{error}", "", error=error))
     status: Status = "warning" if damaged else "ok"

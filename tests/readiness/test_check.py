@@ -234,8 +234,8 @@ def test_a_small_shm_a_full_disk_and_few_files_are_found(monkeypatch, tmp_path):
     config = load_config(["trainer.n_gpus_per_node=2", f"trainer.output_dir={tmp_path}/out"])
     assert machine._shared_memory(config).status == "error"
     stats = SimpleNamespace(total=10**6, trainable=10**6)
-    [disk] = plan.disk_checks(config, stats, Schedule(steps_per_epoch=8, total_steps=24))
-    assert disk.status == "error" and "checkpoints at a time of 16.00 MB" in disk.message("en")
+    [disk] = plan.disk_checks(config, stats, Schedule(steps_per_epoch=8, total_steps=24), done=0)
+    assert disk.status == "error" and "checkpoints more at a time, of 16.00 MB" in disk.message("en")
     monkeypatch.setattr(machine.resource, "getrlimit", lambda kind: (256, 256))
     assert machine._open_files().status == "warning"
 
@@ -266,14 +266,15 @@ def measured_by(monkeypatch, tmp_path, error, device):
     program.chmod(0o755)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(plan.sys, "executable", str(program))
-    [check] = plan.measured(load_config(["data.train_batch_size=10"]), examples=1000, tokens=10**6, device=device)
+    config = load_config(["data.train_batch_size=10"])
+    [check] = plan.measured(config, examples=1000, tokens=10**6, device=device, done=150)
     return check, json.loads(seen.read_text())
 
 
 def test_measured_steps_predict_time_by_tokens_without_saving(monkeypatch, tmp_path):
     check, (command, trainer, heap) = measured_by(monkeypatch, tmp_path, "", "cpu")
-    # 3 epochs of a million tokens at 50 a second.
-    assert check.message("en").startswith("2.00 s a step, 50 tokens/s: about 16.67 h and a peak of 2.00 GiB")
+    # Half of 3 epochs of a million tokens at 50 a second.
+    assert check.message("en").startswith("2.00 s a step, 50 tokens/s: about 8.33 h and a peak of 2.00 GiB")
     assert command == ["-m", "sft_recipe.launch.local"] and heap == HEAP_SETTINGS["GLIBC_TUNABLES"]
     assert (trainer["total_training_steps"], trainer["save_freq"], trainer["test_freq"]) == (300, -1, -1)
 

@@ -1,6 +1,7 @@
 """check_sft_ready.py and a start say the same of a run folder and of the checkpoint that a run resumes from."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -124,14 +125,30 @@ def test_a_damaged_checkpoint_that_a_start_leaves_out_is_a_warning(both, tmp_pat
     newest = tmp_path / "out/checkpoints/step_4"
     flip(next((newest / "state").glob("*.safetensors")))
     errors, report, message = both("trainer.resume_from=auto")
-    [warning] = [item for item in report if item["name"] == "run folder"]
+    warning, resumed = (item for item in report if item["name"] == "run folder")
     assert not errors and not message and warning["status"] == "warning"
+    assert resumed["message"] == f"the run continues {newest.with_name('step_2')}"
     assert warning["message"].startswith(f"{newest} is damaged: ") and warning["message"].endswith(
         "A start renames it."
     )
     assert newest.with_name("damaged_step_4").is_dir()
 
 
-def test_a_run_that_can_be_resumed_is_ready(both):
-    errors, report, message = both("trainer.resume_from=auto")
-    assert not errors and not message and "run folder" not in [item["name"] for item in report]
+def test_a_run_that_can_be_resumed_is_ready_and_counts_what_is_left(both, tmp_path):
+    words = ["trainer.total_training_steps=7", "trainer.save_freq=2", "trainer.max_ckpt_to_keep=1"]
+    _, new, _ = both(*words, f"trainer.output_dir={tmp_path}/new")
+    errors, report, message = both(*words, "trainer.resume_from=auto")
+    assert not errors and not message
+    whole, rest = ({item["name"]: item for item in items} for items in (new, report))
+    assert "run folder" not in whole
+    assert rest["run folder"]["message"] == f"the run continues {tmp_path}/out/checkpoints/step_4"
+    assert whole["steps"]["message"].startswith("7 steps (")
+    assert rest["steps"]["message"].startswith("3 of 7 steps left (")
+    tokens = [
+        int(re.search(r"([\d,]+) tokens", items["steps"]["message"])[1].replace(",", "")) for items in (whole, rest)
+    ]
+    assert tokens[0] * 3 / 7 == pytest.approx(tokens[1], abs=1)
+    assert rest["steps"]["remedy"] == "a larger trainer.total_training_steps"
+    # steps 2, 4 and 6 are saved, and 7; the one kept, the best one and the one being written make 3
+    assert whole["disk"]["message"].startswith("3 checkpoints more at a time")
+    assert rest["disk"]["message"].startswith("2 checkpoints more at a time")  # 6 and 7: 4 may stay, 2 are there
