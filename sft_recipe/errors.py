@@ -148,7 +148,8 @@ def run_command(command: Callable[[], int], reports_errors: Callable[[], bool] =
         if error.errno != errno.ENOSPC:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        where = str(error.filename or "the output")[:SHOWN_PATH]
+        print(f"error: {where} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
         return RecipeError.exit_code
     except ModuleNotFoundError as error:
         if not _is_foreign(error):

@@ -1,5 +1,6 @@
 """Errors end a command with one message; so does an output that cannot be written."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -36,6 +37,15 @@ def test_full_disk_below_stdout_is_one_message():
     with open("/dev/full", "w") as full:
         done = run(full.fileno())
     assert (done.returncode, done.stderr) == (2, "error: the output cannot be written: No space left on device\n")
+
+
+def test_file_on_a_full_disk_is_named(monkeypatch, capsys):
+    def command():
+        raise OSError(errno.ENOSPC, "No space left on device", "/disk/file")
+
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # the output of the tests stays
+    assert run_command(command) == 2
+    assert capsys.readouterr().err == "error: /disk/file cannot be written: No space left on device\n"
 
 
 @pytest.mark.parametrize(("path", "problem"), [("x" * 5000, "File name too long"), ("loop", "symbolic links")])

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from contextlib import suppress
@@ -27,12 +28,15 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         """Lock `folder`. Raises CheckpointError: another run, whose host and process it names; a folder without write
-        permission.
+        permission, or on a full disk.
         """
         try:
             self.file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise CheckpointError(f"the run folder {folder} cannot be locked: {LOCK}: {error.strerror}") from None
+            raise _unlockable(folder, error.strerror) from None
+        if not stat.S_ISREG(os.fstat(self.file).st_mode):
+            os.close(self.file)
+            raise _unlockable(folder, "Not a regular file")
         holder = self._read()
         try:
             # A process's lock, not an open file's: children that outlive this process do not inherit it.
@@ -51,8 +55,12 @@ class FolderLock:
             )
         self._heartbeats = 0
         self._released = threading.Event()
-        self._write()
-        os.ftruncate(self.file, SIZE)  # what else was in the file
+        try:
+            self._write()
+            os.ftruncate(self.file, SIZE)  # what else was in the file
+        except OSError as error:
+            os.close(self.file)
+            raise _unlockable(folder, error.strerror) from None
         self._thread = threading.Thread(target=self._refresh, name="folder lock", daemon=True)
         self._thread.start()
 
@@ -83,6 +91,10 @@ class FolderLock:
     def _is_refreshed(self, holder: bytes) -> bool:
         time.sleep(3 * HEARTBEAT_INTERVAL_S)
         return self._read() != holder
+
+
+def _unlockable(folder: Path, reason: str | None) -> CheckpointError:
+    return CheckpointError(f"the run folder {folder} cannot be locked: {LOCK}: {reason}")
 
 
 def _owner(holder: bytes) -> dict[str, Any]:

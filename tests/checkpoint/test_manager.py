@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from sft_recipe import files
-from sft_recipe.checkpoint.manifest import read_manifest, verify
+from sft_recipe.checkpoint.manifest import read_manifest, verify, write_manifest
+from sft_recipe.checkpoint.resume import resumed_identity
 from sft_recipe.engine.cpu.platform import use_cpu
 from tests.support import tiny
 from tests.support.chaos import states, wrap
@@ -79,6 +80,25 @@ def test_damaged_newest_checkpoint_is_quarantined_and_the_previous_one_used(
     assert says in said and "after step 2" in said and "renamed to damaged_step_4" in said
     assert checkpoints(folder) == ["damaged_step_4", "step_2", "step_4"]
     assert [row["step"] for row in metrics(folder / "out")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "null", "[1]", "[" * 99_999, '{"format_version": Infinity}', '{"format_version": [1]}', "{}"]
+)
+def test_manifest_of_something_else_is_not_readable(tmp_path, content):
+    """No checkpoint is found there, and no identity of a run."""
+    (tmp_path / "step_4").mkdir()
+    (tmp_path / "step_4/manifest.json").write_text(content)
+    with pytest.raises(ValueError, match="it has no readable manifest.json"):
+        read_manifest(tmp_path / "step_4")
+    assert resumed_identity("auto", tmp_path, is_restart=False) == {}
+
+
+@pytest.mark.parametrize("identity", [None, 7])
+def test_manifest_without_an_identity_has_none(tmp_path, identity):
+    (tmp_path / "step_4").mkdir()
+    write_manifest(tmp_path / "step_4", {"step": 4, "identity": identity}, {})
+    assert resumed_identity("auto", tmp_path, is_restart=False) == {}
 
 
 @pytest.mark.parametrize("name", ["another.safetensors", "._shard.safetensors"])

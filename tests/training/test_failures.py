@@ -238,7 +238,7 @@ def test_run_on_another_machine_is_recognized_by_its_heartbeats(tmp_path, monkey
     FolderLock(tmp_path).release()
 
 
-@pytest.mark.parametrize("content", ['{"pid": 1}', "[1]", "7", "not JSON \u00e9", "x" * 5000])
+@pytest.mark.parametrize("content", ['{"pid": 1}', "[1]", "7", "not JSON \u00e9", "x" * 5000, "[" * 4096])
 def test_lock_without_an_owner_is_held_only_while_it_changes(tmp_path, monkeypatch, content):
     (tmp_path / ".lock").write_text(content)
     monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=lambda _: (tmp_path / ".lock").write_text("{")))
@@ -272,6 +272,20 @@ def test_unwritable_files_are_reported_before_the_first_step(model, tmp_path, ca
     assert run_here(*arguments(model, tmp_path)) == 2
     error = capfd.readouterr().err
     assert name.partition(".")[0] in error and "Traceback" not in error
+
+
+def test_lock_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(CheckpointError, match=r"cannot be locked: \.lock: Not a regular file"):
+        FolderLock(tmp_path)
+
+
+def test_folder_on_a_full_disk_cannot_be_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock.os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(CheckpointError, match=f"run folder {tmp_path} cannot be locked: .lock: No space left"):
+        FolderLock(tmp_path)
+    monkeypatch.undo()
+    FolderLock(tmp_path).release()
 
 
 def test_lock_is_not_inherited_by_child_processes(tmp_path):
