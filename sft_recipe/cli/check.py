@@ -30,6 +30,7 @@ MARKS = {
     "en": {"ok": "ok      ", "warning": "warning ", "error": "ERROR   "},
     "zh": {"ok": "正常  ", "warning": "警告  ", "error": "错误  "},
 }
+INDENT = 8 * " "
 COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 SUMMARY = {
     "en": "{errors:# error}, {warnings:# warning}: {verdict}",
@@ -123,10 +124,11 @@ def _print_check(check: Check, language: str) -> None:
 
     console = Console(highlight=False)
     mark, colon = MARKS[language][check.status], {"zh": "："}.get(language, ": ")
-    line = Text(f"{check.title(language)}{colon}{check.message(language)}", style="default")
+    message = check.message(language).replace("\n", f"\n{INDENT}")
+    line = Text(f"{check.title(language)}{colon}{message}", style="default")
     console.print(Text(mark, style=COLORS[check.status]) + line, soft_wrap=True)
     if remedy := check.advice(language):
-        console.print(Text(f"        -> {remedy}"), soft_wrap=True)
+        console.print(Text(f"{INDENT}-> {remedy}"), soft_wrap=True)
 
 
 def _positive(text: str) -> int:

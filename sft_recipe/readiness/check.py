@@ -26,7 +26,7 @@ from sft_recipe.readiness.findings import Check, failed, warned
 from sft_recipe.readiness.machine import machine_checks
 from sft_recipe.readiness.model import model_checks, tokenizer_checks
 from sft_recipe.readiness.plan import disk_checks, measured, memory_checks, plan_checks
-from sft_recipe.readiness.run_folder import identity_checks, run_folder_checks
+from sft_recipe.readiness.run_folder import resume_checks, run_folder_checks
 from sft_recipe.training.schedule import Schedule, workload_of
 
 
@@ -117,7 +117,7 @@ def _run_checks(
         yield failed("data", "{error}", "scripts/preview_data.py shows the data", error=error)
         return
     if resume:
-        yield from identity_checks(config, inputs, resume)
+        yield from resume_checks(config, inputs, resume)
     known = stats_of.model.notice  # the checks of the model have it
     yield from example_checks(config, inputs, [notice for notice in notices if notice != known])
     examples, tokens = len(inputs.train), int(inputs.train.lengths.sum())

@@ -110,6 +110,7 @@ CHINESE = {
     ),
     "more epochs (--epochs), or a smaller --batch_size": "增加轮数（--epochs），或减小 --batch_size",
     "a larger trainer.total_training_steps": "增大 trainer.total_training_steps",
+    "settings that differ from those of the run so far: {changed}": "这些设置与训练至今所用的不同：{changed}",
     "the run continues {checkpoint}": "训练从 {checkpoint} 继续",
     "{warmup:# step} of {steps:,}: the learning rate only rises": "{steps:,} 步中的 {warmup:,} 步：学习率一直上升",
     "--warmup_ratio 0.1 (onecycle: optim.pct_start=0.3) without optim.lr_warmup_steps, or more epochs": (

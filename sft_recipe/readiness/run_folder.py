@@ -1,6 +1,7 @@
 """Checks of the run folder and of the checkpoint that the run resumes from: those of a start, without its changes."""
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from sft_recipe.checkpoint.resume import (
 )
 from sft_recipe.checkpoint.run_lock import LOCK, FolderLock
 from sft_recipe.config import preflight
+from sft_recipe.config.run_config import changed_settings
 from sft_recipe.config.schema import Config
 from sft_recipe.data.run_inputs import RunInputs
 from sft_recipe.errors import CheckpointError
-from sft_recipe.readiness.findings import Check, Status, failed, passed
+from sft_recipe.readiness.findings import Check, Status, failed, passed, warned
 
 
 def run_folder_checks(config: Config) -> tuple[list[Check], Path | None]:
@@ -41,13 +43,16 @@ def run_folder_checks(config: Config) -> tuple[list[Check], Path | None]:
     ], resume
 
 
-def identity_checks(config: Config, inputs: RunInputs, resume: Path) -> list[Check]:
-    """Return the check that a run with this configuration and these inputs may continue the checkpoint, if it fails."""
+def resume_checks(config: Config, inputs: RunInputs, resume: Path) -> Iterator[Check]:
+    """Yield what keeps a run with this configuration and these inputs from continuing the checkpoint, and changes."""
     try:
         check_identity(resume, inputs.identity(config))
     except CheckpointError as error:
-        return [failed("run folder", "{error}", "", error=error)]
-    return []
+        yield failed("run folder", "{error}", "", error=error)
+        return
+    if changed := changed_settings(resume.parents[1], config):
+        text = "settings that differ from those of the run so far: {changed}"
+        yield warned("run folder", text, "", changed=", ".join(changed))
 
 
 def check_writable(folder: Path) -> None:

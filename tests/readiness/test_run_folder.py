@@ -152,3 +152,10 @@ def test_a_run_that_can_be_resumed_is_ready_and_counts_what_is_left(both, tmp_pa
     # steps 2, 4 and 6 are saved, and 7; the one kept, the best one and the one being written make 3
     assert whole["disk"]["message"].startswith("3 checkpoints more at a time")
     assert rest["disk"]["message"].startswith("2 checkpoints more at a time")  # 6 and 7: 4 may stay, 2 are there
+
+
+def test_changed_settings_of_a_resumed_run_are_a_warning(both):
+    errors, report, message = both("trainer.resume_from=auto", "optim.lr=0.5", "trainer.total_training_steps=5")
+    [changed] = [item for item in report if item["name"] == "run folder" and item["status"] == "warning"]
+    assert not errors and not message
+    assert changed["message"].startswith("settings that differ from those of the run so far: optim.lr=0.5 (before: ")
