@@ -67,11 +67,18 @@ CHINESE = {
     "{total:# record} in {files:# file} ({kinds})": "{files} 个文件（{kinds}）中有 {total:,} 条记录",
     "empty or null fields: {names}": "空字段或 null：{names}",
     "{low:,} to {high:# character}, median {middle:,}": "{low:,} 到 {high:,} 个字符，中位数 {middle:,}",
-    "{bad:,} of {total:# record} cannot be used": "{total:,} 条记录中有 {bad:,} 条无法使用",
-    "scripts/preview_data.py lists them": "用 scripts/preview_data.py 查看",
+    "{bad:,} of {total:# record} cannot be used; the first: {first}": (
+        "{total:,} 条记录中有 {bad:,} 条无法使用；第一条：{first}"
+    ),
+    "scripts/preview_data.py --html FILE lists reasons": "scripts/preview_data.py --html 文件 会列出原因",
     "scripts/preview_data.py shows the data": "用 scripts/preview_data.py 查看数据",
-    "correct them (scripts/preview_data.py lists them), or data.on_bad_record=skip": (
-        "修正它们（scripts/preview_data.py 会列出），或设 data.on_bad_record=skip"
+    "correct them (preview_data.py --html FILE lists reasons), or data.on_bad_record=skip": (
+        "修正它们（preview_data.py --html 文件 会列出原因），或设 data.on_bad_record=skip"
+    ),
+    "correct them (preview_data.py --html FILE lists reasons), or data.on_bad_record=skip with more than "
+    "data.max_bad_ratio={allowed:g}": (
+        "修正它们（preview_data.py --html 文件 会列出原因），或设 data.on_bad_record=skip 并增大 "
+        "data.max_bad_ratio={allowed:g}"
     ),
     "{examples:# example}, {tokens:# token}, {share:.0f}% supervised; median {middle:,}, p95 {p95:,}, longest "
     "{longest:,} of {limits}": (

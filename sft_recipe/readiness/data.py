@@ -14,7 +14,7 @@ from sft_recipe.data.readers import BadRecord, read_records
 from sft_recipe.data.run_inputs import RunInputs
 from sft_recipe.data.sources import resolve_files
 from sft_recipe.data.token_store import Examples
-from sft_recipe.errors import RecipeError
+from sft_recipe.errors import DataError, RecipeError
 from sft_recipe.readiness.findings import Check, failed, passed, warned
 
 SHOWN = 4  # names in a message
@@ -32,7 +32,7 @@ def record_checks(config: Config) -> Iterator[Check]:
 
 def _records(config: Config, files: list[Path]) -> Iterator[Check]:
     nulls: Counter[str] = Counter()
-    characters, total, bad, formats = [], 0, 0, Counter(file.suffix for file in files)
+    characters, total, bad, first, formats = [], 0, 0, None, Counter(file.suffix for file in files)
     for file in files:
         for _, record in read_records(file):
             total += 1
@@ -42,12 +42,12 @@ def _records(config: Config, files: list[Path]) -> Iterator[Check]:
         for item in read_data(file, config.data.format, columns, is_encoder_decoder=config.data.has_targets):
             if isinstance(item, Conversation):
                 characters.append(sum(len(message.content or "") for message in item.messages))
-            else:
-                bad += isinstance(item, BadRecord)
+            elif isinstance(item, BadRecord):
+                bad, first = bad + 1, first or item.error
     found = dict(files=len(files), kinds=", ".join(sorted(formats)), total=total)
     yield passed("data", "{total:# record} in {files:# file} ({kinds})", **found)
-    if bad:
-        yield _bad(config, bad, total)
+    if first:
+        yield _bad(config, bad, total, first)
     if nulls:
         names = ", ".join(f"{name} ({count:,})" for name, count in nulls.most_common(SHOWN))
         yield passed("empty values", "empty or null fields: {names}", names=names)
@@ -57,14 +57,19 @@ def _records(config: Config, files: list[Path]) -> Iterator[Check]:
         yield passed("length of texts", text, low=int(low), middle=int(middle), high=int(high))
 
 
-def _bad(config: Config, bad: int, total: int) -> Check:
-    text = "{bad:,} of {total:# record} cannot be used"
-    if config.data.on_bad_record == "skip" and bad <= config.data.max_bad_ratio * total:
-        return warned("bad records", text, "scripts/preview_data.py lists them", bad=bad, total=total)
-    return failed(
-        "bad records", text, "correct them (scripts/preview_data.py lists them), or data.on_bad_record=skip",
-        bad=bad, total=total,
-    )  # fmt: skip
+def _bad(config: Config, bad: int, total: int, first: DataError) -> Check:
+    text, found = (
+        "{bad:,} of {total:# record} cannot be used; the first: {first}",
+        dict(bad=bad, total=total, first=first),
+    )
+    allowed = config.data.max_bad_ratio
+    if bad > allowed * total:
+        remedy = "correct them (preview_data.py --html FILE lists reasons), or data.on_bad_record=skip with more than "
+        return failed("bad records", text, remedy + "data.max_bad_ratio={allowed:g}", **found, allowed=allowed)
+    if config.data.on_bad_record == "skip":
+        return warned("bad records", text, "scripts/preview_data.py --html FILE lists reasons", **found)
+    remedy = "correct them (preview_data.py --html FILE lists reasons), or data.on_bad_record=skip"
+    return failed("bad records", text, remedy, **found)
 
 
 def example_checks(config: Config, inputs: RunInputs, notices: list[str]) -> Iterator[Check]:

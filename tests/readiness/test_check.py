@@ -108,7 +108,7 @@ def test_replaced_model_is_reported_once(ask, work, monkeypatch):
     ("words", "name", "status", "text"),
     [
         (["--train_data={work}/none.json"], "data", "error", "none.json"),
-        (["--train_data={bad}"], "bad records", "error", "1 of 3 records cannot be used"),
+        (["--train_data={bad}"], "bad records", "error", "1 of 3 records cannot be used; the first: {bad}, line 3: "),
         (
             ["--train_data={bad}", "data.on_bad_record=skip", "data.max_bad_ratio=0.5"],
             "bad records",

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
 }
+WARMUP = 0.03  # of the steps, where a file leaves it out
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_swiglu")  # not those for the loss
 FORMATS = re.compile(r"alpaca(:\w+)?|chat_template(\.\w+)?|sharegpt.*|chatml.*|llama3.*|None")
 FSDP = {
@@ -47,6 +48,9 @@ def read_axolotl(given: Mapping[str, Any], path: Path, gpus: int | None) -> Impo
     )
     _liger(imported)
     read_training(imported, gpus, "micro_batch_size", "optimizer")
+    if not {"warmup_steps", "warmup_ratio"} & given.keys():
+        imported.values["optim.lr_warmup_steps_ratio"] = WARMUP
+        imported.skip("warmup_steps", "left out", f"there {WARMUP:.0%} of the steps, at most 100; here {WARMUP:.0%}")
     for name, key in (("saves_per_epoch", "trainer.save_freq"), ("evals_per_epoch", "trainer.test_freq")):
         count = imported.get(name)
         if count == 1:
@@ -83,8 +87,8 @@ def _liger(imported: Imported) -> None:
 
 def _adapter(imported: Imported) -> None:
     adapter = imported.get("adapter")
-    targets = None if imported.get("lora_target_linear") else imported.get("lora_target_modules")
-    imported.get("lora_target_modules")
+    named = imported.get("lora_target_modules")
+    targets = "all-linear" if imported.get("lora_target_linear") else named
     rank, alpha = imported.get("lora_r", 8), imported.get("lora_alpha")
     if adapter in ("lora", "qlora"):
         read_lora(imported, rank, alpha, targets)
@@ -119,6 +123,8 @@ def _add(files: Files, dataset: dict[str, Any], place: str) -> None:
         return
     if isinstance(kind, dict) or not FORMATS.fullmatch(str(kind)):
         files.imported.skip(f"dataset {name}, type", kind, "the format is detected for each record; see data.columns")
+    elif str(kind).startswith("alpaca"):
+        files.imported.skip(f"dataset {name}, type", kind, "there '### Instruction:' lines, here the model's template")
     if data_files and name in ("json", "csv", "parquet"):
         paths = data_files if isinstance(data_files, list) else [data_files]
         if not all(map(is_name, paths)):

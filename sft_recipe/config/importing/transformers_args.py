@@ -111,14 +111,17 @@ def _when(imported: Imported, what: str, key: str) -> None:
 
 
 def read_lora(imported: Imported, rank: Any, alpha: Any, targets: Any) -> None:
-    """Enable LoRA with a rank, an alpha (None: as here) and the modules: "all", a text with commas, or a list."""
+    """Enable LoRA with a rank, an alpha (None: as here) and the modules: "all", a text with commas, a list, or None."""
     imported.values["lora.enabled"] = True
     imported.set("lora.rank", rank, "lora_rank")
     if alpha is not None:
         imported.set("lora.alpha", alpha, "lora_alpha")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
         targets = [name.strip() for name in targets.split(",")]
-    if targets not in (None, "all", "all-linear", ["all"]):
+    if targets is None:
+        by_type = "there peft chooses by the type of the model, often q_proj and v_proj; here all linear layers"
+        imported.skip("lora_target_modules", "left out", by_type)
+    elif targets not in ("all", "all-linear", ["all"]):
         imported.set("lora.target_modules", targets, "lora_target")
     if dropout := imported.get("lora_dropout"):
         imported.skip("lora_dropout", dropout, "adapters have no dropout here")

@@ -13,11 +13,12 @@ DEFAULTS = TRAINING_DEFAULTS | {
     "learning_rate": 2e-5,
     "max_length": 1024,
 }
+LORA_DEFAULTS = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 
 
 def read_trl(given: Mapping[str, Any], path: Path, gpus: int | None) -> Imported:
     """Return the overrides for a configuration."""
-    imported = Imported({**DEFAULTS, **given})
+    imported = Imported({**DEFAULTS, **(LORA_DEFAULTS if given.get("use_peft") else {}), **given})
     is_older = given.get("max_seq_length") is not None and "max_length" not in given
     imported.map({"max_seq_length": "data.max_length"} if is_older else TRL)
     imported.get("max_length")
@@ -27,8 +28,8 @@ def read_trl(given: Mapping[str, Any], path: Path, gpus: int | None) -> Imported
     elif imported.get("max_length") is None:
         imported.skip("max_length", "null", "nothing is cut; set data.max_length to the length of the longest example")
     if imported.get("use_peft"):
-        targets = imported.get("lora_target_modules", "all-linear")
-        read_lora(imported, imported.get("lora_r", 16), imported.get("lora_alpha", 32), targets)
+        targets = imported.get("lora_target_modules")
+        read_lora(imported, imported.get("lora_r"), imported.get("lora_alpha"), targets)
         if imported.get("load_in_4bit"):
             imported.values["lora.quantize"] = True
     if (template := imported.get("chat_template_path")) and str(template).endswith(".jinja"):

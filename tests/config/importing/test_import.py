@@ -182,7 +182,7 @@ def test_axolotl(tmp_path):
         "trainer.total_epochs": 4,
         "trainer.save_freq": "after_each_epoch",
     }
-    assert unmapped == ["evals_per_epoch", "chat_template", "optim.optimizer"]
+    assert unmapped == ["evals_per_epoch", "chat_template", "dataset json, type", "optim.optimizer"]
 
 
 def test_trl_command_in_a_script(tmp_path, monkeypatch):
@@ -195,7 +195,30 @@ def test_trl_command_in_a_script(tmp_path, monkeypatch):
     assert values["lora.target_modules"] == ["q_proj", "v_proj"]
     assert (values["optim.lr"], values["data.train_batch_size"], values["data.max_length"]) == (2e-4, 16, 1024)
     assert (values["trainer.total_training_steps"], values["trainer.test_freq"]) == (100, 50)
-    assert unmapped == ["packing"]
+    assert unmapped == ["packing", "lora_dropout"]
+
+
+def test_axolotl_warms_up_for_3_percent_where_a_file_says_nothing(tmp_path):
+    without = {name: value for name, value in AXOLOTL.items() if name != "warmup_steps"}
+    _, values, unmapped = imported(tmp_path, without)
+    assert values["optim.lr_warmup_steps_ratio"] == 0.03 and "warmup_steps" in unmapped  # there it has a limit
+    _, values, unmapped = imported(tmp_path, {**without, "warmup_ratio": 0.2})
+    assert values["optim.lr_warmup_steps_ratio"] == 0.2 and "warmup_steps" not in unmapped
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model_name_or_path": "acme/base", "dataset_name": "acme/chats", "use_peft": True},
+        {key: value for key, value in AXOLOTL.items() if key != "lora_target_linear"},
+    ],
+    ids=["trl", "axolotl"],
+)
+def test_modules_that_peft_would_choose_by_the_type_of_the_model_are_listed(tmp_path, content):
+    _, values, unmapped = imported(tmp_path, content)
+    assert values["lora.enabled"] and "lora.target_modules" not in values and "lora_target_modules" in unmapped
+    _, values, unmapped = imported(tmp_path, {**content, "lora_target_modules": ["q_proj"]})
+    assert values["lora.target_modules"] == ["q_proj"] and "lora_target_modules" not in unmapped
 
 
 def test_verl_command_in_a_script(tmp_path):
