@@ -12,6 +12,12 @@ from sft_recipe.data.turns import Record, Turn, convert_calls, parse_json
 # Each expression takes time in proportion to the text: a text of any length may come.
 ENCLOSED = r'\{(?:"(?:[^"\\]|\\.)*+"|(?!</?tool_call>)[^"])*+|\{(?:(?!<tool_call>).)*?'
 CALL = re.compile(rf"<tool_call>\s*({ENCLOSED})</tool_call>(?=\s*(?:<tool_call>|\Z))", re.DOTALL)
+# A line that begins a call which nothing closes, or a list of calls at the end.
+INSIDE = r"(?:(?!</?tool_call>).)*+"
+UNUSABLE = re.compile(
+    rf"^[ \t]*<tool_call>\s*(\{{\s*+[\"']{INSIDE}|\[\s*+\{{{INSIDE}(?:</tool_call>\s*)?)\Z", re.DOTALL | re.MULTILINE
+)
+CALL_FORM = '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>'
 RESULT, RESULT_END = "<tool_response>", "</tool_response>"
 BETWEEN_RESULTS = re.compile(rf"{RESULT_END}\s*{RESULT}")
 
@@ -22,7 +28,8 @@ def with_hermes_calls(turns: list[Turn], source: str) -> list[Turn]:
     assistant   I add.\\n<tool_call>\\n{"name": "add", "arguments": {"a": 2}}\\n</tool_call>   ->   I add. and a call
     tool        <tool_response>\\n4\\n</tool_response>                                        ->   4
 
-    Tags in the middle of a text stay text. Raises DataError where they end it, but what they enclose is no call.
+    Tags in the middle of a text stay text. Raises DataError where they end it, but what they enclose is no call, and
+    where a call is not closed.
     """
     return [converted for turn in turns for converted in _converted(turn, source)]
 
@@ -69,6 +76,9 @@ def _calls_at_end(text: str) -> tuple[str, list[str]]:
 def _with_calls(message: Message, field: str, source: str) -> Message:
     text, calls = _calls_at_end(message.content)
     if not calls:
+        if call := UNUSABLE.search(message.content):
+            problem = f"{field} has a <tool_call> that is not closed, or a list: {call[1][:80]!r}; write each call as "
+            raise data_error(source, problem + CALL_FORM, "tools")
         return message
     converted: list[Record] = []
     for item in calls:
@@ -76,7 +86,7 @@ def _with_calls(message: Message, field: str, source: str) -> Message:
         if isinstance(call, str):
             problem = (
                 f"{field} has a <tool_call> that is not JSON, which has double quotes, true, false and null: "
-                f'{item[:80]!r}; expected {{"name": "add", "arguments": {{"a": 2}}}}'
+                f"{item[:80]!r}; expected {CALL_FORM}"
             )
             raise data_error(source, problem, "tools")
         converted += convert_calls(call, f"{field}, <tool_call>", source)

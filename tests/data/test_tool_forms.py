@@ -114,6 +114,9 @@ def test_anthropic_thinking_and_system_parts():
         "Write {} between <tool_call> and </tool_call>",
         "<tool_call>\n<function=add>\n</function>\n</tool_call>",
         "With <tool_call>{'name': 'add'}</tool_call> I add.",
+        'Begin with <tool_call>{"name": ...',
+        '<tool_call>{"name": "add"}</tool_call> is a call.',
+        "<tool_call>[x]</tool_call> is none.",
     ],
 )
 def test_a_text_that_is_no_call_stays_text(content):
@@ -141,6 +144,19 @@ def test_a_call_in_tags_that_cannot_be_used_is_an_error(before, inside, expected
     with pytest.raises(DataError) as caught:
         to_conversation({"messages": turns, "tools": TOOLS}, "a.json, record 1")
     assert str(caught.value).startswith("a.json, record 1: messages[1].content") and expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "call", ['{"name": "add", "arguments": {}}', '{"name": "a', '[{"name": "add"}]</tool_call>\n', '[{"name": "add"']
+)
+@pytest.mark.parametrize("before", ["", "I add.\n", f"{GOOD}\n"])
+def test_a_call_that_is_not_closed_and_a_list_of_calls_are_errors(before, call):
+    """A text that was cut, as by a limit of tokens, would be learnt as an answer."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"{before}<tool_call>\n{call}"}]
+    with pytest.raises(DataError) as caught:
+        to_conversation({"messages": turns, "tools": TOOLS}, "a.json, record 1")
+    expected = f"messages[1].content has a <tool_call> that is not closed, or a list: {call!r}; write each"
+    assert expected in str(caught.value)
 
 
 def test_a_text_between_two_calls_is_kept_and_an_argument_may_spell_the_end():

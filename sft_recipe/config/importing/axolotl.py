@@ -22,6 +22,10 @@ DEFAULTS: dict[str, Any] = {
 WARMUP = 0.03  # of the steps, where a file leaves it out
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_swiglu")  # not those for the loss
 FORMATS = re.compile(r"alpaca(:\w+)?|chat_template(\.\w+)?|sharegpt.*|chatml.*|llama3.*|None")
+# The settings of a data set that are read, or have no effect on the examples.
+DATASET = {"path", "type", "name", "split", "data_files", "ds_type", "field_messages", "message_property_mappings"}
+DATASET |= {"message_field_role", "message_field_content", "roles", "preprocess_shards"}
+USUAL = {"roles_to_train": (["assistant"], ["gpt"]), "train_on_eos": ("turn",), "chat_template": ("tokenizer_default",)}
 FSDP = {
     "offload_params": "fsdp.offload_policy",
     "fsdp_offload_params": "fsdp.offload_policy",
@@ -137,6 +141,8 @@ def _add(files: Files, dataset: dict[str, Any], place: str) -> None:
         paths = [hub_name(name, dataset.get("name"), dataset.get("split"))]
     else:
         paths = [name]
+    usual = {key for key, values in USUAL.items() if dataset.get(key) in values}
+    files.imported.list_rest(f"dataset {name}", dataset, DATASET | usual)
     columns, roles = _columns(dataset, place, files.imported)
     for path in paths:
         files.add(path, columns, roles)

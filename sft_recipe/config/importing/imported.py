@@ -1,6 +1,6 @@
 """The overrides that a configuration of another project becomes, and the settings that could not be mapped."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,12 @@ class Imported:
         del self.values["optim.optimizer_impl"]
         name = self.values.pop("optim.optimizer", "AdamW")
         self.skip("optim.optimizer", name, "those of bitsandbytes train on one GPU, without fsdp2; AdamW is used")
+
+    def list_rest(self, place: str, settings: Mapping[str, Any], known: Container[str]) -> None:
+        """List the settings of a data set that ask for something and are not `known`."""
+        for name, value in settings.items():
+            if name not in known and value not in (None, False, "", [], {}):
+                self.skip(f"{place}, {name}", value, "no counterpart")
 
     def finish(self, ignored: Callable[[str], bool]) -> None:
         """List every other setting that asks for something, unless it is `ignored`: without effect on the model."""

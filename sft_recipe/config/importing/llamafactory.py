@@ -17,6 +17,9 @@ DEFAULTS = TRAINING_DEFAULTS | {
     "finetuning_type": "lora",
 }
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
+COLUMNS = {*ALPACA, "messages", "tools", "chosen", "rejected", "images", "videos", "audios"}
+INFO = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "subset", "split", "num_samples", "columns", "tags"}
+INFO |= {"formatting", "ranking"}
 TAGS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "function_call"}
 TAGS |= {"system_tag": "system"}
 KNOWN_TAGS = {"human", "gpt", "user", "assistant", "observation", "tool", "function_call", "function", "system"}
@@ -41,7 +44,7 @@ def read_llamafactory(given: Mapping[str, Any], path: Path, gpus: int | None) ->
             imported,
             rank,
             imported.get("lora_alpha", 2 * rank if isinstance(rank, int) else None),
-            imported.get("lora_target"),
+            imported.get("lora_target", "all"),
         )
         if (bits := imported.get("quantization_bit")) == 4:
             imported.values["lora.quantize"] = True
@@ -131,6 +134,8 @@ def _add(files: Files, name: str, info: Any, folder: Path) -> None:
     given, tags = (files.imported.mapping(f"dataset {name}, {key}", info.get(key)) for key in ("columns", "tags"))
     if media := [key for key in ("images", "videos", "audios") if key in given]:
         files.imported.skip(f"dataset {name}", media, "only text is trained on")
+    files.imported.list_rest(f"dataset {name}", info, INFO)
+    files.imported.list_rest(f"dataset {name}, columns", given, COLUMNS)
     columns: dict[str, str] = {}
     if info.get("formatting", "alpaca") == "alpaca":
         columns = {ALPACA[key]: str(column) for key, column in given.items() if key in ALPACA and column}

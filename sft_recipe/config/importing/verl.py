@@ -67,6 +67,8 @@ def read_verl(given: Mapping[str, Any], path: Path, gpus: int | None) -> Importe
         elif key == GPUS and gpus:
             if value != gpus:
                 imported.skip(name, value, f"--gpus {gpus} replaces it")
+        elif (name, value) == ("trainer.resume_mode", "auto"):
+            imported.values["trainer.resume_from"] = "auto"
         elif name.endswith("_dict_keys"):
             imported.skip(name, value, "columns inside another column cannot be named; write prompt and response")
         elif name == "model.lora_rank":

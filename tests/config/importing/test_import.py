@@ -385,6 +385,14 @@ def test_liger_and_torch_compile_are_mapped(tmp_path, content, name, settings, e
     assert unmapped_now == unmapped
 
 
+def test_verl_resumes_by_itself(tmp_path):
+    for mode, expected in (("auto", "auto"), ("disable", None)):
+        _, values, unmapped = imported(tmp_path, VERL.rstrip("\n") + f" trainer.resume_mode={mode}\n", "a.sh")
+        assert values.get("trainer.resume_from") == expected and ("trainer.resume_mode" in unmapped) == (
+            mode == "disable"
+        )
+
+
 def test_of_liger_and_torch_compile_one_is_mapped(tmp_path):
     both = {**LLAMA_FACTORY, "enable_liger_kernel": True, "torch_compile": True}
     _, values, unmapped = imported(tmp_path, both)

@@ -234,3 +234,36 @@ def test_no_value_of_a_data_set_ends_in_a_traceback(tmp_path, project):
             else:
                 (tmp_path / "data/dataset_info.json").write_text(json.dumps({"support": changed}))
             import_config(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"roles_to_train": ["user"], "train_on_eos": "none"}, ["roles_to_train", "train_on_eos"]),
+        ({"message_field_training": "learn", "drop_system_message": True}, ["message_field_training", "drop_system"]),
+        ({"split_thinking": True, "shards": 10, "chat_template": "llama3"}, ["split_", "shards", "chat_template"]),
+        ({"roles_to_train": ["assistant"], "train_on_eos": "turn", "ds_type": "json"}, []),
+    ],
+)
+def test_every_setting_of_a_data_set_of_axolotl_is_read_or_listed(tmp_path, settings, expected):
+    data = {"path": "x.json", "type": "chat_template", **settings}
+    lines = unmapped(tmp_path, {"base_model": "acme/base", "datasets": [data], "warmup_steps": 10})
+    assert len(lines) == len(expected)
+    assert all(line.startswith(f"dataset x.json, {name}") for line, name in zip(lines, expected, strict=True))
+
+
+def test_every_setting_of_dataset_info_is_read_or_listed(tmp_path):
+    columns = {"prompt": "question", "kto_tag": "good"}
+    info = {"hf_hub_url": "acme/chats", "ms_hub_url": "acme/chats", "folder": "en", "columns": columns}
+    path = write(tmp_path, {**LLAMA_FACTORY, "dataset": "chats"})
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps({"chats": info}))
+    assert [line for line in import_config(path)[1].unmapped if line.startswith("dataset ")] == [
+        "dataset chats, folder: en (no counterpart)",
+        "dataset chats, columns, kto_tag: good (no counterpart)",
+    ]
+
+
+@pytest.mark.parametrize(("value", "is_listed"), [(False, True), (True, False), (None, False)])
+def test_a_loss_on_prompts_of_trl_is_listed(tmp_path, value, is_listed):
+    lines = unmapped(tmp_path, {**TRL, "completion_only_loss": value})
+    assert any(line.startswith("completion_only_loss: False (the loss is on") for line in lines) is is_listed
