@@ -25,7 +25,7 @@ from sft_recipe.readiness.data import example_checks, record_checks
 from sft_recipe.readiness.findings import Check, failed, warned
 from sft_recipe.readiness.machine import machine_checks
 from sft_recipe.readiness.model import model_checks, tokenizer_checks
-from sft_recipe.readiness.plan import disk_checks, measured, memory_checks, plan_checks
+from sft_recipe.readiness.plan import Done, disk_checks, measured, memory_checks, plan_checks
 from sft_recipe.readiness.run_folder import resume_checks, run_folder_checks
 from sft_recipe.training.schedule import Schedule, workload_of
 
@@ -61,6 +61,8 @@ def check_readiness(config: Config, machine: Machine | None, measures: bool) -> 
             check_config(config, device)
         except RecipeError as error:
             yield failed("settings", "{error}", "", error=error)
+        if config.trainer.resume_from:
+            yield warned("run folder", "--resume_from is not looked at for another machine: all steps count", "")
     else:
         found = list(machine_checks(config))
         yield from found
@@ -98,7 +100,7 @@ def check_readiness(config: Config, machine: Machine | None, measures: bool) -> 
         yield failed("model", "{error}", "", error=error)
         return
     if is_readable:
-        yield from _run_checks(config, stats_of, device, memory, measures, resume)
+        yield from _run_checks(config, stats_of, device, memory, measures, resume, machine)
 
 
 def _device() -> str:
@@ -108,7 +110,13 @@ def _device() -> str:
 
 
 def _run_checks(
-    config: Config, stats_of: StatsOf, device: str, memory: int, measures: bool, resume: Path | None
+    config: Config,
+    stats_of: StatsOf,
+    device: str,
+    memory: int,
+    measures: bool,
+    resume: Path | None,
+    machine: Machine | None,
 ) -> Iterator[Check]:
     """Yield the checks that need tokenized data."""
     try:
@@ -126,11 +134,11 @@ def _run_checks(
         answer_generator(config, inputs, lambda *_: [])
     except RecipeError as error:
         yield failed("validation", "{error}", "", error=error)
-    done = read_manifest(resume)["step"] if resume else 0
+    done, schedule = Done.before(config, resume), Schedule.from_config(config, examples)
     yield from plan_checks(config, examples, tokens, done)
     yield from memory_checks(config, stats_of, workload_of(config, inputs.train), device, memory)
-    yield from disk_checks(config, stats_of(config), Schedule.from_config(config, examples), done)
-    if measures:
+    yield from disk_checks(config, stats_of(config), schedule, done, is_here=not machine)
+    if measures and done.left(schedule):
         yield from measured(config, examples, tokens, device, done)
 
 

@@ -131,8 +131,24 @@ CHINESE = {
     ),
     "what would fit: {options}": "可行的设置：{options}",
     "no setting here fits: a smaller model, or more memory": "没有可行的设置：换更小的模型，或增加内存",
-    "{kept:# checkpoint} more at a time, of {each}: {needed} are needed, {free} are free": (
-        "同时再保留 {kept} 个检查点，每个 {each}，共需 {needed}，剩余 {free}"
+    "up to {kept:# checkpoint} more at a time, of {each}: {needed} are needed": (
+        "最多同时再保留 {kept} 个检查点，每个 {each}，共需 {needed}"
+    ),
+    "up to {kept:# checkpoint} more at a time, of {each}: {needed} are needed, {free} are free": (
+        "最多同时再保留 {kept} 个检查点，每个 {each}，共需 {needed}，剩余 {free}"
+    ),
+    "nothing is left to train: the run stopped early after step {done:,}: {reason}": (
+        "没有剩余的训练：训练在第 {done:,} 步后提前停止：{reason}"
+    ),
+    "nothing is left to train: the checkpoint is at step {done:,} of {steps:,}": (
+        "没有剩余的训练：检查点在第 {done:,} 步，共 {steps:,} 步"
+    ),
+    "more epochs (--epochs)": "增加轮数（--epochs）",
+    "a larger trainer.early_stopping.patience, or another trainer.early_stopping.target": (
+        "增大 trainer.early_stopping.patience，或改变 trainer.early_stopping.target"
+    ),
+    "--resume_from is not looked at for another machine: all steps count": (
+        "询问另一台机器时不考虑 --resume_from：计入所有步骤"
     ),
     "--output_dir on a larger disk, or trainer.max_ckpt_to_keep=1": (
         "--output_dir 换到更大的磁盘，或 trainer.max_ckpt_to_keep=1"

@@ -1,7 +1,6 @@
 """Checks of the plan: steps, warm-up, memory of a rank, disk and time of the run."""
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -13,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_recipe.checkpoint.manager import list_checkpoints
+from sft_recipe.checkpoint.manifest import read_manifest
 from sft_recipe.config.auto import compute_dtype, uses_gradient_checkpointing
 from sft_recipe.config.compose import to_json
 from sft_recipe.config.schema import Config
@@ -27,28 +27,58 @@ from sft_recipe.models.stats import ModelStats
 from sft_recipe.models.workload import Workload, data_ranks
 from sft_recipe.readiness.findings import Check, failed, passed, warned
 from sft_recipe.readiness.run_folder import existing
-from sft_recipe.training.schedule import Schedule
+from sft_recipe.training.early_stopping import EarlyStopping
+from sft_recipe.training.schedule import Schedule, may_save_best
 
 WARM_UP_STEPS = 2  # they start kernels and allocate, and are not counted
 MOST_STEPS, ENOUGH_SECONDS = 12, 30.0  # measured steps
 POLL_SECONDS = 0.1
 FEW_STEPS = 20
+STOPPED_REMEDY = "a larger trainer.early_stopping.patience, or another trainer.early_stopping.target"
 
 
-def plan_checks(config: Config, examples: int, tokens: int, done: int) -> Iterator[Check]:
-    """Yield the checks of the number of steps, for a run on `examples` with `tokens` together, `done` steps of it."""
+class Done(NamedTuple):
+    """The steps of a run that are trained already, and why it then stopped early, if it did."""
+
+    steps: int = 0
+    stopped: str | None = None
+
+    @classmethod
+    def before(cls, config: Config, resume: Path | None) -> "Done":
+        """Return what a run that resumes from this checkpoint has done; nothing where there is none."""
+        if resume is None:
+            return cls()
+        manifest = read_manifest(resume)
+        stopping = EarlyStopping(config.trainer.early_stopping, manifest.get("early_stopping"))
+        return cls(manifest["step"], None if manifest.get("unvalidated") else stopping.reason())
+
+    def left(self, schedule: Schedule) -> int:
+        """Return the number of steps that remain."""
+        return 0 if self.stopped else max(schedule.total_steps - self.steps, 0)
+
+
+def plan_checks(config: Config, examples: int, tokens: int, done: Done) -> Iterator[Check]:
+    """Yield the checks of the number of steps, for a run on `examples` with `tokens` together."""
     schedule = Schedule.from_config(config, examples)
-    steps, per_epoch = schedule.total_steps, schedule.steps_per_epoch
-    left = max(steps - done, 0)
+    steps, per_epoch, left = schedule.total_steps, schedule.steps_per_epoch, done.left(schedule)
+    longer = (
+        "a larger trainer.total_training_steps" if config.trainer.total_training_steps else "more epochs (--epochs)"
+    )
+    if done.stopped:
+        text, remedy = "nothing is left to train: the run stopped early after step {done:,}: {reason}", STOPPED_REMEDY
+        yield warned("steps", text, remedy, done=done.steps, reason=done.stopped)
+        return
+    if not left:
+        text = "nothing is left to train: the checkpoint is at step {done:,} of {steps:,}"
+        yield warned("steps", text, longer, done=done.steps, steps=steps)
+        return
     text = "{steps:# step} ({per_epoch:,} an epoch) of {batch:# example}, {trained:,} tokens in all"
-    remedy = "more epochs (--epochs), or a smaller --batch_size"
-    if done:
+    if done.steps:
         text = "{left:,} of {steps:# step} left ({per_epoch:,} an epoch) of {batch:# example}, {trained:,} tokens"
-    if config.trainer.total_training_steps:
-        remedy = "a larger trainer.total_training_steps"
     found = dict(steps=steps, left=left, per_epoch=per_epoch, batch=config.data.train_batch_size)
     trained = int(tokens * left / per_epoch)
     if steps < FEW_STEPS:
+        remedy = longer if done.steps or config.trainer.total_training_steps else longer + ", or a smaller --batch_size"
         yield warned("steps", text, remedy, **found, trained=trained)
     else:
         yield passed("steps", text, **found, trained=trained)
@@ -91,31 +121,42 @@ def memory_checks(
     yield kind("memory", text, remedy, options="; or ".join(options), **values)
 
 
-def disk_checks(config: Config, stats: ModelStats, schedule: Schedule, done: int) -> Iterator[Check]:
-    """Yield the check of the disk that checkpoints need, besides those that are there after `done` steps."""
-    trained = stats.trainable
+def disk_checks(
+    config: Config, stats: ModelStats, schedule: Schedule, done: Done, is_here: bool = True
+) -> Iterator[Check]:
+    """Yield the check of the disk that checkpoints need besides those that are there; of this machine if `is_here`."""
+    trained, trainer = stats.trainable, config.trainer
     state = 3 * 4 * trained  # weights, and two moments of Adam, in fp32
     model = 0 if config.lora.enabled and not config.lora.merge else 4 * stats.total
-    frequency, last = schedule.interval_steps(config.trainer.save_freq), schedule.total_steps
-    saves = math.ceil(last / frequency) - done // frequency if frequency > 0 else 1
-    there = len(list_checkpoints(config.trainer.run_folder / "checkpoints")) if done else 0
-    # Besides: the best one, the one that the run resumed from, and the one that is being written.
-    most = (config.trainer.max_ckpt_to_keep or there + saves) + 2 + (done > 0)
-    kept = max(min(saves, most - there), 0)
-    needed = kept * (state + model)
-    free = shutil.disk_usage(existing(config.trainer.run_folder)).free
-    text = "{kept:# checkpoint} more at a time, of {each}: {needed} are needed, {free} are free"
-    values = dict(kept=kept, each=byte_size(state + model), needed=byte_size(needed), free=byte_size(free))
-    if needed <= free:
+    folder = trainer.run_folder
+    there = len(list_checkpoints(folder / "checkpoints")) if done.steps else 0
+    remaining = range(schedule.total_steps - done.left(schedule) + 1, schedule.total_steps + 1)
+    sure = {step for step in remaining if schedule.is_due(trainer.save_freq, step)}
+    best = {step for step in remaining if may_save_best(config) and schedule.is_evaluation_due(trainer.test_freq, step)}
+
+    def room(saves: int) -> int:
+        # Besides those that stay: the best one, the one that the run resumed from, and the one that is being written.
+        most = (trainer.max_ckpt_to_keep or there + saves) + 2 + (done.steps > 0)
+        return max(min(saves, most - there), 0)
+
+    kept, each = room(len(sure | best)), state + model
+    values = dict(kept=kept, each=byte_size(each), needed=byte_size(kept * each))
+    text = "up to {kept:# checkpoint} more at a time, of {each}: {needed} are needed"
+    if not is_here:
+        yield passed("disk", text, **values)
+        return
+    free = shutil.disk_usage(existing(folder)).free
+    text, values = text + ", {free} are free", values | dict(free=byte_size(free))
+    if kept * each <= free:
         yield passed("disk", text, **values)
     else:
-        yield failed("disk", text, "--output_dir on a larger disk, or trainer.max_ckpt_to_keep=1", **values)
+        kind = failed if room(len(sure)) * each > free else warned
+        yield kind("disk", text, "--output_dir on a larger disk, or trainer.max_ckpt_to_keep=1", **values)
 
 
-def measured(config: Config, examples: int, tokens: int, device: str, done: int) -> Iterator[Check]:
-    """Train a few steps in a temporary folder, and yield the time that a run takes after `done` steps.
-
-    The run is on `examples` with `tokens` together.
+def measured(config: Config, examples: int, tokens: int, device: str, done: Done) -> Iterator[Check]:
+    """Train a few steps in a temporary folder, and yield the time of what is left of a run on `examples` with `tokens`
+    together.
     """
     schedule = Schedule.from_config(config, examples)
     with tempfile.TemporaryDirectory(prefix="sft_recipe-", ignore_cleanup_errors=True) as folder:
@@ -132,7 +173,7 @@ def measured(config: Config, examples: int, tokens: int, device: str, done: int)
         "{median:.2f} s a step, {tokens:,.0f} tokens/s: about {hours:.2f} h and a peak of {peak:.2f} GiB, both without "
         "evaluations and saves",
         median=statistics.median(seconds), tokens=per_second,
-        hours=tokens * max(schedule.total_steps - done, 0) / schedule.steps_per_epoch / per_second / 3600,
+        hours=tokens * done.left(schedule) / schedule.steps_per_epoch / per_second / 3600,
         peak=max(row["perf/memory_gb"] for row in rows),
     )  # fmt: skip
 

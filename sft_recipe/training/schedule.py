@@ -59,6 +59,11 @@ class Schedule:
         return self.steps_per_epoch if interval == AFTER_EACH_EPOCH else int(interval)
 
 
+def may_save_best(config: Config) -> bool:
+    """Return whether a run saves the checkpoints that its evaluations find best."""
+    return config.trainer.save_best and bool(config.data.val_files or config.data.val_ratio)
+
+
 def workload_of(config: Config, train: Examples) -> Workload:
     """Return what the memory of a run on these examples depends on; with padding each counts as the longest one."""
     data, trainer = config.data, config.trainer
@@ -66,6 +71,5 @@ def workload_of(config: Config, train: Examples) -> Workload:
     enough = data_ranks(config) * data.token_budget + 1  # larger batches need several micro-batches, and no more memory
     steps, size = schedule.total_steps, data.train_batch_size
     most = largest_batch(train.lengths, size, steps, trainer.seed, data.order, enough)
-    may_save_best = trainer.save_best and bool(data.val_files or data.val_ratio)
-    saves = may_save_best or schedule.is_due_before_end(trainer.save_freq)
+    saves = may_save_best(config) or schedule.is_due_before_end(trainer.save_freq)
     return Workload(longest, longest if data.has_targets else most / size, saves)

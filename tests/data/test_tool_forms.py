@@ -151,7 +151,7 @@ def test_a_call_in_tags_that_cannot_be_used_is_an_error(before, inside, expected
 )
 @pytest.mark.parametrize("before", ["", "I add.\n", f"{GOOD}\n"])
 def test_a_call_that_is_not_closed_and_a_list_of_calls_are_errors(before, call):
-    """A text that was cut, as by a limit of tokens, would be learnt as an answer."""
+    """A text that was cut, as by a limit of tokens, would be trained on as an answer."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"{before}<tool_call>\n{call}"}]
     with pytest.raises(DataError) as caught:
         to_conversation({"messages": turns, "tools": TOOLS}, "a.json, record 1")

@@ -108,7 +108,7 @@ def test_replaced_model_is_reported_once(ask, work, monkeypatch):
     ("words", "name", "status", "text"),
     [
         (["--train_data={work}/none.json"], "data", "error", "none.json"),
-        (["--train_data={bad}"], "bad records", "error", "1 of 3 records cannot be used; the first: {bad}, line 3: "),
+        (["--train_data={bad}"], "bad records", "error", "1 of 3 records cannot be used; the first: "),
         (
             ["--train_data={bad}", "data.on_bad_record=skip", "data.max_bad_ratio=0.5"],
             "bad records",
@@ -139,6 +139,8 @@ def test_what_is_wrong_is_found(ask, work, tmp_path, words, name, status, text):
     code, report = ask(*(word.format(work=work, bad=bad, twice=twice, cut=cut) for word in words))
     matching = [item for item in report["checks"] if item["name"] == name and item["status"] == status]
     assert any(text in item["message"] for item in matching), report["checks"]
+    if name == "bad records":
+        assert f"the first: {bad}, line 3: the fields (prompt) fit no format" in matching[0]["message"]
     assert code == (2 if any(item["status"] == "error" for item in report["checks"]) else 0)
     assert report["ok"] is (code == 0)
 
@@ -234,8 +236,8 @@ def test_a_small_shm_a_full_disk_and_few_files_are_found(monkeypatch, tmp_path):
     config = load_config(["trainer.n_gpus_per_node=2", f"trainer.output_dir={tmp_path}/out"])
     assert machine._shared_memory(config).status == "error"
     stats = SimpleNamespace(total=10**6, trainable=10**6)
-    [disk] = plan.disk_checks(config, stats, Schedule(steps_per_epoch=8, total_steps=24), done=0)
-    assert disk.status == "error" and "checkpoints more at a time, of 16.00 MB" in disk.message("en")
+    [disk] = plan.disk_checks(config, stats, Schedule(steps_per_epoch=8, total_steps=24), plan.Done())
+    assert disk.status == "error" and "up to 3 checkpoints more at a time, of 16.00 MB" in disk.message("en")
     monkeypatch.setattr(machine.resource, "getrlimit", lambda kind: (256, 256))
     assert machine._open_files().status == "warning"
 
@@ -267,7 +269,7 @@ def measured_by(monkeypatch, tmp_path, error, device):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(plan.sys, "executable", str(program))
     config = load_config(["data.train_batch_size=10"])
-    [check] = plan.measured(config, examples=1000, tokens=10**6, device=device, done=150)
+    [check] = plan.measured(config, examples=1000, tokens=10**6, device=device, done=plan.Done(150))
     return check, json.loads(seen.read_text())
 
 

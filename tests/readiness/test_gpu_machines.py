@@ -76,7 +76,8 @@ def test_full_disk_is_an_error(ask, use, monkeypatch):
     code, checks = ask()
     assert code == 2 and checks["disk"]["status"] == "error"
     assert (
-        checks["disk"]["message"] == "3 checkpoints more at a time, of 559.62 KB: 1.68 MB are needed, 1.05 MB are free"
+        checks["disk"]["message"]
+        == "up to 3 checkpoints more at a time, of 559.62 KB: 1.68 MB are needed, 1.05 MB are free"
     )
 
 

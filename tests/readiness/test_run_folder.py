@@ -4,13 +4,17 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sft_recipe.cli import check
-from sft_recipe.readiness import machine
+from sft_recipe.language import plural
+from sft_recipe.readiness import machine, plan
+from sft_recipe.training.schedule import Schedule
 from tests.support import tiny
+from tests.support.composing import load_config
 from tests.support.runs import run_here
 from tests.support.small_run import arguments
 
@@ -150,8 +154,8 @@ def test_a_run_that_can_be_resumed_is_ready_and_counts_what_is_left(both, tmp_pa
     assert tokens[0] * 3 / 7 == pytest.approx(tokens[1], abs=1)
     assert rest["steps"]["remedy"] == "a larger trainer.total_training_steps"
     # steps 2, 4 and 6 are saved, and 7; the one kept, the best one and the one being written make 3
-    assert whole["disk"]["message"].startswith("3 checkpoints more at a time")
-    assert rest["disk"]["message"].startswith("2 checkpoints more at a time")  # 6 and 7: 4 may stay, 2 are there
+    assert whole["disk"]["message"].startswith("up to 3 checkpoints more at a time")
+    assert rest["disk"]["message"].startswith("up to 2 checkpoints more at a time")  # 6 and 7: 4 may stay, 2 are there
 
 
 def test_changed_settings_of_a_resumed_run_are_a_warning(both):
@@ -159,3 +163,50 @@ def test_changed_settings_of_a_resumed_run_are_a_warning(both):
     [changed] = [item for item in report if item["name"] == "run folder" and item["status"] == "warning"]
     assert not errors and not message
     assert changed["message"].startswith("settings that differ from those of the run so far: optim.lr=0.5 (before: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "remedy"),
+    [
+        (["trainer.total_training_steps=4"], "the checkpoint is at step 4 of 4", "a larger trainer.total_training"),
+        (["trainer.total_training_steps=3"], "the checkpoint is at step 4 of 3", "a larger trainer.total_training"),
+        (
+            ["trainer.total_training_steps=null", "trainer.total_epochs=9", "trainer.early_stopping.target=1000"],
+            "the run stopped early after step 4: val/loss is ",
+            "a larger trainer.early_stopping.patience",
+        ),
+    ],
+)
+def test_a_run_with_nothing_left_to_train_is_said_to_have_nothing_left(both, words, message, remedy):
+    errors, report, error = both("trainer.resume_from=auto", *words)
+    [steps] = [item for item in report if item["name"] == "steps"]
+    assert not errors and not error and steps["status"] == "warning"
+    assert steps["message"].startswith(f"nothing is left to train: {message}") and steps["remedy"].startswith(remedy)
+    assert next(item for item in report if item["name"] == "disk")["message"].startswith("up to 0 checkpoints more")
+
+
+@pytest.mark.parametrize(
+    ("words", "most", "status"),
+    [
+        (["trainer.save_freq=-1", "trainer.test_freq=-1"], 1, "ok"),
+        (["trainer.save_freq=-1", "trainer.test_freq=2"], 5, "warning"),  # 2, 4, 5 (an epoch), 6 and 7
+        (["trainer.save_freq=-1", "trainer.test_freq=2", "trainer.save_best=false"], 1, "ok"),
+        (["trainer.save_freq=2", "trainer.test_freq=-1"], 4, "error"),  # 2, 4, 6 and 7
+        (["trainer.save_freq=3", "trainer.test_freq=2"], 6, "error"),  # 2, 3, 4, 5, 6 and 7
+        (["trainer.save_freq=3", "trainer.test_freq=2", "trainer.max_ckpt_to_keep=1"], 3, "error"),
+    ],
+)
+def test_the_disk_has_room_for_the_checkpoints_that_evaluations_find_best(monkeypatch, words, most, status):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(2.5 * 16e6)))
+    config = load_config(["data.val_ratio=0.1", "trainer.max_ckpt_to_keep=null", *words])
+    stats = SimpleNamespace(total=10**6, trainable=10**6)
+    [disk] = plan.disk_checks(config, stats, Schedule(steps_per_epoch=5, total_steps=7), plan.Done())
+    assert disk.status == status and disk.message("en").startswith(f"up to {plural(most, 'checkpoint')} more at a time")
+
+
+def test_another_machine_is_not_asked_about_checkpoints(work, capfd):
+    words = arguments(work / "model", work, "trainer.resume_from=auto", "trainer.total_training_steps=7")
+    check.main(["--json", *words, "--gpus=2", "--gpu_memory=24GB"])
+    checks = {item["name"]: item for item in json.loads(capfd.readouterr().out)["checks"]}
+    assert checks["run folder"]["status"] == "warning" and "not looked at" in checks["run folder"]["message"]
+    assert checks["steps"]["message"].startswith("7 steps (") and "free" not in checks["disk"]["message"]

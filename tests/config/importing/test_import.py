@@ -198,29 +198,6 @@ def test_trl_command_in_a_script(tmp_path, monkeypatch):
     assert unmapped == ["packing", "lora_dropout"]
 
 
-def test_axolotl_warms_up_for_3_percent_where_a_file_says_nothing(tmp_path):
-    without = {name: value for name, value in AXOLOTL.items() if name != "warmup_steps"}
-    _, values, unmapped = imported(tmp_path, without)
-    assert values["optim.lr_warmup_steps_ratio"] == 0.03 and "warmup_steps" in unmapped  # there it has a limit
-    _, values, unmapped = imported(tmp_path, {**without, "warmup_ratio": 0.2})
-    assert values["optim.lr_warmup_steps_ratio"] == 0.2 and "warmup_steps" not in unmapped
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"model_name_or_path": "acme/base", "dataset_name": "acme/chats", "use_peft": True},
-        {key: value for key, value in AXOLOTL.items() if key != "lora_target_linear"},
-    ],
-    ids=["trl", "axolotl"],
-)
-def test_modules_that_peft_would_choose_by_the_type_of_the_model_are_listed(tmp_path, content):
-    _, values, unmapped = imported(tmp_path, content)
-    assert values["lora.enabled"] and "lora.target_modules" not in values and "lora_target_modules" in unmapped
-    _, values, unmapped = imported(tmp_path, {**content, "lora_target_modules": ["q_proj"]})
-    assert values["lora.target_modules"] == ["q_proj"] and "lora_target_modules" not in unmapped
-
-
 def test_verl_command_in_a_script(tmp_path):
     project, values, unmapped = imported(tmp_path, VERL, name="run.sh")
     assert project == "verl"
@@ -383,14 +360,6 @@ def test_liger_and_torch_compile_are_mapped(tmp_path, content, name, settings, e
     _, values, unmapped_now = imported(tmp_path, content, name)
     assert (values.get("model.use_liger", False), values.get("fsdp.use_torch_compile", False)) == expected
     assert unmapped_now == unmapped
-
-
-def test_verl_resumes_by_itself(tmp_path):
-    for mode, expected in (("auto", "auto"), ("disable", None)):
-        _, values, unmapped = imported(tmp_path, VERL.rstrip("\n") + f" trainer.resume_mode={mode}\n", "a.sh")
-        assert values.get("trainer.resume_from") == expected and ("trainer.resume_mode" in unmapped) == (
-            mode == "disable"
-        )
 
 
 def test_of_liger_and_torch_compile_one_is_mapped(tmp_path):
