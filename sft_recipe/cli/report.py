@@ -113,7 +113,7 @@ def _print(runs: list[Run], language: str) -> None:
     from rich.text import Text
 
     from sft_recipe.display import printable
-    from sft_recipe.report.compare import names, results
+    from sft_recipe.report.compare import names, remark, results
     from sft_recipe.report.findings import find_problems
     from sft_recipe.report.words import describe
 
@@ -126,6 +126,8 @@ def _print(runs: list[Run], language: str) -> None:
         cells = [Text(text, style="bold" if text and row.best == place else "") for place, text in enumerate(row.texts)]
         table.add_row(row.name, *cells)
     console.print(table)
+    if text := remark(runs, language):
+        console.print(text, soft_wrap=True, markup=False)
     for name, one in zip(names(runs), runs, strict=True):
         for finding in find_problems(one):
             before = f"{printable(name)}: " if len(runs) > 1 else ""

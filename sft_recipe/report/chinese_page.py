@@ -99,6 +99,9 @@ CHINESE_PAGE = {
     "Comparison of runs": "训练比较",
     "Results": "结果",
     "of the newest evaluation; green: the best run": "最近一次评估；绿色：最好的一次训练",
+    "The runs were validated on different data, so no run is marked as the best by these scores.": (
+        "各次训练使用的验证数据不同，因此不按这些分数标出最好的一次。"
+    ),
     "What differs": "不同之处",
     "settings that are not equal in all runs": "各次训练之间不同的设置",
     "Nothing: all runs have the same settings.": "没有：各次训练的设置相同。",

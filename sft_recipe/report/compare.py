@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,10 @@ CURVES = (
     ("perf/memory_gb", False, "Memory, GiB"),
 )
 
+# what decides on which data a run is validated; for data that is held out, also what they are drawn from
+VALIDATION_DATA = ("data.val_files", "data.val_ratio", "eval.limit")
+HELD_OUT_DATA = ("data.train_files", "trainer.seed")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,7 +52,10 @@ def names(runs: list[Run]) -> list[str]:
 
 
 def results(runs: list[Run], language: str = "en") -> list[Row]:
-    """Return the numbers of the runs, one row each; the newest evaluation counts."""
+    """Return the numbers of the runs, one row each; the newest evaluation counts.
+
+    Scores on different validation data are easier or harder to reach, so that none of them is the best.
+    """
     translate = report_translator(language)
     facts = [summary(run) for run in runs]
     rows = [
@@ -57,6 +64,7 @@ def results(runs: list[Run], language: str = "en") -> list[Row]:
         _row(translate("Training loss"), [fact["train_loss"]["last"] for fact in facts], min, number),
     ]
     found = [{score.key: score for score in scores(run)} for run in runs]
+    is_comparable = not _validation_differs(runs)
     for key in dict.fromkeys(key for one in found for key in one):
         values = [one[key].last if key in one else None for one in found]
         is_lower_better = next(one[key].is_lower_better for one in found if key in one)
@@ -64,13 +72,21 @@ def results(runs: list[Run], language: str = "en") -> list[Row]:
         def text(value: float, key: str = key) -> str:
             return score_text(value, key)
 
-        rows.append(_row(metric_name(key, translate), values, min if is_lower_better else max, text))
+        row = _row(metric_name(key, translate), values, min if is_lower_better else max, text)
+        rows.append(row if is_comparable else replace(row, best=None))
     rows += _benchmark_rows(runs)
     rows.append(_row(translate("Tokens per second"), [fact["tokens_per_s"] for fact in facts], max, number))
     rows.append(_row(translate("Memory, GiB"), [fact["memory_gb"] for fact in facts], min, number))
     seconds = [fact["seconds"] for fact in facts]
     rows.append(Row(translate("Time"), [duration(value, translate) if value else "" for value in seconds]))
     return [row for row in rows if any(row.texts)]
+
+
+def remark(runs: list[Run], language: str = "en") -> str:
+    """Return a sentence that says why no run is the best by the scores of the validation, "" where one can be."""
+    translate = report_translator(language)
+    text = translate("The runs were validated on different data, so no run is marked as the best by these scores.")
+    return text if _validation_differs(runs) else ""
 
 
 def comparison_page(runs: list[Run], language: str = "en") -> str:
@@ -81,6 +97,7 @@ def comparison_page(runs: list[Run], language: str = "en") -> str:
         names=short,
         runs=runs,
         results=results(runs, language),
+        remark=remark(runs, language),
         charts=[chart for chart in _charts(runs, short, translate) if chart.drawable],
         settings=compare_settings(runs),
         findings=[[describe(finding, language) for finding in find_problems(run)] for run in runs],
@@ -120,6 +137,17 @@ def _charts(runs: list[Run], short: list[str], translate: Callable[[str], str]) 
         shown = [Line(line.name, line.smoothed, line.color) if is_smoothed else line for line in lines]
         charts.append(Chart(translate(title), [line for line in shown if len(line.series)]))
     return charts
+
+
+def _validation_differs(runs: list[Run]) -> bool:
+    """Whether the settings select different validation data, or files of one name had other tokens."""
+    validated = [run for run in runs if scores(run)]
+    if len(validated) < 2:
+        return False
+    is_held_out = any(run.setting("data.val_ratio", 0.0) for run in validated)
+    differing = compare_settings(validated).keys()
+    tokens = {values[-1] for run in validated if (values := run.series("val/tokens").finite().values)}
+    return len(tokens) > 1 or not differing.isdisjoint(VALIDATION_DATA + (HELD_OUT_DATA if is_held_out else ()))
 
 
 def _benchmark_rows(runs: list[Run]) -> list[Row]:

@@ -36,6 +36,12 @@ def test_several_runs_get_one_page_and_their_findings(runs, capsys):
     assert names.split() == ["a", "b"] and [line for line in lines if line.isascii()] == []
 
 
+def test_the_table_says_that_validation_data_differ(runs, capsys):
+    write_run(runs / "c", make_run(GOOD, validation={0: 2.0, 40: 1.0}, data__val_files="other.json"))
+    assert main(["a", "c"]) == 0
+    assert "\nThe runs were validated on different data, so no run is marked" in capsys.readouterr().out
+
+
 def test_json_is_complete_and_writes_nothing(runs, capsys):
     assert main(["a", "b", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

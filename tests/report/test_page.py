@@ -246,6 +246,34 @@ def test_a_comparison_marks_the_best_run():
     assert "optim.lr 0.001 2.0e-05" in text and "trainer.total_training_steps 60" not in text.split("Curves")[0]
 
 
+def validated(folder, loss, tokens=500, **settings):
+    run = make_run(GOOD, validation={60: loss}, **settings)
+    rows = [row | ({"val/tokens": tokens} if "val/loss" in row else {}) for row in run.rows]
+    return replace(run, rows=rows, folder=run.folder / folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "other", "tokens", "best"),
+    [
+        ({}, {}, 500, 1),
+        ({"optim__lr": 1e-3}, {"trainer__seed": 7}, 500, 1),
+        ({"data__val_files": "a.json"}, {"data__val_files": "b.json"}, 500, None),
+        ({"data__val_ratio": 0.1}, {"data__val_ratio": 0.1}, 500, 1),
+        ({"data__val_ratio": 0.1}, {"data__val_ratio": 0.1, "trainer__seed": 7}, 500, None),
+        ({"data__val_files": "a.json"}, {"data__val_files": "a.json"}, 501, None),
+        ({"eval__limit": 5}, {}, 500, None),
+    ],
+)
+def test_no_run_is_the_best_on_other_validation_data(settings, other, tokens, best):
+    runs = [validated("a", 2.0, **settings), validated("b", 1.0, tokens, **other)]
+    rows = {row.name: row for row in results(runs)}
+    assert rows["Validation loss"].best == best
+    assert ("validated on different data" in text_of(comparison_page(runs))) == (best is None)
+    assert ("验证数据不同" in text_of(comparison_page(runs, "zh"))) == (best is None)
+    unvalidated = replace(make_run(GOOD, data__val_files="c.json"), folder=runs[0].folder.parent / "c")
+    assert next(row.best for row in results([*runs, unvalidated]) if row.name == "Validation loss") == best
+
+
 def test_runs_in_folders_of_one_name_are_distinguished(tmp_path):
     runs = [replace(full_run(), folder=tmp_path / part / "out") for part in ("a", "b")]
     assert names(runs) == ["a/out", "b/out"]
