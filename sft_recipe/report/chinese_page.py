@@ -75,6 +75,9 @@ CHINESE_PAGE = {
     ),
     # metrics
     "Training loss": "训练损失",
+    "Training loss, mean of the last steps": "训练损失（最后若干步的均值）",
+    "Training loss, mean of the last {count} steps": "训练损失（最后 {count} 步的均值）",
+    "mean of the last {count} steps; {value} in the first {count}": "最后 {count} 步的均值；最初 {count} 步为 {value}",
     "Validation loss": "验证损失",
     "Perplexity": "困惑度",
     "Token accuracy": "token 准确率",

@@ -61,7 +61,7 @@ def results(runs: list[Run], language: str = "en") -> list[Row]:
     rows = [
         Row(translate("Model"), [str(fact["model"]) for fact in facts]),
         Row(translate("Steps"), [_steps(fact) for fact in facts]),
-        _row(translate("Training loss"), [fact["train_loss"]["last"] for fact in facts], min, number),
+        _row(_loss_name(facts, translate), [fact["train_loss"]["last"] for fact in facts], min, number),
     ]
     found = [{score.key: score for score in scores(run)} for run in runs]
     is_comparable = not _validation_differs(runs)
@@ -165,6 +165,16 @@ def _row(
     is_decided = len(known) > 1 and len(set(known)) > 1
     best = values.index(choose(known)) if is_decided else None
     return Row(name, ["" if value is None else text(value) for value in values], best)
+
+
+def _loss_name(facts: list[dict[str, Any]], translate: Callable[[str], str]) -> str:
+    """The name of the training loss with the number of steps whose mean it is, where that is one number."""
+    counts = {count for fact in facts if (count := fact["train_loss"]["mean_of"])}
+    if counts <= {1}:
+        return translate("Training loss")
+    if len(counts) > 1:
+        return translate("Training loss, mean of the last steps")
+    return translate("Training loss, mean of the last {count} steps").format(count=counts.pop())
 
 
 def _steps(fact: dict[str, Any]) -> str:

@@ -27,12 +27,17 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [(sums[end] - sums[begin]) / (end - begin) for begin, end in bounds]
 
 
+def ends_size(count: int) -> int:
+    """Return of how many values `ends` takes the means in a curve of `count` values."""
+    return max(1, min(window(count), count // 2))
+
+
 def ends(values: Sequence[float]) -> tuple[float, float]:
     """Return the means of the first and of the last `window` values: the level at the start and at the end.
 
     Those of a short curve are its halves.
     """
-    size = max(1, min(window(len(values)), len(values) // 2))
+    size = ends_size(len(values))
     return statistics.fmean(values[:size]), statistics.fmean(values[-size:])
 
 

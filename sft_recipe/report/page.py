@@ -126,7 +126,10 @@ def _charts(run: Run, facts: dict[str, Any], found: list[Score], translate: Call
 def _tiles(facts: dict[str, Any], found: list[Score], t: Callable[[str], str]) -> Iterable[dict[str, Any]]:
     loss = facts["train_loss"]
     if loss["last"] is not None:
-        yield {"name": t("Training loss"), "value": number(loss["last"]), "note": _before(loss["first"], t), "kind": ""}
+        count, first = loss["mean_of"], number(loss["first"])
+        mean = t("mean of the last {count} steps; {value} in the first {count}").format(count=count, value=first)
+        note = mean if count > 1 else _before(loss["first"], t)
+        yield {"name": t("Training loss"), "value": number(loss["last"]), "note": note, "kind": ""}
     shown = ("val/loss", "val/token_accuracy", "eval/bleu4")
     for score in found:
         if score.key in shown:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft_recipe.config.trainer import GENERATION_METRICS, VALIDATION_METRICS
-from sft_recipe.report.curves import ends
+from sft_recipe.report.curves import ends, ends_size
 from sft_recipe.report.run import Run, Series, finite_number
 from sft_recipe.tracking.run_facts import PEAK_MEMORY, PREDICTED_MEMORY, STOPPED_EARLY, read_facts
 
@@ -79,7 +79,7 @@ def summary(run: Run) -> dict[str, Any]:
         "step": run.last_step,
         "total_steps": run.total_steps,
         "epoch": next((row["epoch"] for row in reversed(run.rows) if "epoch" in row), None),
-        "train_loss": {"first": start, "last": end},
+        "train_loss": {"first": start, "last": end, "mean_of": ends_size(len(finite)) if finite else None},
         "scores": {
             score.key: {"first": score.first, "last": score.last, "best": score.best[1], "best_step": score.best[0]}
             for score in scores(run)

@@ -57,6 +57,23 @@ def test_the_numbers_are_those_of_the_rows():
     assert json.loads(json.dumps(facts)) == facts
 
 
+def test_the_training_loss_says_of_how_many_steps_it_is_the_mean():
+    first, last = (f"{statistics.fmean(part):.4g}" for part in (GOOD[:7], GOOD[-7:]))
+    for language, text in (
+        ("en", f"Training loss {last} mean of the last 7 steps; {first} in the first 7"),
+        ("zh", f"训练损失 {last} 最后 7 步的均值；最初 7 步为 {first}"),
+    ):
+        assert text in text_of(run_page(full_run(), language))
+    short = make_run([2.0, 1.5])
+    assert "Training loss 1.5 2 at the start" in text_of(run_page(short))
+    for runs, name in (
+        ([full_run()], "Training loss, mean of the last 7 steps"),
+        ([short], "Training loss"),
+        ([full_run(), short], "Training loss, mean of the last steps"),
+    ):
+        assert results(runs)[2].name == name
+
+
 def test_a_higher_score_is_better_but_a_lower_loss():
     tiles = StrictParser(run_page(full_run())).attributes
     assert [value for name, value in tiles if name == "class" and value.startswith("tile ")][:3] == [
@@ -241,7 +258,7 @@ def test_a_comparison_marks_the_best_run():
     rows = {row.name: row for row in results([bad, good])}
     assert rows["Validation loss"].texts == ["2.400", "1.800"] and rows["Validation loss"].best == 1
     assert rows["BLEU-4"].texts == ["", "21.5"] and rows["BLEU-4"].best is None
-    assert rows["Training loss"].best is None  # equal
+    assert rows["Training loss, mean of the last 7 steps"].best is None  # equal
     text = text_of(comparison_page([bad, good]))
     assert "optim.lr 0.001 2.0e-05" in text and "trainer.total_training_steps 60" not in text.split("Curves")[0]
 
