@@ -124,8 +124,8 @@ class AsyncSaver:
             return
         job.is_reported = True
         self.timings.append((job.seconds, job.stall))
-        longer = ", reading it back included" if job.stall > job.seconds else ""
-        self.say(f"saved {job.path} in {job.seconds:.1f} s (training blocked {job.stall:.1f} s{longer})")
+        longer = ", reading it back included" if job.was_awaited and job.stall > job.seconds else ""
+        self.say(f"saved {job.path} in {job.seconds:.1f} s (training waited {job.stall:.1f} s{longer})")
         if self.export_problem:
             self.say(
                 f"WARNING: the model of {job.path.name} cannot be exported: {self.export_problem}. Its state is saved, "
@@ -220,6 +220,7 @@ class _Job:
         self.is_reported = False
         self.seconds = 0.0
         self.stall = 0.0
+        self.was_awaited = False  # until it was read back
         self._thread: threading.Thread | None = None
 
     def start(self, overlap: bool) -> None:
@@ -233,6 +234,7 @@ class _Job:
 
     def wait(self) -> None:
         """Wait until both parts have ended."""
+        self.was_awaited = True
         since = time.perf_counter()
         if self._thread:
             self._thread.join()

@@ -165,7 +165,10 @@ class RunLog:
         took, blocked = sum(save[0] for save in saves), sum(save[1] for save in saves)
         share = 100 * blocked / seconds if seconds else 0.0
         count = plural(len(saves), "checkpoint")
-        self.say(f"{count} took {took:.1f} s (training blocked {blocked:.1f} s, {share:.1f}% of its time).")
+        self.say(
+            f"Training waited {blocked:.1f} s for {count} ({share:.1f}% of its time); writing took {took:.1f} s, "
+            "reading back not counted."
+        )
         folder = self.rows.path.parent
         add_facts(folder, {PEAK_MEMORY: round(peak_memory, 4)})
         predicted = read_facts(folder).get(PREDICTED_MEMORY)
