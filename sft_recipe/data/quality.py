@@ -63,6 +63,11 @@ class QualityChecks:
         self._questions = {run: question for question in questions for run in _runs_of(question)}
         self._lengths = sorted({len(run) for run in self._questions})
 
+    @property
+    def has_questions(self) -> bool:
+        """Return whether there is a question of a benchmark to look for."""
+        return bool(self._questions)
+
     def check(
         self, conversation: Conversation, is_kept: Callable[[list[Problem]], bool] | None = None
     ) -> list[Problem]:
@@ -156,6 +161,7 @@ class QualityReport:
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    looked_for: Sequence[str] = ()
 
     def add(self, source: str, problems: Sequence[Problem]) -> None:
         """Count the problems of a record."""
@@ -166,7 +172,12 @@ class QualityReport:
                 shown.append(f"{source} {problem.reason}")
 
     def sentences(self) -> Iterator[str]:
-        """Yield a sentence without a final period for each kind of problem that occurs."""
+        """Yield a sentence without a final period for each kind of problem that occurs; one that says that none does.
+
+        Nothing where no kind was looked for.
+        """
+        if self.looked_for and not self.counts:
+            yield f"quality: none found (looked for: {', '.join(self.looked_for).replace('_', ' ')})"
         for kind, count in self.counts.items():
             more = "; ..." if count > len(self.examples[kind]) else ""
             yield f"{kind.replace('_', ' ')}: {count:,} ({'; '.join(self.examples[kind])}{more})"

@@ -182,7 +182,20 @@ def test_the_preview_counts_and_shows_pairs(files, model_dir, tmp_path, capsys):
     assert "truncated: 1 (" in output and "repeated: 1 (" in output and "contaminated: 1 (" in output
     assert "near duplicates: 1" in page.read_text()
     assert preview(arguments) == 0
-    assert "near duplicates" not in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "near duplicates" not in output and "quality" not in output
+
+
+def test_the_preview_says_that_nothing_was_found(files, model_dir, tmp_path, capsys):
+    page, clean = tmp_path / "page.html", tmp_path / "clean.json"
+    clean.write_text(json.dumps([{"prompt": "Hi", "response": "Fine."}]))
+    arguments = ["--train_data", str(clean), "--model", str(model_dir), "-n", "0", "--quality"]
+    assert preview([*arguments, "--html", str(page)]) == 0
+    text = "quality: none found (looked for: near duplicates, truncated, repeated)"
+    assert f"\n{text}\n" in capsys.readouterr().out and f"{text}." in page.read_text()
+    assert preview([*arguments, "--benchmarks", files[1], "--val_data", files[2]]) == 0
+    kinds = "near duplicates, contaminated, truncated, repeated, validation like training"
+    assert f"\nquality: none found (looked for: {kinds})\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

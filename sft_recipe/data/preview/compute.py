@@ -13,7 +13,7 @@ from sft_recipe.data.pipeline import make_renderer, read_data
 from sft_recipe.data.preview.html import excerpt, page
 from sft_recipe.data.preview.selection import Selection
 from sft_recipe.data.preview.stats import DatasetStats, Record, Settings, chunked, encode_chunk
-from sft_recipe.data.quality import Problem, QualityChecks, QualityReport
+from sft_recipe.data.quality import KINDS, Problem, QualityChecks, QualityReport
 from sft_recipe.data.readers import BadRecord
 from sft_recipe.data.rendering.renderer import Encoded, Renderer
 from sft_recipe.data.rendering.thinking_mix import mix_notice
@@ -107,8 +107,8 @@ def compute_preview(
             advance(len(chunk))
         for source in sources[done:]:
             stats.end_source(source.name, source.target_count)
-    if checks and config.data.val_files:
-        _check_validation(config, checks, stats.quality)
+    if checks:
+        _finish_checks(config, checks, stats.quality)
     if not stats.records:
         raise DataError(f"none of the {plural(stats.rejected, 'record')} can be used; first error: {stats.reasons[0]}")
     return Preview(config, sources, renderer, stats, model.name)
@@ -126,9 +126,12 @@ def _check(
             report.add(record.source, checks.check(record))
 
 
-def _check_validation(config: Config, checks: QualityChecks, report: QualityReport) -> None:
+def _finish_checks(config: Config, checks: QualityChecks, report: QualityReport) -> None:
+    """Check the validation records too, and note what was looked for."""
     files = config.data.val_files
-    for name in files.values() if isinstance(files, dict) else [files]:
+    report.looked_for = [kind for kind in KINDS if kind != "contaminated" or checks.has_questions]
+    report.looked_for += ["validation_like_training"] if files else []
+    for name in files.values() if isinstance(files, dict) else [files] if files else []:
         for _, records in _read(config, resolve_files(name or [], config.cache_dir())):
             for record in records:
                 found = checks.check(record, lambda _: False) if isinstance(record, Conversation) else []
