@@ -35,7 +35,7 @@ def model_card(source: Source, written: Written, verification: Verification, tit
     parts = [_front_matter(kind, base), f"# {title}", _summary(kind, dtype, base)]
     if source.checkpoint:
         manifest = read_manifest(source.checkpoint)
-        parts += [_data(config, manifest), _settings(config, manifest), _scores(source, manifest["step"])]
+        parts += [_data(config, manifest), _settings(source, config, manifest), _scores(source, manifest["step"])]
         parts += [_findings(source)]
     parts += [_verification(verification, dtype), f"## Use\n\n{written.usage}", *written.remarks]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -65,13 +65,24 @@ def _data(config: dict[str, Any], manifest: dict[str, Any]) -> str:
     return "## Data\n\n" + _table(rows)
 
 
-def _settings(config: dict[str, Any], manifest: dict[str, Any]) -> str:
+def _settings(source: Source, config: dict[str, Any], manifest: dict[str, Any]) -> str:
     rows = {"step": f"{manifest['step']} of {manifest['total_steps']} (epoch {manifest['epoch']:g})"}
     keys = SETTINGS | (ADAPTERS if _get(config, "lora.enabled") else {})
     rows |= {name: _get(config, key) for name, key in keys.items()}
+    rows["strategy"] = _strategy(source) or rows["strategy"]
     rows["ranks"] = manifest["world_size"]
     rows |= {f"version of {name}": version for name, version in manifest["versions"].items()}
     return "## Settings\n\n" + _table(rows)
+
+
+def _strategy(source: Source) -> str:
+    """The strategy that ran, which may be another than the configured one; empty for runs that did not record it."""
+    assert source.run
+    try:
+        found = json.loads((source.run / "run.json").read_text(encoding="utf-8"))
+        return found["strategy"] if isinstance(found["strategy"], str) else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _scores(source: Source, step: int) -> str:

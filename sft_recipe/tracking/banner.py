@@ -18,7 +18,7 @@ from sft_recipe.language import plural
 from sft_recipe.models.memory_estimate import GIB, MemoryEstimate
 from sft_recipe.models.stats import ModelStats
 from sft_recipe.tracking.console import console
-from sft_recipe.tracking.run_facts import PREDICTED_MEMORY
+from sft_recipe.tracking.run_facts import PREDICTED_MEMORY, STRATEGY
 
 
 def print_banner(
@@ -74,11 +74,12 @@ def print_banner(
 def starting_facts(
     config: Config, model: str, device: str, stats: ModelStats, memory: MemoryEstimate | None
 ) -> dict[str, Any]:
-    """Return model, device, precision, number of parameters, and the estimated memory of a rank, None if unknown."""
+    """Return model, device, strategy, precision, parameters, and the estimated memory of a rank, None if unknown."""
     needed = memory and memory.needed(uses_gradient_checkpointing(config, device))
     return {
         "model": model,
         "device": describe_device(config, device),
+        STRATEGY: _sharding(config, device),
         "dtype": compute_dtype(config.fsdp, device),
         "parameters": stats.total,
         "trainable": stats.trainable,

@@ -12,6 +12,7 @@ from sft_recipe.files import write_text
 
 FILE = "run.json"
 STOPPED_EARLY = "stopped_early"
+STRATEGY = "strategy"  # the one that runs, which may be another than the configured one
 PEAK_MEMORY, PREDICTED_MEMORY = "peak_memory_gb", "predicted_memory_gb"
 
 

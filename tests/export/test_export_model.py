@@ -138,6 +138,15 @@ def test_card_has_data_settings_scores_and_verification(full, tmp_path):
     assert "| training files | train.json |" in card and "| learning rate | 0.01 |" in card
     assert f"| val/loss | {metrics(full)[-1]['val/loss']:.6g} |" in card
     assert "| same greedy tokens | 128 of 128 |" in card
+    assert "| strategy | no FSDP (one CPU rank holds the complete model) |" in card
+
+
+@pytest.mark.parametrize("facts", ["", "[]", "{}", '{"strategy": 3}'])
+def test_card_of_a_run_that_did_not_record_its_strategy_has_the_configured_one(full, tmp_path, facts):
+    run = shutil.copytree(full, tmp_path / "run")
+    (run / "run.json").write_text(facts)
+    assert export(run, "--out", tmp_path / "out") == 0
+    assert "| strategy | fsdp |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_findings_of_the_run_are_in_the_card(full, tmp_path, monkeypatch):
