@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 USAGE = "scripts/evaluate.py MODEL --tasks NAME[,NAME...] [--limit N] [FLAGS]"
 DESCRIPTION = """\
-Runs benchmarks of lm-evaluation-harness (.venv/bin/python -m pip install -e '.[eval]') on a trained
-model, also while its run goes on. A run folder means its best checkpoint, else its newest one; an adapter is loaded over its base model. The results
-of a run's checkpoint are also written into the run folder: evaluations/step_N-TIME.json."""
+Runs benchmarks of lm-evaluation-harness (.venv/bin/python -m pip install -e '.[eval]') on a trained model, also while
+its run goes on. A run folder means its best checkpoint, else its newest one; an adapter is loaded over its base
+model. The results of a run's checkpoint are also written into the run folder: evaluations/step_N-TIME.json."""
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "peft")
 
 
