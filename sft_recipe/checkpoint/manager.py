@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -268,10 +269,12 @@ def _evaluation(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def quarantine(checkpoint: Path) -> Path:
-    """Give a damaged checkpoint another name, since a folder called step_N is complete. Returns its new path."""
-    quarantined = checkpoint.with_name(f"damaged_{checkpoint.name}")
-    shutil.rmtree(quarantined, ignore_errors=True)
-    return checkpoint.rename(quarantined)
+    """Give a damaged checkpoint a name that is free, since a folder called step_N is complete. Returns its new path."""
+    name, numbers = f"damaged_{checkpoint.name}", count(2)
+    path = checkpoint.with_name(name)
+    while os.path.lexists(path):
+        path = checkpoint.with_name(f"{name}_{next(numbers)}")
+    return checkpoint.rename(path)
 
 
 def _remove(checkpoint: Path) -> None:

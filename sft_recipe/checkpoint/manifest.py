@@ -45,7 +45,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     of this program wrote, or that cannot be read now.
     """
     try:
-        content = json.loads(retried((checkpoint / MANIFEST).read_bytes))
+        content = json.loads(retried(lambda: _read_file(checkpoint / MANIFEST)))
         format_version = int(content.get("format_version", 1))
         checksum = content.pop("checksum")
     except (*MISSING, ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError):
@@ -60,6 +60,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if checksum != fingerprint(content):
         raise ValueError(f"{MANIFEST} has changed since it was written")
     return content
+
+
+def _read_file(path: Path) -> bytes:
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError("not a file")
+    return path.read_bytes()
 
 
 def verify(checkpoint: Path) -> str:

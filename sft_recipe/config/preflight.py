@@ -13,6 +13,8 @@ from sft_recipe.config.schema import Config
 from sft_recipe.errors import BITSANDBYTES, LIGER, MEGATRON, CheckpointError, ConfigError, PreflightError, pip_install
 from sft_recipe.language import chosen_language, plural
 
+RUN_FILES = ("config.yaml", "data.json", "run.json", "metrics.jsonl", "train.log")  # a run writes these in its folder
+
 
 def choose_device(config: Config) -> str:
     """Return "cuda" or "cpu".
@@ -82,6 +84,9 @@ def writable_folder(folder: Path) -> Path:
             pass
     except OSError as error:
         raise CheckpointError(f"the output folder {folder} cannot be written: {error.strerror or error}") from None
+    for path in map(folder.joinpath, RUN_FILES):
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} cannot be written: it is not a file; give it another name")
     return folder
 
 

@@ -161,7 +161,7 @@ class QualityReport:
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    looked_for: Sequence[str] = ()
+    kinds: Sequence[str] = ()
 
     def add(self, source: str, problems: Sequence[Problem]) -> None:
         """Count the problems of a record."""
@@ -176,8 +176,8 @@ class QualityReport:
 
         Nothing where no kind was looked for.
         """
-        if self.looked_for and not self.counts:
-            yield f"quality: none found (looked for: {', '.join(self.looked_for).replace('_', ' ')})"
+        if self.kinds and not self.counts:
+            yield f"quality: none found (looked for: {', '.join(self.kinds).replace('_', ' ')})"
         for kind, count in self.counts.items():
             more = "; ..." if count > len(self.examples[kind]) else ""
             yield f"{kind.replace('_', ' ')}: {count:,} ({'; '.join(self.examples[kind])}{more})"

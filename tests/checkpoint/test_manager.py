@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sft_recipe import files
+from sft_recipe.checkpoint.manager import quarantine
 from sft_recipe.checkpoint.manifest import read_manifest, verify, write_manifest
 from sft_recipe.checkpoint.resume import resumed_identity
 from sft_recipe.engine.cpu.platform import use_cpu
@@ -84,15 +85,30 @@ def test_damaged_newest_checkpoint_is_quarantined_and_the_previous_one_used(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "null", "[1]", "[" * 99_999, '{"format_version": Infinity}', '{"format_version": [1]}', "{}"]
+    "content",
+    ["", "null", "[1]", "[" * 99_999, '{"format_version": Infinity}', '{"format_version": [1]}', "{}"]
+    + [os.mkfifo, Path.mkdir],
 )
 def test_manifest_of_something_else_is_not_readable(tmp_path, content):
     """No checkpoint is found there, and no identity of a run."""
-    (tmp_path / "step_4").mkdir()
-    (tmp_path / "step_4/manifest.json").write_text(content)
+    path = tmp_path / "step_4/manifest.json"
+    path.parent.mkdir()
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        content(path)
     with pytest.raises(ValueError, match="it has no readable manifest.json"):
         read_manifest(tmp_path / "step_4")
     assert resumed_identity("auto", tmp_path, is_restart=False) == {}
+
+
+def test_damaged_checkpoints_of_the_same_step_are_all_kept(tmp_path):
+    for content in "abc":
+        (tmp_path / "step_4").mkdir()
+        (tmp_path / "step_4/file").write_text(content)
+        quarantine(tmp_path / "step_4")
+    kept = {path.parent.name: path.read_text() for path in tmp_path.glob("*/file")}
+    assert kept == {"damaged_step_4": "a", "damaged_step_4_2": "b", "damaged_step_4_3": "c"}
 
 
 @pytest.mark.parametrize("identity", [None, 7])

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -265,10 +266,12 @@ def test_run_folder_that_cannot_be_written_is_refused(model, tmp_path, capfd):
     assert "cannot be written" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", ".lock"])
-def test_unwritable_files_are_reported_before_the_first_step(model, tmp_path, capfd, name):
-    """Here: a folder stands where a file should."""
-    (tmp_path / "out" / name).mkdir(parents=True)
+def test_unwritable_files_are_reported_before_the_first_step(model, tmp_path, capfd, name, make):
+    """Here: a folder or a pipe stands where a file should."""
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / name)
     assert run_here(*arguments(model, tmp_path)) == 2
     error = capfd.readouterr().err
     assert name.partition(".")[0] in error and "Traceback" not in error

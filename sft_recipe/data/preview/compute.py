@@ -129,8 +129,8 @@ def _check(
 def _finish_checks(config: Config, checks: QualityChecks, report: QualityReport) -> None:
     """Check the validation records too, and note what was looked for."""
     files = config.data.val_files
-    report.looked_for = [kind for kind in KINDS if kind != "contaminated" or checks.has_questions]
-    report.looked_for += ["validation_like_training"] if files else []
+    report.kinds = [kind for kind in KINDS if kind != "contaminated" or checks.has_questions]
+    report.kinds += ["validation_like_training"] if files else []
     for name in files.values() if isinstance(files, dict) else [files] if files else []:
         for _, records in _read(config, resolve_files(name or [], config.cache_dir())):
             for record in records:
