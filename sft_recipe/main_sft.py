@@ -151,7 +151,7 @@ def _train(config: Config, inputs: RunInputs, device: str, resume: Path | None, 
     if text := inputs.positions_notice(config, stats.positions):
         say(text)
     settings = to_yaml(config)
-    if resume and (changed := changed_settings(resume.parents[1], config)):
+    if resume and (changed := changed_settings(resume, config)):
         say("Settings that differ from those of the run so far: " + ", ".join(changed))
     config, memory = resolve_activation_checkpointing(config, stats_of, workload_of(config, inputs.train), device, say)
     timing.mark("model statistics")

@@ -63,7 +63,7 @@ def find_source(name: str, trust_remote_code: bool = False) -> ModelSource:
     source = _source_of_model(name, folder, trust_remote_code)
     base_name = model_of_run(checkpoint) or source.trained_from
     trained_from = source.trained_from or base_name
-    options = _options_of_run(checkpoint.parents[1])
+    options = _options_of_run(checkpoint.parent.parent)
     return replace(source, trained_from=trained_from, base_name=base_name, options=options, checkpoint=checkpoint)
 
 

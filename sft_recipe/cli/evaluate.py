@@ -136,7 +136,7 @@ def _score(value: float, stderr: float | None) -> dict[str, float | None]:
 
 def _write(report: dict[str, Any], checkpoint: Path) -> Path:
     moment = report["time"].partition("+")[0].replace(":", "").replace("-", "")
-    path = checkpoint.parents[1] / FOLDER / f"{checkpoint.name}-{moment}.json"
+    path = checkpoint.parent.parent / FOLDER / f"{checkpoint.name}-{moment}.json"
     try:
         path.parent.mkdir(exist_ok=True)
         write_text(path, json.dumps(report, indent=2) + "\n")

@@ -34,13 +34,14 @@ def read_run_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def changed_settings(run: Path, config: Config) -> list[str]:
-    """Return what `config` changes of the run's model, optimizer and sharding: ["optim.lr=0.001 (before: 2e-05)"].
+def changed_settings(checkpoint: Path, config: Config) -> list[str]:
+    """Return what `config` changes of model, optimizer and sharding of the run that saved `checkpoint` in its folder:
+    ["optim.lr=0.001 (before: 2e-05)"].
 
     The list is empty where the configuration in the run folder cannot be read.
     """
     try:
-        before = read_run_config(run)
+        before = read_run_config(checkpoint.resolve().parent.parent)
     except CheckpointError:
         return []
     now = config.public()

@@ -50,7 +50,7 @@ def resume_checks(config: Config, inputs: RunInputs, resume: Path) -> Iterator[C
     except CheckpointError as error:
         yield failed("run folder", "{error}", "", error=error)
         return
-    if changed := changed_settings(resume.parents[1], config):
+    if changed := changed_settings(resume, config):
         text = "settings that differ from those of the run so far: {changed}"
         yield warned("run folder", text, "", changed=", ".join(changed))
 

@@ -165,6 +165,15 @@ def test_changed_settings_of_a_resumed_run_are_a_warning(both):
     assert changed["message"].startswith("settings that differ from those of the run so far: optim.lr=0.5 (before: ")
 
 
+def test_a_checkpoint_may_be_named_from_its_folder(both, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "out/checkpoints")
+    words = ["trainer.resume_from=step_4", "optim.lr=0.5", f"trainer.output_dir={tmp_path}/new"]
+    errors, report, message = both(*words, "trainer.total_training_steps=5")
+    said = [item["message"] for item in report if item["name"] == "run folder"]
+    assert not errors and not message and said[0] == "the run continues step_4"
+    assert said[1].startswith("settings that differ from those of the run so far: optim.lr=0.5 (before: ")
+
+
 @pytest.mark.parametrize(
     ("words", "message", "remedy"),
     [
