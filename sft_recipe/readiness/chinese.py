@@ -72,13 +72,9 @@ CHINESE = {
     ),
     "scripts/preview_data.py --html FILE lists reasons": "scripts/preview_data.py --html 文件 会列出原因",
     "scripts/preview_data.py shows the data": "用 scripts/preview_data.py 查看数据",
-    "correct them (preview_data.py --html FILE lists reasons), or data.on_bad_record=skip": (
-        "修正它们（preview_data.py --html 文件 会列出原因），或设 data.on_bad_record=skip"
-    ),
-    "correct them (preview_data.py --html FILE lists reasons), or data.on_bad_record=skip with more than "
-    "data.max_bad_ratio={allowed:g}": (
-        "修正它们（preview_data.py --html 文件 会列出原因），或设 data.on_bad_record=skip 并增大 "
-        "data.max_bad_ratio={allowed:g}"
+    "correct them ({reasons}), or data.on_bad_record=skip": "修正它们（{reasons}），或设 data.on_bad_record=skip",
+    "correct them ({reasons}), or data.on_bad_record=skip with a data.max_bad_ratio above {allowed:g}": (
+        "修正它们（{reasons}），或设 data.on_bad_record=skip，且 data.max_bad_ratio 大于 {allowed:g}"
     ),
     "{examples:# example}, {tokens:# token}, {share:.0f}% supervised; median {middle:,}, p95 {p95:,}, longest "
     "{longest:,} of {limits}": (

@@ -17,6 +17,7 @@ from sft_recipe.data.token_store import Examples
 from sft_recipe.errors import DataError, RecipeError
 from sft_recipe.readiness.findings import Check, failed, passed, warned
 
+REASONS = "scripts/preview_data.py --html FILE lists reasons"
 SHOWN = 4  # names in a message
 MANY = 0.05  # of the records
 
@@ -58,18 +59,16 @@ def _records(config: Config, files: list[Path]) -> Iterator[Check]:
 
 
 def _bad(config: Config, bad: int, total: int, first: DataError) -> Check:
-    text, found = (
-        "{bad:,} of {total:# record} cannot be used; the first: {first}",
-        dict(bad=bad, total=total, first=first),
-    )
-    allowed = config.data.max_bad_ratio
+    text = "{bad:,} of {total:# record} cannot be used; the first: {first}"
+    allowed, skips = config.data.max_bad_ratio, config.data.on_bad_record == "skip"
     if bad > allowed * total:
-        remedy = "correct them (preview_data.py --html FILE lists reasons), or data.on_bad_record=skip with more than "
-        return failed("bad records", text, remedy + "data.max_bad_ratio={allowed:g}", **found, allowed=allowed)
-    if config.data.on_bad_record == "skip":
-        return warned("bad records", text, "scripts/preview_data.py --html FILE lists reasons", **found)
-    remedy = "correct them (preview_data.py --html FILE lists reasons), or data.on_bad_record=skip"
-    return failed("bad records", text, remedy, **found)
+        remedy = "correct them ({reasons}), or data.on_bad_record=skip with a data.max_bad_ratio above {allowed:g}"
+    elif skips:
+        remedy = "{reasons}"
+    else:
+        remedy = "correct them ({reasons}), or data.on_bad_record=skip"
+    kind = warned if skips and bad <= allowed * total else failed
+    return kind("bad records", text, remedy, bad=bad, total=total, first=first, allowed=allowed, reasons=REASONS)
 
 
 def example_checks(config: Config, inputs: RunInputs, notices: list[str]) -> Iterator[Check]:

@@ -145,6 +145,26 @@ def test_what_is_wrong_is_found(ask, work, tmp_path, words, name, status, text):
     assert report["ok"] is (code == 0)
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy", "chinese"),
+    [
+        ([], "correct them (scripts/preview_data.py --html FILE lists reasons), or data.on_bad_record=skip with a "
+         "data.max_bad_ratio above 0.05", "且 data.max_bad_ratio 大于 0.05"),
+        (["data.on_bad_record=skip"], "correct them (scripts/preview_data.py --html FILE lists reasons), or "
+         "data.on_bad_record=skip with a data.max_bad_ratio above 0.05", "且 data.max_bad_ratio 大于 0.05"),
+        (["data.max_bad_ratio=0.5"], "correct them (scripts/preview_data.py --html FILE lists reasons), or "
+         "data.on_bad_record=skip", "修正它们（scripts/preview_data.py --html 文件 会列出原因）"),
+        (["data.on_bad_record=skip", "data.max_bad_ratio=0.5"], "scripts/preview_data.py --html FILE lists reasons",
+         "会列出原因"),
+    ],
+)  # fmt: skip
+def test_the_remedy_for_bad_records_names_the_limit_that_they_exceed(ask, tmp_path, words, remedy, chinese):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": "d"}\n{}\n')
+    words = [f"--train_data={tmp_path}/bad.jsonl", *words]
+    assert found(ask(*words)[1], "bad records")["remedy"] == remedy
+    assert chinese in found(ask(*words, "--lang=zh")[1], "bad records")["remedy"]
+
+
 def test_roles_and_token_ids_are_read_as_the_run_reads_them(ask, tmp_path):
     named, pairs = tmp_path / "named.jsonl", tmp_path / "pairs.jsonl"
     turns = [{"role": "Client", "content": "Hi"}, {"role": "Agent", "content": "Hello."}]

@@ -18,7 +18,7 @@ import pytest
 from sft_recipe.checkpoint import manager as checkpoint
 from sft_recipe.checkpoint import run_lock as lock
 from sft_recipe.checkpoint.run_lock import FolderLock
-from sft_recipe.config.preflight import writable_folder
+from sft_recipe.config.preflight import RUN_FILES, writable_folder
 from sft_recipe.engine.platform import select_platform
 from sft_recipe.errors import CheckpointError
 from tests.support import tiny
@@ -264,6 +264,10 @@ def test_run_folder_that_cannot_be_written_is_refused(model, tmp_path, capfd):
     (tmp_path / "out").write_text("a file")
     assert run_here(*arguments(model, tmp_path)) == 2
     assert "cannot be written" in capfd.readouterr().err
+
+
+def test_the_files_that_are_looked_at_before_a_run_are_those_that_it_writes(whole):
+    assert set(RUN_FILES) <= {path.name for path in (whole / "out").iterdir()}
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])

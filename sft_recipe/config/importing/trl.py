@@ -45,9 +45,8 @@ def read_trl(given: Mapping[str, Any], path: Path, gpus: int | None) -> Imported
         imported.set("data.train_files", hub_name(name, config, train), "dataset_name")
     if name and imported.given.get("eval_strategy", "no") not in ("no", False):
         imported.set("data.val_files", hub_name(name, config, test), "dataset_test_split")
-    if imported.get("completion_only_loss") is False:
-        imported.skip("completion_only_loss", False, "the loss is on the assistant's turns alone, as with true")
-    if (only := imported.get("assistant_only_loss", False)) is not True:
-        imported.skip("assistant_only_loss", only, "the loss is on the assistant's turns alone, as with true")
+    for name, default in (("completion_only_loss", True), ("assistant_only_loss", False)):
+        if (only := imported.get(name, default)) is not True:
+            imported.skip(name, only, "the loss is on the assistant's turns alone, as with true")
     imported.finish(lambda name: IGNORED.fullmatch(name) is not None)
     return imported
