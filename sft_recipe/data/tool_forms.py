@@ -75,10 +75,12 @@ def _calls_at_end(text: str) -> tuple[str, list[str]]:
 
 def _with_calls(message: Message, field: str, source: str) -> Message:
     text, calls = _calls_at_end(message.content)
+    if call := UNUSABLE.search(text):
+        problem = (
+            f"{field} has a <tool_call> that is not closed, or a list: {call[1].rstrip()[:80]!r}; write each call as "
+        )
+        raise data_error(source, problem + CALL_FORM, "tools")
     if not calls:
-        if call := UNUSABLE.search(message.content):
-            problem = f"{field} has a <tool_call> that is not closed, or a list: {call[1][:80]!r}; write each call as "
-            raise data_error(source, problem + CALL_FORM, "tools")
         return message
     converted: list[Record] = []
     for item in calls:

@@ -150,12 +150,13 @@ def test_a_call_in_tags_that_cannot_be_used_is_an_error(before, inside, expected
     "call", ['{"name": "add", "arguments": {}}', '{"name": "a', '[{"name": "add"}]</tool_call>\n', '[{"name": "add"']
 )
 @pytest.mark.parametrize("before", ["", "I add.\n", f"{GOOD}\n"])
-def test_a_call_that_is_not_closed_and_a_list_of_calls_are_errors(before, call):
+@pytest.mark.parametrize("after", ["", f"\n{GOOD}"])
+def test_a_call_that_is_not_closed_and_a_list_of_calls_are_errors(before, call, after):
     """A text that was cut, as by a limit of tokens, would be trained on as an answer."""
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"{before}<tool_call>\n{call}"}]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"{before}<tool_call>\n{call}{after}"}]
     with pytest.raises(DataError) as caught:
         to_conversation({"messages": turns, "tools": TOOLS}, "a.json, record 1")
-    expected = f"messages[1].content has a <tool_call> that is not closed, or a list: {call!r}; write each"
+    expected = f"messages[1].content has a <tool_call> that is not closed, or a list: {call.rstrip()!r}; write each"
     assert expected in str(caught.value)
 
 
