@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_recipe.config.importing.datasets import HUB_NAME, SHAREGPT, Files, hub_name, is_name
-from sft_recipe.config.importing.imported import Imported
+from sft_recipe.config.importing.imported import Imported, with_defaults
 from sft_recipe.config.importing.transformers_args import IGNORED, read_lora, read_training
 from sft_recipe.errors import ConfigError
 
@@ -37,7 +37,7 @@ def read_axolotl(given: Mapping[str, Any], path: Path, gpus: int | None) -> Impo
     """Return the overrides for a configuration. Raises ConfigError where it is not supervised fine-tuning."""
     if given.get("rl"):
         raise ConfigError(f"{path}: rl is {given['rl']}; only supervised fine-tuning can be imported")
-    imported = Imported({**DEFAULTS, **given})
+    imported = Imported(with_defaults(DEFAULTS, given))
     imported.map(
         {
             "base_model": "model.path",
@@ -52,7 +52,7 @@ def read_axolotl(given: Mapping[str, Any], path: Path, gpus: int | None) -> Impo
     )
     _liger(imported)
     read_training(imported, gpus, "micro_batch_size", "optimizer")
-    if not {"warmup_steps", "warmup_ratio"} & given.keys():
+    if given.get("warmup_steps") is None and given.get("warmup_ratio") is None:
         imported.values["optim.lr_warmup_steps_ratio"] = WARMUP
         imported.skip("warmup_steps", "left out", f"there {WARMUP:.0%} of the steps, at most 100; here {WARMUP:.0%}")
     for name, key in (("saves_per_epoch", "trainer.save_freq"), ("evals_per_epoch", "trainer.test_freq")):

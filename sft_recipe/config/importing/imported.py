@@ -16,6 +16,11 @@ MISSING = {
 OFF: tuple[Any, ...] = (None, False, "", "none", "None", 0, 0.0, [], {})  # a setting with such a value asks for nothing
 
 
+def with_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file; one that is null counts as left out."""
+    return {**given, **defaults, **{name: value for name, value in given.items() if value is not None}}
+
+
 @dataclass
 class Imported:
     """Collects the values of our keys, and in words what could not be mapped, from the settings `given`."""

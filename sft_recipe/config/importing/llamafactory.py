@@ -6,7 +6,7 @@ from typing import Any
 
 from sft_recipe.config.foreign_names import LLAMAFACTORY
 from sft_recipe.config.importing.datasets import HUB_NAME, Files, hub_name, is_name
-from sft_recipe.config.importing.imported import Imported
+from sft_recipe.config.importing.imported import Imported, with_defaults
 from sft_recipe.config.importing.parsing import parse_json
 from sft_recipe.config.importing.transformers_args import IGNORED, TRAINING_DEFAULTS, read_lora, read_training
 from sft_recipe.errors import ConfigError
@@ -31,7 +31,7 @@ def read_llamafactory(given: Mapping[str, Any], path: Path, gpus: int | None) ->
     """
     if given.get("stage", "sft") != "sft":
         raise ConfigError(f"{path}: stage is {given['stage']}; only sft is supervised fine-tuning")
-    imported = Imported({**DEFAULTS, **given})
+    imported = Imported(with_defaults(DEFAULTS, given))
     imported.map(LLAMAFACTORY)
     imported.get("stage"), imported.get("dataset_dir")
     read_training(imported, gpus)

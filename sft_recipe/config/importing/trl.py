@@ -6,7 +6,7 @@ from typing import Any
 
 from sft_recipe.config.foreign_names import TRL
 from sft_recipe.config.importing.datasets import hub_name, is_name
-from sft_recipe.config.importing.imported import Imported
+from sft_recipe.config.importing.imported import Imported, with_defaults
 from sft_recipe.config.importing.transformers_args import IGNORED, TRAINING_DEFAULTS, read_lora, read_training
 
 DEFAULTS = TRAINING_DEFAULTS | {
@@ -18,7 +18,9 @@ LORA_DEFAULTS = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 
 def read_trl(given: Mapping[str, Any], path: Path, gpus: int | None) -> Imported:
     """Return the overrides for a configuration."""
-    imported = Imported({**DEFAULTS, **(LORA_DEFAULTS if given.get("use_peft") else {}), **given})
+    defaults = DEFAULTS | (LORA_DEFAULTS if given.get("use_peft") else {})
+    unlimited = {"max_length": None} if "max_length" in given and given["max_length"] is None else {}
+    imported = Imported(with_defaults(defaults, given) | unlimited)
     is_older = given.get("max_seq_length") is not None and "max_length" not in given
     imported.map({"max_seq_length": "data.max_length"} if is_older else TRL)
     imported.get("max_length")

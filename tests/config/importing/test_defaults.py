@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.config.importing.test_import import AXOLOTL, VERL, imported
+from tests.config.importing.test_import import AXOLOTL, LLAMA_FACTORY, VERL, imported
 
 
 def test_axolotl_warms_up_for_3_percent_where_a_file_says_nothing(tmp_path):
@@ -34,3 +34,22 @@ def test_verl_resumes_by_itself(tmp_path):
         assert values.get("trainer.resume_from") == expected and ("trainer.resume_mode" in unmapped) == (
             mode == "disable"
         )
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (AXOLOTL, ["num_epochs", "warmup_ratio", "weight_decay", "lr_scheduler"]),
+        (LLAMA_FACTORY, ["num_train_epochs", "warmup_ratio", "learning_rate", "cutoff_len"]),
+        (
+            {"model_name_or_path": "acme/base", "dataset_name": "acme/chats", "use_peft": True},
+            ["learning_rate", "warmup_ratio", "lora_r"],
+        ),
+    ],
+    ids=["axolotl", "llama_factory", "trl"],
+)
+def test_a_blank_setting_has_the_default_of_its_project(tmp_path, content, names):
+    content = {name: value for name, value in content.items() if name not in (*names, "warmup_steps")}
+    expected = imported(tmp_path, content)
+    assert imported(tmp_path, content | dict.fromkeys(names)) == expected
+    assert {"trainer.total_epochs", "optim.lr_warmup_steps_ratio"} <= expected[1].keys()
