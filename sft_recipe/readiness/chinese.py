@@ -58,7 +58,10 @@ CHINESE = {
     "only {limit} open files are allowed": "只允许打开 {limit} 个文件",
     "{folder} cannot be written: {error}": "{folder} 无法写入：{error}",
     "--output_dir ANOTHER_FOLDER": "--output_dir 换一个目录",
-    "{folder}: {free:.1f} GiB free, {speed:.0f} MiB/s written": "{folder}：剩余 {free:.1f} GiB，写入 {speed:.0f} MiB/s",
+    "{folder}: {free} free, {speed:.0f} MB/s written": "{folder}：剩余 {free}，写入 {speed:.0f} MB/s",
+    "{folder}: {free} free, {speed:.0f} MB/s written, which is slow: below {limit:.0f} MB/s": (
+        "{folder}：剩余 {free}，写入 {speed:.0f} MB/s，低于 {limit:.0f} MB/s，较慢"
+    ),
     "save less often (trainer.save_freq), or use a local disk": "降低保存频率（trainer.save_freq），或使用本地磁盘",
     "{variable} is not set; the interfaces here are {names}": "{variable} 未设置；本机网络接口有 {names}",
     "{variable}={chosen} names no interface that is up; here are {names}": (

@@ -60,15 +60,15 @@ def _records(config: Config, files: list[Path]) -> Iterator[Check]:
 
 def _bad(config: Config, bad: int, total: int, first: DataError) -> Check:
     text = "{bad:,} of {total:# record} cannot be used; the first: {first}"
-    allowed, skips = config.data.max_bad_ratio, config.data.on_bad_record == "skip"
-    if bad > allowed * total:
-        remedy = "correct them ({reasons}), or data.on_bad_record=skip with a data.max_bad_ratio above {allowed:g}"
-    elif skips:
-        remedy = "{reasons}"
-    else:
-        remedy = "correct them ({reasons}), or data.on_bad_record=skip"
-    kind = warned if skips and bad <= allowed * total else failed
-    return kind("bad records", text, remedy, bad=bad, total=total, first=first, allowed=allowed, reasons=REASONS)
+    allowed = config.data.max_bad_ratio
+    found = dict(bad=bad, total=total, first=first, allowed=allowed, reasons=REASONS)
+    is_over = bad > allowed * total
+    if config.data.on_bad_record == "skip" and not is_over:
+        return warned("bad records", text, "{reasons}", **found)
+    remedy = "correct them ({reasons}), or data.on_bad_record=skip"
+    if is_over:
+        remedy += " with a data.max_bad_ratio above {allowed:g}"
+    return failed("bad records", text, remedy, **found)
 
 
 def example_checks(config: Config, inputs: RunInputs, notices: list[str]) -> Iterator[Check]:

@@ -15,6 +15,7 @@ import torch
 
 from sft_recipe.config import gpus, preflight
 from sft_recipe.config.schema import Config
+from sft_recipe.display import byte_size
 from sft_recipe.distributed.host_memory import total_memory
 from sft_recipe.errors import CheckpointError, PreflightError, RecipeError
 from sft_recipe.models.memory_estimate import GIB
@@ -130,9 +131,10 @@ def _disk_speed(config: Config) -> Check:
         )  # fmt: skip
     finally:
         path.unlink(missing_ok=True)
-    text, free = "{folder}: {free:.1f} GiB free, {speed:.0f} MiB/s written", shutil.disk_usage(folder).free / GIB
-    found = dict(folder=folder, free=free, speed=speed / 2**20)
+    text, free = "{folder}: {free} free, {speed:.0f} MB/s written", byte_size(shutil.disk_usage(folder).free)
+    found = dict(folder=folder, free=free, speed=speed / 1e6)
     if speed < SLOW_DISK:
+        text, found = text + ", which is slow: below {limit:.0f} MB/s", found | dict(limit=SLOW_DISK / 1e6)
         return warned("output folder", text, "save less often (trainer.save_freq), or use a local disk", **found)
     return passed("output folder", text, **found)
 

@@ -166,7 +166,7 @@ class RunLog:
         share = 100 * blocked / seconds if seconds else 0.0
         count = plural(len(saves), "checkpoint")
         self.say(
-            f"Training waited {blocked:.1f} s for {count} ({share:.1f}% of its time); writing took {took:.1f} s, "
+            f"Training waited {blocked:.1f} s for {count} ({share:.1f}% of the run); writing took {took:.1f} s, "
             "reading back not counted."
         )
         folder = self.rows.path.parent

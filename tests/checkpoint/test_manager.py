@@ -358,7 +358,7 @@ def test_duration_of_saves_is_reported(saved, model, tmp_path, capfd):
     assert run_here(*run) == 0
     output = " ".join(capfd.readouterr().out.split())
     assert re.search(
-        r"Training waited [\d.]+ s for 2 checkpoints \([\d.]+% of its time\); writing took [\d.]+ s", output
+        r"Training waited [\d.]+ s for 2 checkpoints \([\d.]+% of the run\); writing took [\d.]+ s", output
     )
     assert "reading back not counted." in output
     assert output.count(" (training waited ") == 2 and "training blocked" not in output

@@ -262,6 +262,15 @@ def test_a_small_shm_a_full_disk_and_few_files_are_found(monkeypatch, tmp_path):
     assert machine._open_files().status == "warning"
 
 
+def test_a_slow_disk_is_said_to_be_slow(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "SLOW_DISK", 10**15)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 10**9))
+    check = machine._disk_speed(load_config([f"trainer.output_dir={tmp_path}"]))
+    assert check.status == "warning" and check.message("en").startswith(f"{tmp_path}: 5.00 GB free, ")
+    assert check.message("en").endswith(" MB/s written, which is slow: below 1000000000 MB/s")
+    assert check.message("zh").endswith(" MB/s，低于 1000000000 MB/s，较慢")
+
+
 RUN = """#!{python}
 import json, os, sys, time
 config = json.load(sys.stdin)
